@@ -1,0 +1,31 @@
+# make install | reproduce | test | lint | bench
+# Each works on a fresh machine with python >= 3.11, a C++ compiler and git. PYTHON names another interpreter, OUT another folder.
+
+PYTHON ?= python3
+OUT ?= results/theory
+BIN := .venv/bin
+
+.PHONY: install reproduce test lint bench
+
+install: .venv/installed
+
+# torch first: with it at hand the CPU library is built ahead, by the compiler here and against that torch
+.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools ninja torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[experiments,test,dev]'
+	@touch $@
+
+reproduce: install
+	$(BIN)/mixfeat reproduce theory --resume --out $(OUT)
+
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python -m pytest benchmarks

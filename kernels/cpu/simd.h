@@ -1,0 +1,62 @@
+// Vectors of the instruction set that this translation unit is compiled for, on the compilers' vector extension.
+#pragma once
+
+#include <cstdint>
+
+namespace mixfeat {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+constexpr int kRegisters = 16;
+#else
+constexpr int kVectorBytes = 16;
+#if defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+#endif
+
+template <typename T>
+constexpr int kLanes = kVectorBytes / sizeof(T);
+
+template <typename T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+};
+template <typename T>
+using Vec = typename VectorOf<T>::type;
+
+template <typename T>
+inline Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(p);
+}
+
+template <typename T>
+inline void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
+}
+
+template <typename T>
+inline Vec<T> broadcast(T x) {
+  return x - Vec<T>{};  // x - 0 is x for every x, and one broadcast
+}
+
+// Of a bound and a value, the larger or smaller; a NaN value stays.
+template <typename T>
+inline Vec<T> at_least(Vec<T> bound, Vec<T> v) {
+  return bound > v ? bound : v;
+}
+
+template <typename T>
+inline Vec<T> at_most(Vec<T> bound, Vec<T> v) {
+  return bound < v ? bound : v;
+}
+
+}  // namespace
+}  // namespace mixfeat

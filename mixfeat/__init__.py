@@ -1,0 +1,27 @@
+"""Fused kernels for Mixup training of 2-layer patch-wise convolutional networks with polynomial activations."""
+
+from mixfeat import backends, data, features, functional, nn, reference
+from mixfeat.activations import Identity, PolyReLU, Power, PowerReLU, ReLU
+from mixfeat.backends import backend
+from mixfeat.functional import patch_conv
+from mixfeat.nn import TwoLayerPatchCNN
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Identity",
+    "PolyReLU",
+    "Power",
+    "PowerReLU",
+    "ReLU",
+    "TwoLayerPatchCNN",
+    "__version__",
+    "backend",
+    "backends",
+    "data",
+    "features",
+    "functional",
+    "nn",
+    "patch_conv",
+    "reference",
+]

@@ -1,0 +1,128 @@
+"""Which kernels serve a tensor: ``"triton"`` (CUDA and ROCm), ``"cpu"`` (native C++) or ``"reference"`` (plain PyTorch).
+
+The best one that is there serves by default. ``with mixfeat.backend("reference"):`` or the environment variable
+``MIXFEAT_BACKEND`` choose another; ``with`` holds for the thread that enters it and wins over the environment.
+"""
+
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+__all__ = ["NAMES", "available", "backend", "describe", "serving"]
+
+NAMES = ("triton", "cpu", "reference")
+
+_chosen: ContextVar[str | None] = ContextVar("mixfeat_backend", default=None)
+_environment = os.environ.get("MIXFEAT_BACKEND")
+
+
+@functools.cache
+def _why_not(name: str) -> str | None:
+    """Why a backend is not to be had in this process, or None."""
+    if name == "cpu":
+        from mixfeat.kernels import cpu
+
+        try:
+            cpu.load()
+        except cpu.BuildError as error:
+            return str(error)
+    if name == "triton":
+        try:
+            import triton
+        except ImportError as error:
+            return f"triton cannot be imported: {error}"
+        if not torch.cuda.is_available() and not interpreted():
+            return (
+                f"triton {triton.__version__} is here, but no GPU is (TRITON_INTERPRET=1 runs its kernels on the CPU)"
+            )
+    return None
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU: ``TRITON_INTERPRET=1`` when they are first needed."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def available() -> tuple[str, ...]:
+    """Names of the backends that can run in this process; builds the CPU library if that has not been done."""
+    return tuple(name for name in NAMES if _why_not(name) is None)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Serve every operator called inside the ``with`` block, in this thread, by the named backend.
+
+    Raises:
+        ValueError: no such backend, or it is not available here; the message says why.
+    """
+    token = _chosen.set(_checked(name, "backend"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}")
+    reason = _why_not(name)
+    if reason:
+        raise ValueError(f"{source} {name!r} is not available here: {reason}")
+    return name
+
+
+@functools.cache
+def _from_environment() -> str | None:
+    return _checked(_environment, "MIXFEAT_BACKEND") if _environment else None
+
+
+@functools.cache
+def _default(device_type: str) -> str:
+    name = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "reference")
+    reason = _why_not(name)
+    if reason:
+        warnings.warn(
+            f"mixfeat falls back to plain PyTorch on {device_type} tensors: {reason}", RuntimeWarning, stacklevel=2
+        )
+        return "reference"
+    return name
+
+
+def serving(device_type: str, dtype: torch.dtype = torch.float32) -> str:
+    """Name of the backend that serves tensors of this device type and dtype in this thread.
+
+    Raises:
+        ValueError: the backend chosen by ``with`` or by the environment does not serve them.
+    """
+    name = _chosen.get() or _from_environment()
+    if name is None:
+        name = _default(device_type)
+        return "reference" if name == "triton" and dtype == torch.float64 else name
+    serves = {"triton": device_type == "cuda" or interpreted(), "cpu": device_type == "cpu", "reference": True}
+    if not serves[name]:
+        raise ValueError(f"backend {name!r} does not serve {device_type} tensors")
+    if name == "triton" and dtype == torch.float64:
+        raise ValueError("backend 'triton' does not serve torch.float64; use 'cpu' or 'reference'")
+    return name
+
+
+def describe() -> dict[str, Any]:
+    """Facts for a bug report: each backend's state (``"available"`` or why not) and what the CPU backend runs on."""
+    from mixfeat.kernels import cpu
+
+    facts: dict[str, Any] = {name: _why_not(name) or "available" for name in NAMES}
+    if facts["cpu"] == "available":
+        facts["cpu_library"] = str(cpu.library_path())
+        facts["cpu_capability"] = cpu.capability()
+    try:
+        facts["compiler"] = cpu.compiler_version()
+    except cpu.BuildError as error:
+        facts["compiler"] = str(error)
+    return facts

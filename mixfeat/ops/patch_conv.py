@@ -1,0 +1,216 @@
+"""``torch.ops.mixfeat.patch_conv``: the fused patch convolution and its backward pass.
+
+Beside the logits it returns the activation's slopes phi' for the first ``saved`` samples, which the backward pass then
+need not compute again; autograd chooses their number, callers pass 0.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mixfeat import backends, reference
+from mixfeat.activations import Polynomial
+
+__all__ = ["patch_conv"]
+
+# What the CPU backend may keep of the activation's slopes for the backward pass: that saves one of three matrix products.
+# With this the memory of a forward and backward pass stays within 64 MiB of the input's and the weight's; samples beyond
+# it are computed again.
+SAVED_BYTES = 32 << 20
+
+_POLYNOMIAL = "int degree, float threshold, float scale, bool lower, bool upper"
+
+torch.library.define(
+    "mixfeat::patch_conv",
+    f"(Tensor input, Tensor weight, Tensor? index, Tensor? lam, {_POLYNOMIAL}, SymInt saved) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "mixfeat::patch_conv_backward",
+    f"(Tensor grad, Tensor slope, Tensor input, Tensor weight, Tensor? index, Tensor? lam, {_POLYNOMIAL}, "
+    "bool need_input, bool need_weight) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+patch_conv = torch.ops.mixfeat.patch_conv.default
+patch_conv_backward = torch.ops.mixfeat.patch_conv_backward.default
+
+
+def _accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _slope_shape(input: Tensor, weight: Tensor, saved: int) -> tuple[int, int, int, int]:
+    """(B, saved, P, columns): runs that share the data are columns of one product."""
+    columns = weight.shape[-3] * weight.shape[-2]
+    if input.dim() == 4:
+        return input.shape[0], saved, input.shape[2], columns
+    return 1, saved, input.shape[1], columns * (weight.shape[0] if weight.dim() == 4 else 1)
+
+
+def _samples_to_save(input: Tensor, weight: Tensor) -> int:
+    """For how many samples forward keeps the activation's slopes, where gradients will be asked for."""
+    if input.device.type != "cpu":
+        return 0  # there, computing them again is cheaper than the memory traffic
+    batch, samples, patches, columns = _slope_shape(input, weight, input.shape[-3])
+    sample_bytes = batch * patches * columns * (8 if input.dtype == torch.float64 else 4)
+    return min(samples, SAVED_BYTES // max(1, sample_bytes))
+
+
+def _forward(
+    input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, *polynomial_and_saved: Any
+) -> tuple[Tensor, Tensor]:
+    name = backends.serving(input.device.type, input.dtype)
+    if index is not None and lam is not None:
+        index, lam = _checked_index(index, lam, input.shape[-3], name)
+    if name == "cpu":
+        logits, slope = torch.ops.mixfeat_cpu.patch_conv.default(
+            *_native(input, weight), index, lam, *polynomial_and_saved
+        )
+        return logits.to(input.dtype), slope
+    *fields, saved = polynomial_and_saved
+    polynomial = Polynomial(*fields)
+    if name == "triton":
+        from mixfeat.kernels.triton.patch_conv import patch_conv as launch
+
+        logits = launch(*_as_networks(input, weight), index, lam, polynomial)
+        if input.dim() == 3:  # (1, N, R*C), where weight has R runs
+            logits = logits[0] if weight.dim() == 3 else logits[0].unflatten(1, weight.shape[:2]).transpose(0, 1)
+    else:
+        logits = reference.patch_conv(input, weight, polynomial, index=index, lam=lam)
+    return logits.clone(memory_format=torch.contiguous_format), _slope(input, weight, index, lam, polynomial, saved)
+
+
+def _backward(
+    grad: Tensor,
+    slope: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    lam: Tensor | None,
+    *polynomial_and_needs: Any,
+) -> tuple[Tensor, Tensor]:
+    *fields, need_input, need_weight = polynomial_and_needs
+    polynomial = Polynomial(*fields)
+    name = backends.serving(input.device.type, input.dtype)
+    if index is not None and lam is not None:
+        index, lam = _checked_index(index, lam, input.shape[-3], name)
+    input_grad, weight_grad = input.new_empty(0), weight.new_empty(0)
+    if name == "cpu":
+        input_grad, weight_grad = torch.ops.mixfeat_cpu.patch_conv_backward.default(
+            grad.to(slope.dtype).contiguous(), slope, *_native(input, weight), index, lam, *polynomial_and_needs
+        )
+    elif name == "triton":
+        from mixfeat.kernels.triton.patch_conv import patch_conv_backward as launch
+
+        if input.dim() == 3:
+            grad = (grad if weight.dim() == 3 else grad.transpose(0, 1).flatten(1))[None]
+        grads = launch(
+            grad, *_as_networks(input, weight), index, lam, polynomial, input_grad=need_input, weight_grad=need_weight
+        )
+        if grads[0] is not None:
+            input_grad = grads[0].view(input.shape)
+        if grads[1] is not None:  # one weight that serves the data of several runs gets the sum over them
+            summed = input.dim() == 4 and weight.dim() == 3
+            weight_grad = grads[1].sum(0) if summed else grads[1].view(weight.shape)
+    else:
+        with torch.enable_grad():
+            x, w = input.detach().requires_grad_(need_input), weight.detach().requires_grad_(need_weight)
+            logits = reference.patch_conv(x, w, polynomial, index=index, lam=lam)
+        logits.backward(grad)
+        input_grad, weight_grad = (
+            leaf.new_empty(0) if leaf.grad is None else leaf.grad.contiguous() for leaf in (x, w)
+        )
+    return input_grad.to(input.dtype), weight_grad.to(weight.dtype)
+
+
+def _native(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As the CPU library takes them: float32 or float64, patches contiguous, weight contiguous."""
+    if input.dtype in (torch.bfloat16, torch.float16):
+        input, weight = input.float(), weight.float()
+    return input if input.stride(-1) == 1 or input.shape[-1] <= 1 else input.contiguous(), weight.contiguous()
+
+
+def _as_networks(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As Triton's kernels take them: (B,N,P,D) and (B,C,M,D)."""
+    if input.dim() == 3:
+        return input[None], weight.flatten(0, -3)[None]
+    return input, weight if weight.dim() == 4 else weight.expand(input.shape[0], *weight.shape)
+
+
+def _checked_index(index: Tensor, lam: Tensor, samples: int, name: str) -> tuple[Tensor, Tensor]:
+    """Refuse an index out of range where it can be read without waiting; elsewhere let it give NaN."""
+    if index.device.type == "cpu":
+        if index.numel():
+            low, high = (int(bound) for bound in index.aminmax())
+            if low < 0 or high >= samples:
+                raise IndexError(f"index must lie in [0, {samples}), got {low if low < 0 else high}")
+        return index.contiguous(), lam
+    if name == "triton":
+        return index, lam  # its kernels see to it
+    valid = (index >= 0) & (index < samples)
+    return index.where(valid, 0), lam.where(valid, torch.nan)
+
+
+def _slope(
+    input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, polynomial: Polynomial, saved: int
+) -> Tensor:
+    """phi' of the first ``saved`` samples from a backend that does not yield it, as the schema promises."""
+    x, w = (t.to(_accumulation(input.dtype)) for t in _as_networks(input, weight))
+    if saved == 0:
+        return x.new_empty(_slope_shape(input, weight, 0))
+    if index is not None and lam is not None:
+        x = reference.mixup(x, index, lam, dim=-3)
+    with torch.enable_grad():
+        s = torch.einsum("bnpd,bqd->bnpq", x[:, :saved], w.flatten(1, 2)).detach().requires_grad_()
+        return torch.autograd.grad(polynomial(s).sum(), s)[0]
+
+
+class _PatchConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        index, lam, *ctx.polynomial, _ = rest
+        with torch._C._AutoDispatchBelowAutograd():
+            logits, slope = patch_conv(input, weight, index, lam, *ctx.polynomial, _samples_to_save(input, weight))
+        ctx.save_for_backward(slope, input, weight, index, lam)
+        ctx.mark_non_differentiable(slope)
+        return logits, slope
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        need_input, need_weight, *others = ctx.needs_input_grad
+        input_grad, weight_grad = patch_conv_backward(
+            grad, *ctx.saved_tensors, *ctx.polynomial, need_input, need_weight
+        )
+        return input_grad if need_input else None, weight_grad if need_weight else None, *[None] * len(others)
+
+
+def _autograd(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+        return _PatchConv.apply(input, weight, *rest)
+    with torch._C._AutoDispatchBelowAutograd():
+        return patch_conv(input, weight, *rest)
+
+
+# torch.library.register_autograd does the same at three times the cost of a call.
+torch.library.impl("mixfeat::patch_conv", "Autograd", _autograd)
+torch.library.impl("mixfeat::patch_conv", "CompositeExplicitAutograd", _forward)
+torch.library.impl("mixfeat::patch_conv_backward", "CompositeExplicitAutograd", _backward)
+
+
+@torch.library.register_fake("mixfeat::patch_conv")
+def _(input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    runs = input.shape[:-3] if input.dim() == 4 else weight.shape[:-3]
+    logits = input.new_empty((*runs, input.shape[-3], weight.shape[-3]))
+    return logits, input.new_empty(_slope_shape(input, weight, rest[-1]), dtype=_accumulation(input.dtype))
+
+
+@torch.library.register_fake("mixfeat::patch_conv_backward")
+def _(grad: Tensor, slope: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, need_input, need_weight = rest
+    return (
+        input.new_empty(input.shape if need_input else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+    )
