@@ -42,6 +42,13 @@ class Polynomial(NamedTuple):
         curve = self.scale / self.degree * u**self.degree
         return torch.where(t < 1, curve, self.scale * (t - (1 - 1 / self.degree))) if self.upper else curve
 
+    def derivative(self, z: Tensor) -> Tensor:
+        """phi'(z), elementwise."""
+        t = z if self.threshold == 1 else z / self.threshold
+        u = t.clamp(min=0 if self.lower else None, max=1 if self.upper else torch.inf)
+        power = (t > 0).to(z.dtype) if self.lower and self.degree == 1 else u ** (self.degree - 1)
+        return self.scale / self.threshold * power
+
 
 @dataclass(frozen=True)
 class Activation:

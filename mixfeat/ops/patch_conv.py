@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mixfeat import backends, reference
 from mixfeat.activations import Polynomial
@@ -115,12 +114,10 @@ def _backward(
             summed = input.dim() == 4 and weight.dim() == 3
             weight_grad = grads[1].sum(0) if summed else grads[1].view(weight.shape)
     else:
-        with torch.enable_grad():
-            x, w = input.detach().requires_grad_(need_input), weight.detach().requires_grad_(need_weight)
-            logits = reference.patch_conv(x, w, polynomial, index=index, lam=lam)
-        logits.backward(grad)
+        g, x, w = (t.to(slope.dtype) for t in (grad, input, weight))
+        grads = reference.patch_conv_backward(g, x, w, polynomial, index=index, lam=lam)
         input_grad, weight_grad = (
-            leaf.new_empty(0) if leaf.grad is None else leaf.grad.contiguous() for leaf in (x, w)
+            t.contiguous() if need else t.new_empty(0) for t, need in zip(grads, (need_input, need_weight), strict=True)
         )
     return input_grad.to(input.dtype), weight_grad.to(weight.dtype)
 
@@ -162,9 +159,7 @@ def _slope(
         return x.new_empty(_slope_shape(input, weight, 0))
     if index is not None and lam is not None:
         x = reference.mixup(x, index, lam, dim=-3)
-    with torch.enable_grad():
-        s = torch.einsum("bnpd,bqd->bnpq", x[:, :saved], w.flatten(1, 2)).detach().requires_grad_()
-        return torch.autograd.grad(polynomial(s).sum(), s)[0]
+    return polynomial.derivative(torch.einsum("bnpd,bqd->bnpq", x[:, :saved], w.flatten(1, 2)))
 
 
 class _PatchConv(torch.autograd.Function):
@@ -178,13 +173,30 @@ class _PatchConv(torch.autograd.Function):
         return logits, slope
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         need_input, need_weight, *others = ctx.needs_input_grad
         input_grad, weight_grad = patch_conv_backward(
             grad, *ctx.saved_tensors, *ctx.polynomial, need_input, need_weight
         )
         return input_grad if need_input else None, weight_grad if need_weight else None, *[None] * len(others)
+
+
+class _PatchConvBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return patch_conv_backward(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError("patch_conv cannot be differentiated twice: its backward pass has no derivative")
+
+
+def _backward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+        return _PatchConvBackward.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return patch_conv_backward(*args)
 
 
 def _autograd(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -197,6 +209,7 @@ def _autograd(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor
 # torch.library.register_autograd does the same at three times the cost of a call.
 torch.library.impl("mixfeat::patch_conv", "Autograd", _autograd)
 torch.library.impl("mixfeat::patch_conv", "CompositeExplicitAutograd", _forward)
+torch.library.impl("mixfeat::patch_conv_backward", "Autograd", _backward_autograd)
 torch.library.impl("mixfeat::patch_conv_backward", "CompositeExplicitAutograd", _backward)
 
 

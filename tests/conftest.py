@@ -1,0 +1,57 @@
+"""Shared by all tests: fresh random inputs (the seed is in the report), backends to run on, errors to hold results to.
+
+``TRITON_INTERPRET=1 pytest -m triton`` runs the Triton kernels in their interpreter; without it, and without a GPU, they are
+compiled but not run.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mixfeat as mf
+
+ROOT = Path(__file__).parents[1]
+SEED = int(os.environ.get("MIXFEAT_TEST_SEED", torch.seed() % 2**32))
+
+
+def pytest_report_header() -> str:
+    return f"mixfeat: MIXFEAT_TEST_SEED={SEED}, backends {', '.join(mf.backends.available())}"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(params=["cpu", pytest.param("triton", marks=pytest.mark.triton), "reference"])
+def backend(request):
+    """Each backend in turn, in force during the test."""
+    if request.param not in mf.backends.available():
+        pytest.skip(f"{request.param} needs a GPU, or TRITON_INTERPRET=1")
+    with mf.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    """The device that the backend serves."""
+    return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def run_python():
+    """Run code in a fresh interpreter, from the repository's root; fails with its output. Returns its stdout."""
+
+    def run(code: str, *, check: bool = True, **environment: str | None) -> str:
+        env = {**os.environ, **{k: v for k, v in environment.items() if v is not None}}
+        for name in (k for k, v in environment.items() if v is None):
+            env.pop(name, None)
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert not check or result.returncode == 0, result.stdout + result.stderr
+        return result.stdout + ("" if check else result.stderr)
+
+    return run
