@@ -5,6 +5,7 @@ a :class:`Polynomial`, the one family that holds them all.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -32,6 +33,12 @@ class Polynomial(NamedTuple):
     scale: float = 1.0
     lower: bool = True
     upper: bool = False
+
+    @classmethod
+    def of(cls, fields: Sequence[float]) -> "Polynomial":
+        """From its fields as numbers, the form in which operators of PyTorch take it."""
+        degree, threshold, scale, lower, upper = fields
+        return cls(int(degree), threshold, scale, bool(lower), bool(upper))
 
     def __call__(self, z: Tensor) -> Tensor:
         """phi(z), elementwise and differentiable."""

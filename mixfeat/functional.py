@@ -74,7 +74,7 @@ def patch_conv(
         raise ValueError(f"weight must have as many runs R as input, {input.shape[0]}, got {weight.shape[0]}")
     if index is not None or lam is not None:
         lam = _check_mixing(index, lam, input.shape[-3], input)
-    return ops.patch_conv(input, weight, index, lam, *activation.polynomial, 0)[0]
+    return ops.patch_conv(input, weight, index, lam, activation.polynomial)
 
 
 def _check_tensor(name: str, value: Tensor, shape: str) -> None:

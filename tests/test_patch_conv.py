@@ -275,14 +275,14 @@ def test_opcheck(backend, device, mix, runs):
     x, w, kwargs = make_inputs((5, 2, 4, 2, 3), torch.float32, device, runs=runs, mix=mix)
     index, lam = kwargs.get("index"), kwargs.get("lam")
     for requires_grad in (False, True):
-        args = (x.requires_grad_(requires_grad), w.requires_grad_(requires_grad), index, lam, *POLY.polynomial)
+        args = (x.requires_grad_(requires_grad), w.requires_grad_(requires_grad), index, lam, POLY.polynomial)
         opcheck(torch.ops.mixfeat.patch_conv.default, (*args, 0))
     x, w = x.detach(), w.detach()
-    logits, slope = torch.ops.mixfeat.patch_conv(x, w, index, lam, *POLY.polynomial, 3 if device.type == "cpu" else 0)
+    logits, slope = torch.ops.mixfeat.patch_conv(x, w, index, lam, POLY.polynomial, 3 if device.type == "cpu" else 0)
     for needs in ((True, True), (True, False), (False, True)):
         opcheck(
             torch.ops.mixfeat.patch_conv_backward.default,
-            (torch.randn_like(logits), slope, x, w, index, lam, *POLY.polynomial, *needs),
+            (torch.randn_like(logits), slope, x, w, index, lam, POLY.polynomial, *needs),
         )
 
 

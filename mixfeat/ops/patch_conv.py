@@ -4,6 +4,7 @@ Beside the logits it returns the activation's slopes phi' for the first ``saved`
 need not compute again; autograd chooses their number, callers pass 0.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,26 +15,47 @@ from mixfeat.activations import Polynomial
 
 __all__ = ["patch_conv"]
 
-# What the CPU backend may keep of the activation's slopes for the backward pass: that saves one of three matrix products.
-# With this the memory of a forward and backward pass stays within 64 MiB of the input's and the weight's; samples beyond
-# it are computed again.
+# What the CPU backend may keep of the activation's slopes for the backward pass, which saves one of three matrix
+# products. With this the memory of a forward and backward pass stays within 64 MiB of the input's and the weight's;
+# samples beyond it are computed again.
 SAVED_BYTES = 32 << 20
-
-_POLYNOMIAL = "int degree, float threshold, float scale, bool lower, bool upper"
 
 torch.library.define(
     "mixfeat::patch_conv",
-    f"(Tensor input, Tensor weight, Tensor? index, Tensor? lam, {_POLYNOMIAL}, SymInt saved) -> (Tensor, Tensor)",
+    "(Tensor input, Tensor weight, Tensor? index, Tensor? lam, float[] polynomial, SymInt saved) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     "mixfeat::patch_conv_backward",
-    f"(Tensor grad, Tensor slope, Tensor input, Tensor weight, Tensor? index, Tensor? lam, {_POLYNOMIAL}, "
+    "(Tensor grad, Tensor slope, Tensor input, Tensor weight, Tensor? index, Tensor? lam, float[] polynomial, "
     "bool need_input, bool need_weight) -> (Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
-patch_conv = torch.ops.mixfeat.patch_conv.default
-patch_conv_backward = torch.ops.mixfeat.patch_conv_backward.default
+_op = torch.ops.mixfeat.patch_conv.default
+_backward_op = torch.ops.mixfeat.patch_conv_backward.default
+
+
+def patch_conv(
+    input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, polynomial: Polynomial
+) -> Tensor:
+    """The logits, by ``torch.ops.mixfeat.patch_conv`` where somebody watches, else by what it would call.
+
+    The way through the dispatcher costs a small problem more time than its kernel.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(input) not in _PLAIN
+        or type(weight) not in _PLAIN
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return _op(input, weight, index, lam, polynomial, 0)[0]
+    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+        return _apply(input, weight, index, lam, polynomial, True)
+    return _forward(input, weight, index, lam, polynomial, 0)[0]
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _accumulation(dtype: torch.dtype) -> torch.dtype:
@@ -52,24 +74,25 @@ def _samples_to_save(input: Tensor, weight: Tensor) -> int:
     """For how many samples forward keeps the activation's slopes, where gradients will be asked for."""
     if input.device.type != "cpu":
         return 0  # there, computing them again is cheaper than the memory traffic
-    batch, samples, patches, columns = _slope_shape(input, weight, input.shape[-3])
-    sample_bytes = batch * patches * columns * (8 if input.dtype == torch.float64 else 4)
-    return min(samples, SAVED_BYTES // max(1, sample_bytes))
+    *_, samples, patches, features = input.shape
+    slopes = weight.numel() // max(1, features) * patches  # of one sample
+    if input.dim() == 4 and weight.dim() == 3:
+        slopes *= input.shape[0]
+    return min(samples, SAVED_BYTES // max(1, slopes * (8 if input.dtype == torch.float64 else 4)))
 
 
 def _forward(
-    input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, *polynomial_and_saved: Any
+    input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, fields: Sequence[float], saved: int
 ) -> tuple[Tensor, Tensor]:
+    polynomial = fields if isinstance(fields, Polynomial) else Polynomial.of(fields)
     name = backends.serving(input.device.type, input.dtype)
     if index is not None and lam is not None:
         index, lam = _checked_index(index, lam, input.shape[-3], name)
     if name == "cpu":
         logits, slope = torch.ops.mixfeat_cpu.patch_conv.default(
-            *_native(input, weight), index, lam, *polynomial_and_saved
+            *_native(input, weight), index, lam, *polynomial, saved
         )
         return logits.to(input.dtype), slope
-    *fields, saved = polynomial_and_saved
-    polynomial = Polynomial(*fields)
     if name == "triton":
         from mixfeat.kernels.triton.patch_conv import patch_conv as launch
 
@@ -88,17 +111,25 @@ def _backward(
     weight: Tensor,
     index: Tensor | None,
     lam: Tensor | None,
-    *polynomial_and_needs: Any,
+    fields: Sequence[float],
+    need_input: bool,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    *fields, need_input, need_weight = polynomial_and_needs
-    polynomial = Polynomial(*fields)
+    polynomial = fields if isinstance(fields, Polynomial) else Polynomial.of(fields)
     name = backends.serving(input.device.type, input.dtype)
     if index is not None and lam is not None:
         index, lam = _checked_index(index, lam, input.shape[-3], name)
     input_grad, weight_grad = input.new_empty(0), weight.new_empty(0)
     if name == "cpu":
         input_grad, weight_grad = torch.ops.mixfeat_cpu.patch_conv_backward.default(
-            grad.to(slope.dtype).contiguous(), slope, *_native(input, weight), index, lam, *polynomial_and_needs
+            grad.to(slope.dtype).contiguous(),
+            slope,
+            *_native(input, weight),
+            index,
+            lam,
+            *polynomial,
+            need_input,
+            need_weight,
         )
     elif name == "triton":
         from mixfeat.kernels.triton.patch_conv import patch_conv_backward as launch
@@ -163,47 +194,69 @@ def _slope(
 
 
 class _PatchConv(torch.autograd.Function):
+    """The operator's derivative. ``direct`` calls kernels without the dispatcher, and returns the logits alone."""
+
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        index, lam, *ctx.polynomial, _ = rest
-        with torch._C._AutoDispatchBelowAutograd():
-            logits, slope = patch_conv(input, weight, index, lam, *ctx.polynomial, _samples_to_save(input, weight))
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        index: Tensor | None,
+        lam: Tensor | None,
+        fields: Sequence[float],
+        direct: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        saved = _samples_to_save(input, weight)
+        if direct:
+            logits, slope = _forward(input, weight, index, lam, fields, saved)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                logits, slope = _op(input, weight, index, lam, fields, saved)
         ctx.save_for_backward(slope, input, weight, index, lam)
+        ctx.fields = fields
+        ctx.direct = direct
+        if direct:
+            return logits
         ctx.mark_non_differentiable(slope)
         return logits, slope
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         need_input, need_weight, *others = ctx.needs_input_grad
-        input_grad, weight_grad = patch_conv_backward(
-            grad, *ctx.saved_tensors, *ctx.polynomial, need_input, need_weight
-        )
+        backward: Any = _backward if ctx.direct and not torch.is_grad_enabled() else _backward_op
+        input_grad, weight_grad = backward(grad, *ctx.saved_tensors, ctx.fields, need_input, need_weight)
         return input_grad if need_input else None, weight_grad if need_weight else None, *[None] * len(others)
+
+
+# Function.apply without what it does for functorch's transforms
+_apply = super(torch.autograd.Function, _PatchConv).apply
 
 
 class _PatchConvBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            return patch_conv_backward(*args)
+            return _backward_op(*args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError("patch_conv cannot be differentiated twice: its backward pass has no derivative")
 
 
+def _autograd(
+    input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, fields: list[float], saved: int
+) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+        return _PatchConv.apply(input, weight, index, lam, fields, False)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _op(input, weight, index, lam, fields, saved)
+
+
 def _backward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
         return _PatchConvBackward.apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
-        return patch_conv_backward(*args)
-
-
-def _autograd(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
-        return _PatchConv.apply(input, weight, *rest)
-    with torch._C._AutoDispatchBelowAutograd():
-        return patch_conv(input, weight, *rest)
+        return _backward_op(*args)
 
 
 # torch.library.register_autograd does the same at three times the cost of a call.
@@ -214,10 +267,12 @@ torch.library.impl("mixfeat::patch_conv_backward", "CompositeExplicitAutograd", 
 
 
 @torch.library.register_fake("mixfeat::patch_conv")
-def _(input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+def _(
+    input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, fields: list[float], saved: int
+) -> tuple[Tensor, Tensor]:
     runs = input.shape[:-3] if input.dim() == 4 else weight.shape[:-3]
     logits = input.new_empty((*runs, input.shape[-3], weight.shape[-3]))
-    return logits, input.new_empty(_slope_shape(input, weight, rest[-1]), dtype=_accumulation(input.dtype))
+    return logits, input.new_empty(_slope_shape(input, weight, saved), dtype=_accumulation(input.dtype))
 
 
 @torch.library.register_fake("mixfeat::patch_conv_backward")
