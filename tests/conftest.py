@@ -1,7 +1,7 @@
 """Shared by all tests: fresh random inputs (the seed is in the report), backends to run on, errors to hold results to.
 
-``TRITON_INTERPRET=1 pytest -m triton`` runs the Triton kernels in their interpreter; without it, and without a GPU, they are
-compiled but not run.
+``TRITON_INTERPRET=1 pytest -m triton`` runs the Triton kernels in their interpreter; without it, and without a GPU,
+they are compiled but not run.
 """
 
 import os

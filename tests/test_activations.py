@@ -43,7 +43,9 @@ def test_matches_its_definition(activation):
 def test_derivative_is_the_familys(activation):
     """phi' = scale / threshold * u^(degree - 1), at kinks too."""
     p = activation.polynomial
-    z = torch.cat([torch.randn(50, dtype=torch.float64), torch.tensor([0.0, p.threshold, -p.threshold])]).requires_grad_()
+    z = torch.cat(
+        [torch.randn(50, dtype=torch.float64), torch.tensor([0.0, p.threshold, -p.threshold])]
+    ).requires_grad_()
     t = z.detach() / p.threshold
     u = t.clamp(max=1) if p.upper else t
     if p.lower:
@@ -56,7 +58,9 @@ def test_derivative_is_the_familys(activation):
     torch.testing.assert_close(p.derivative(z.detach()), slope, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("activation", [mf.PolyReLU(8, 0.1), mf.PowerReLU(3), mf.Power(4), mf.ReLU(), mf.Identity()], ids=repr)
+@pytest.mark.parametrize(
+    "activation", [mf.PolyReLU(8, 0.1), mf.PowerReLU(3), mf.Power(4), mf.ReLU(), mf.Identity()], ids=repr
+)
 def test_values_and_gradients_stay_finite_and_nan_shows(activation):
     z = torch.tensor([-1e4, 1e4, 0.0, math.nan], requires_grad=True)
     y = activation(z)

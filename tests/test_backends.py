@@ -1,0 +1,155 @@
+"""Choice of the backend, and the CPU library's ways to be there or not."""
+
+import subprocess
+import sys
+import threading
+import zipfile
+
+import pytest
+import torch
+from conftest import ROOT
+
+import mixfeat as mf
+from mixfeat.kernels import cpu
+
+CALL = (
+    "import torch, mixfeat as mf; print(mf.patch_conv(torch.ones(2, 3, 4), torch.ones(2, 2, 4), mf.PolyReLU()).sum())"
+)
+
+
+def test_best_available_serves():
+    assert mf.backends.available()[-2:] == ("cpu", "reference")
+    assert mf.backends.serving("cpu") == "cpu"
+    assert mf.backends.serving("mps") == "reference"
+
+
+def test_choice_is_for_the_block_and_the_thread():
+    with mf.backend("reference"):
+        assert mf.backends.serving("cpu") == "reference"
+        with mf.backend("cpu"):
+            assert mf.backends.serving("cpu") == "cpu"
+        elsewhere = []
+        thread = threading.Thread(target=lambda: elsewhere.append(mf.backends.serving("cpu")))
+        thread.start()
+        thread.join()
+        assert mf.backends.serving("cpu") == "reference"
+    assert elsewhere == ["cpu"]
+    assert mf.backends.serving("cpu") == "cpu"
+
+
+def test_choice_changes_what_runs():
+    x, w = torch.randn(9, 3, 4), torch.randn(2, 2, 4, requires_grad=True)
+    seen = []
+    for name in ("cpu", "reference"):
+        with mf.backend(name), torch.profiler.profile() as profile:
+            logits = mf.patch_conv(x, w, mf.PolyReLU())
+        logits.sum().backward()  # by the default backend, whoever ran forward
+        seen.append((logits.detach(), w.grad))
+        w.grad = None
+        assert any(event.name == "mixfeat_cpu::patch_conv" for event in profile.events()) == (name == "cpu")
+    torch.testing.assert_close(*seen)
+
+
+@pytest.mark.parametrize("name", ["cuda", "", None])
+def test_refuses_unknown_backend(name):
+    with pytest.raises(ValueError, match="backend must be one of triton, cpu, reference, got"), mf.backend(name):
+        pass
+
+
+@pytest.mark.skipif("triton" in mf.backends.available(), reason="a GPU is here")
+def test_refuses_backend_that_is_not_here():
+    with pytest.raises(ValueError, match="backend 'triton' is not available here: triton"), mf.backend("triton"):
+        pass
+
+
+def test_refuses_tensors_that_the_chosen_backend_does_not_serve():
+    with mf.backend("cpu"), pytest.raises(ValueError, match="backend 'cpu' does not serve meta tensors"):
+        mf.backends.serving("meta")
+
+
+def test_environment(run_python):
+    assert "reference" in run_python(
+        "import mixfeat as mf; print(mf.backends.serving('cpu'))", MIXFEAT_BACKEND="reference"
+    )
+    refused = run_python(CALL, check=False, MIXFEAT_BACKEND="gpu")
+    assert "MIXFEAT_BACKEND must be one of triton, cpu, reference, got 'gpu'" in refused
+
+
+def test_import_is_light(run_python):
+    """Neither kernels nor what only experiments need; all that on demand."""
+    heavy = ("triton", "torch._dynamo", "matplotlib", "sqlite3", "mixfeat.kernels", "mixfeat.experiments")
+    new = run_python(
+        "import sys, torch; before = set(sys.modules); import mixfeat; print(*(set(sys.modules) - before))"
+    ).split()
+    assert "mixfeat.functional" in new
+    assert not [name for name in new if name.startswith(heavy)]
+
+
+def test_describes_itself():
+    facts = mf.backends.describe()
+    assert facts["cpu"] == facts["reference"] == "available"
+    assert facts["cpu_capability"] in ("avx512", "avx2", "generic")
+    assert facts["compiler"]
+
+
+# In the tests below the library beside the sources is hidden, as after an installation under build isolation.
+HIDE = "from mixfeat.kernels import cpu; cpu._built_ahead = lambda: None\n"
+
+
+def test_builds_at_first_use_once(tmp_path):
+    """Four processes at once: all get the library, one builds it, nothing else stays behind."""
+    code = HIDE + "from mixfeat.kernels.cpu import build\n"
+    code += "real = cpu.build\ndef build(*a):\n    print('building'); return real(*a)\ncpu.build = build\n" + CALL
+    env = {**__import__("os").environ, "MIXFEAT_CACHE": str(tmp_path)}
+    run = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", code], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(4)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in run]
+    assert [process.returncode for process in run] == [0] * 4
+    assert sum("building" in output for output in outputs) == 1
+    (folder,) = tmp_path.iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == sorted([cpu.build.__globals__["LIBRARY"], "lock"])
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CXX": "no-such-compiler"}, "no C++ compiler found (looked for no-such-compiler; set CXX to name one)"),
+        ({"CXX": "false"}, "building the CPU library failed"),
+        ({"MIXFEAT_CACHE": "/dev/null/cache"}, "the CPU library could not be built in /dev/null/cache"),
+    ],
+    ids=["no compiler", "broken compiler", "no cache"],
+)
+def test_falls_back_with_one_warning(tmp_path, run_python, environment, reason):
+    output = run_python(HIDE + CALL + "\n" + CALL, check=False, **{"MIXFEAT_CACHE": str(tmp_path), **environment})
+    assert output.count("tensor(") == 2
+    assert output.count("mixfeat falls back to plain PyTorch on cpu tensors") == 1
+    assert reason in output
+
+
+def test_works_without_triton(run_python):
+    output = run_python(
+        "import sys; sys.modules['triton'] = None\n" + CALL + "\nprint(mf.backends.describe()['triton'])"
+    )
+    assert "tensor(" in output
+    assert "triton cannot be imported" in output
+
+
+def test_wheel_holds_all_it_needs(tmp_path):
+    """Library and sources, kernels under mixfeat.kernels, the type marker."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, ROOT]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "none-any" not in wheel.name
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "mixfeat").rglob("*.py")}
+    kernels = {
+        f"mixfeat/{p.relative_to(ROOT).as_posix()}"
+        for p in (ROOT / "kernels").rglob("*")
+        if p.suffix in (".py", ".cpp", ".h")
+    }
+    assert modules | kernels | {"mixfeat/py.typed", "mixfeat/kernels/cpu/libmixfeat_cpu.so"} <= names

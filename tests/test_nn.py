@@ -1,0 +1,130 @@
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.nn import functional as F
+
+import mixfeat as mf
+
+POLY = mf.PolyReLU(8, 0.1)
+
+
+@pytest.mark.parametrize("num_runs", [None, 3])
+def test_is_patch_conv(num_runs):
+    model = mf.TwoLayerPatchCNN(4, 5, 6, POLY, num_runs=num_runs)
+    x, index = torch.randn(7, 3, 6), torch.randint(7, (7,))
+    assert torch.equal(model(x), mf.patch_conv(x, model.weight, POLY))
+    assert torch.equal(model(x, index, 0.5), mf.patch_conv(x, model.weight, POLY, index=index, lam=0.5))
+    assert model(x).shape == ((7, 4) if num_runs is None else (3, 7, 4))
+
+
+def test_weights_are_drawn_from_the_generator():
+    make = lambda seed: mf.TwoLayerPatchCNN(
+        50, 40, 30, POLY, init_std=0.3, generator=torch.Generator().manual_seed(seed)
+    )  # noqa: E731
+    a, b, c = make(0), make(0), make(1)
+    assert torch.equal(a.weight, b.weight)
+    assert not torch.equal(a.weight, c.weight)
+    deviation = a.weight.std().item() / 0.3  # of 60,000 draws: its own standard deviation is 0.003
+    assert 0.98 < deviation < 1.02
+    a.reset_parameters(torch.Generator().manual_seed(1))
+    assert torch.equal(a.weight, c.weight)
+
+
+def test_default_init_std():
+    assert mf.TwoLayerPatchCNN(2, 3, 16, POLY).init_std == pytest.approx(0.07)
+    assert mf.TwoLayerPatchCNN(2, 3, 16, mf.Power(3)).init_std == 0.25
+
+
+def test_dtype_device_and_repr():
+    model = mf.TwoLayerPatchCNN(2, 3, 4, POLY, num_runs=5, dtype=torch.float64)
+    assert model.weight.dtype == torch.float64
+    assert repr(model) == "TwoLayerPatchCNN(2, 3, 4, PolyReLU(degree=8, rho=0.1, clamp=True), num_runs=5)"
+    assert mf.TwoLayerPatchCNN(2, 3, 4, POLY, device="meta").weight.device.type == "meta"
+
+
+def test_round_trips():
+    model = mf.TwoLayerPatchCNN(2, 3, 4, POLY)
+    x = torch.randn(5, 6, 4)
+    other = mf.TwoLayerPatchCNN(2, 3, 4, POLY)
+    other.load_state_dict(model.state_dict())
+    for twin in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), model(x))
+
+
+def test_export():
+    model = mf.TwoLayerPatchCNN(2, 3, 4, POLY)
+    x = torch.randn(5, 6, 4)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
+    y = torch.randn(9, 6, 4)
+    torch.testing.assert_close(exported.module()(y), model(y))
+
+
+def test_learns():
+    """Plain training: a separable problem to full accuracy."""
+    data = mf.data.multi_view(64, 4, 6, generator=torch.Generator().manual_seed(0))
+    model = mf.TwoLayerPatchCNN(4, 8, 8, mf.PolyReLU(3, 0.25), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=2)
+    for _ in range(400):
+        optimizer.zero_grad()
+        F.cross_entropy(model(data.input), data.target).backward()
+        optimizer.step()
+    assert (model(data.input).argmax(-1) == data.target).all()
+
+
+def test_runs_train_as_if_alone():
+    x, target = torch.randn(3, 12, 4, 6), torch.randint(4, (3, 12))
+    model = mf.TwoLayerPatchCNN(4, 5, 6, POLY, num_runs=3)
+    F.cross_entropy(model(x).flatten(0, 1), target.flatten(), reduction="sum").backward()
+    for r in range(3):
+        alone = mf.TwoLayerPatchCNN(4, 5, 6, POLY)
+        alone.weight.data = model.weight.detach()[r].clone()
+        F.cross_entropy(alone(x[r]), target[r], reduction="sum").backward()
+        torch.testing.assert_close(model.weight.grad[r], alone.weight.grad)
+
+
+def test_distributed_data_parallel(tmp_path):
+    """Two processes on gloo, half of the batch each: the same gradient as one process with all of it."""
+    script = f"""
+import sys, torch, torch.distributed as dist, mixfeat as mf
+from torch.nn import functional as F
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://{tmp_path}/rendezvous", rank=rank, world_size=2)
+torch.manual_seed(0)
+model = mf.TwoLayerPatchCNN(4, 5, 6, mf.PolyReLU(8, 0.1))
+x, target, index = torch.randn(12, 3, 6), torch.randint(4, (12,)), torch.randint(6, (12,))
+parallel = torch.nn.parallel.DistributedDataParallel(model)
+part = slice(6 * rank, 6 * rank + 6)
+F.cross_entropy(parallel(x[part], index[part], 0.3), target[part]).backward()
+grad = model.weight.grad.clone()
+model.zero_grad()
+sum(F.cross_entropy(model(x[s], index[s], 0.3), target[s]) / 2 for s in (slice(6), slice(6, 12))).backward()
+torch.testing.assert_close(grad, model.weight.grad)
+assert grad.any()
+dist.destroy_process_group()
+"""
+    ranks = [subprocess.Popen([sys.executable, "-c", script, str(r)], cwd=ROOT, stderr=subprocess.PIPE) for r in (0, 1)]
+    for rank in ranks:
+        _, stderr = rank.communicate(timeout=120)
+        assert rank.returncode == 0, stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "message"),
+    [
+        ((0, 3, 4, POLY), {}, ValueError, "num_classes must be at least 1, got 0"),
+        ((2, -3, 4, POLY), {}, ValueError, "filters_per_class must be at least 1, got -3"),
+        ((2, 3, 4.0, POLY), {}, TypeError, "patch_dim must be an integer, got 4.0"),
+        ((2, 3, 4, POLY), {"num_runs": 0}, ValueError, "num_runs must be at least 1, got 0"),
+        ((2, 3, 4, torch.relu), {}, TypeError, "activation must be a mixfeat activation such as"),
+        ((2, 3, 4, POLY), {"init_std": 0.0}, ValueError, "init_std must be finite and positive, got 0.0"),
+        ((2, 3, 4, POLY), {"init_std": float("nan")}, ValueError, "init_std must be finite and positive, got nan"),
+    ],
+)
+def test_refuses(args, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        mf.TwoLayerPatchCNN(*args, **kwargs)
