@@ -1,0 +1,112 @@
+"""patch_conv, forward + backward to the weight, against what a user could write; and the cost of a call itself.
+
+``pytest benchmarks`` prints a table; ``MIXFEAT_BENCH_OUT=FILE`` also writes it as JSON lines.
+"""
+
+import json
+import math
+import os
+import platform
+import statistics
+import time
+
+import pytest
+import torch
+
+import mixfeat as mf
+from benchmarks import baselines, harness
+from mixfeat import reference
+
+ACTIVATION = mf.PolyReLU(8, 0.1)
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+SHAPES = {
+    "patches": (8192 if CUDA else 1024, 16, 64, 10, 16),
+    "paper": (256, 12, 20, 10, 10),
+    "image": (256, 196, 768, 10, 16),
+}
+DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
+
+
+def record(capsys, row):
+    row = {
+        **row,
+        "version": mf.__version__,
+        "device": torch.cuda.get_device_name() if CUDA else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+    }
+    with capsys.disabled():
+        print("\n" + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    if "MIXFEAT_BENCH_OUT" in os.environ:
+        with open(os.environ["MIXFEAT_BENCH_OUT"], "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SHAPES)
+def test_training_step(benchmark, capsys, name, dtype):
+    samples, patches, features, classes, filters = shape = SHAPES[name]
+    x = torch.randn(samples, patches, features, device=DEVICE, dtype=dtype)
+    w = torch.randn(classes, filters, features, device=DEVICE, dtype=dtype) * (0.1 / math.sqrt(features))
+    w.requires_grad_()
+    grad = torch.randn(samples, classes, device=DEVICE, dtype=dtype)
+
+    def step(f):
+        def run():
+            w.grad = None
+            f(x, w, ACTIVATION).backward(grad)
+
+        return run
+
+    contenders = {
+        "mixfeat": mf.patch_conv,
+        "compile": baselines.compiled("max-autotune-no-cudagraphs" if CUDA else None),
+        "eager": baselines.eager,
+        "naive": baselines.naive,
+    }
+    truth = reference.patch_conv(x[:64].double(), w.double(), ACTIVATION)
+    for f in contenders.values():  # nothing is timed that is wrong
+        error = (f(x, w, ACTIVATION)[:64].double() - truth).norm() / truth.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 0.1)
+    timing = harness.compare({key: step(f) for key, f in contenders.items()})
+    benchmark.pedantic(step(mf.patch_conv), rounds=5)
+
+    products = 2 * samples * patches * features * classes * filters  # forward and weight gradient; slopes are kept
+    ours = timing["mixfeat"].p50
+    record(
+        capsys,
+        {
+            "shape": f"{name} {shape}",
+            "dtype": str(dtype).removeprefix("torch."),
+            "ms": ours * 1e3,
+            **{f"x {key}": timing[key].p50 / ours for key in list(contenders)[1:]},
+            "of matrix rate": products / ours / harness.matrix_rate(dtype, DEVICE),
+        },
+    )
+
+
+@pytest.mark.skipif(CUDA, reason="launches there are asynchronous")
+def test_host_overhead(benchmark, capsys):
+    """One call with autograd on tiny tensors, beyond the C++ work it ends in."""
+    x, w = torch.randn(2, 3, 4), torch.randn(2, 2, 4, requires_grad=True)
+    detached = w.detach()
+    with mf.backend("cpu"):  # has it loaded
+        mf.patch_conv(x, w, ACTIVATION)
+    native = torch.ops.mixfeat_cpu.patch_conv.default
+
+    def loop(run, calls=50):
+        begin = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - begin) / calls * 1e6
+
+    contenders = {
+        "call": lambda: mf.patch_conv(x, w, ACTIVATION),
+        "native": lambda: native(x, detached, None, None, *ACTIVATION.polynomial, 2),
+    }
+    turns = [{key: loop(run) for key, run in contenders.items()} for _ in range(400)]
+    overhead = statistics.median(turn["call"] - turn["native"] for turn in turns)
+    benchmark.pedantic(contenders["call"], rounds=50, iterations=50)
+    record(
+        capsys, {"shape": "tiny", "us of C++": statistics.median(t["native"] for t in turns), "us of host": overhead}
+    )
