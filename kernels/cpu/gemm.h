@@ -5,8 +5,6 @@
 // many columns, A and C that many rows; what stands in the padding is never mixed with the rest.
 #pragma once
 
-#include <algorithm>
-
 #include "simd.h"
 
 namespace mixfeat {
