@@ -67,7 +67,7 @@ def build(directory: Path, torch_directory: Path) -> Path:
         BuildError: no compiler or ninja, or the compiler failed; the message holds its output.
     """
     sets = _instruction_sets()
-    common = ["-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wextra"]
+    common = ["-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
     binding = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", str(torch_directory / "include")]
     binding += ["-DMIXFEAT_X86"] if len(sets) > 1 else []
     libraries = [f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]

@@ -3,6 +3,10 @@
 
 #include <cstdint>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 namespace mixfeat {
 namespace {
 
@@ -47,7 +51,8 @@ inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // x - 0 is x for every x, and one broadcast
 }
 
-// Of a bound and a value, the larger or smaller; a NaN value stays.
+// Of a bound and a value, the larger or smaller; a NaN value stays. x86 has this very function in one instruction, which
+// compilers do not always find.
 template <typename T>
 inline Vec<T> at_least(Vec<T> bound, Vec<T> v) {
   return bound > v ? bound : v;
@@ -57,6 +62,31 @@ template <typename T>
 inline Vec<T> at_most(Vec<T> bound, Vec<T> v) {
   return bound < v ? bound : v;
 }
+
+#if defined(__AVX__)
+#if defined(__AVX512F__)
+#define MIXFEAT_INTRINSIC(name) _mm512_##name
+#else
+#define MIXFEAT_INTRINSIC(name) _mm256_##name
+#endif
+template <>
+inline Vec<float> at_least<float>(Vec<float> bound, Vec<float> v) {
+  return MIXFEAT_INTRINSIC(max_ps)(bound, v);
+}
+template <>
+inline Vec<double> at_least<double>(Vec<double> bound, Vec<double> v) {
+  return MIXFEAT_INTRINSIC(max_pd)(bound, v);
+}
+template <>
+inline Vec<float> at_most<float>(Vec<float> bound, Vec<float> v) {
+  return MIXFEAT_INTRINSIC(min_ps)(bound, v);
+}
+template <>
+inline Vec<double> at_most<double>(Vec<double> bound, Vec<double> v) {
+  return MIXFEAT_INTRINSIC(min_pd)(bound, v);
+}
+#undef MIXFEAT_INTRINSIC
+#endif
 
 }  // namespace
 }  // namespace mixfeat
