@@ -8,9 +8,9 @@ import zipfile
 import pytest
 import torch
 from conftest import ROOT
+from mixfeat.kernels import cpu
 
 import mixfeat as mf
-from mixfeat.kernels import cpu
 
 CALL = (
     "import torch, mixfeat as mf; print(mf.patch_conv(torch.ones(2, 3, 4), torch.ones(2, 2, 4), mf.PolyReLU()).sum())"

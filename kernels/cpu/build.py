@@ -86,15 +86,16 @@ def build(directory: Path, torch_directory: Path) -> Path:
         "  depfile = $out.d",
         "rule link",
         f"  command = $cxx -shared $in {quote(libraries + undefined)} -o $out",
-        f"build library.o: compile {path(SOURCE / 'library.cpp')}",
-        f"  flags = {quote(['-std=c++20', *common, *binding])}",
     ]
-    objects = ["library.o"]
-    for kernel in sorted(SOURCE.glob("*.cpp")):
-        for name, flags in sets.items() if kernel.stem != "library" else ():
-            objects.append(f"{kernel.stem}.{name}.o")
-            lines.append(f"build {objects[-1]}: compile {path(kernel)}")
-            lines.append(f"  flags = {quote(['-std=c++17', *common, *flags, f'-DMIXFEAT_ISA={name}'])}")
+    objects = []
+    for source in sorted(SOURCE.glob("*.cpp")):
+        if source.stem.endswith("library"):  # bindings, once; all else once per instruction set
+            variants = {"torch": ["-std=c++20", *binding]}
+        else:
+            variants = {name: ["-std=c++17", *flags, f"-DMIXFEAT_ISA={name}"] for name, flags in sets.items()}
+        for name, flags in variants.items():
+            objects.append(f"{source.stem}.{name}.o")
+            lines += [f"build {objects[-1]}: compile {path(source)}", f"  flags = {quote([*common, *flags])}"]
     lines.append(f"build {LIBRARY}: link {' '.join(objects)}")
 
     directory.mkdir(parents=True, exist_ok=True)

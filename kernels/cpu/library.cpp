@@ -1,28 +1,12 @@
-// The CPU library's torch operators: they choose the instruction set, cut the work into tasks and own all memory.
-// Arguments were checked in Python (mixfeat/functional.py, mixfeat/ops); only what would break memory is checked again.
-//
-// Built against PyTorch's stable ABI, so that one build serves later releases.
+// The CPU library: torch.ops.mixfeat_cpu. Each operator's bindings are in a file of their own.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "library.h"
 
-#include <algorithm>
 #include <cstdlib>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
-
-#include "patch_conv.h"
 
 namespace mixfeat {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// The best instruction set that this processor has; MIXFEAT_CPU_CAPABILITY may ask for a lesser one.
 std::string best_capability() {
   int level = 0;
 #if defined(MIXFEAT_X86)
@@ -42,280 +26,19 @@ std::string best_capability() {
   return names[level];
 }
 
-const std::string& capability_name() {
+std::string capability_name() { return capability(); }
+
+}  // namespace
+
+const std::string& capability() {
   static const std::string name = best_capability();
   return name;
 }
 
-std::string capability() { return capability_name(); }
-
-template <typename T>
-const PatchConvKernels<T>& patch_conv_kernels() {
-  constexpr bool is_float = sizeof(T) == 4;
-#define MIXFEAT_KERNELS(ISA)                                              \
-  if constexpr (is_float) {                                               \
-    return reinterpret_cast<const PatchConvKernels<T>&>(ISA::patch_conv_float);  \
-  } else {                                                                \
-    return reinterpret_cast<const PatchConvKernels<T>&>(ISA::patch_conv_double); \
-  }
-#if defined(MIXFEAT_X86)
-  if (capability_name() == "avx512") {
-    MIXFEAT_KERNELS(avx512)
-  }
-  if (capability_name() == "avx2") {
-    MIXFEAT_KERNELS(avx2)
-  }
-#endif
-  MIXFEAT_KERNELS(generic)
-#undef MIXFEAT_KERNELS
-}
-
-template <typename T>
-constexpr ScalarType kType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
-
-Tensor empty(const std::vector<int64_t>& size, ScalarType type) { return torch::stable::empty(size, type); }
-
-template <typename T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
-std::vector<int64_t> shape_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
-
-// Runs f(task, scratch) for all tasks; each thread takes a contiguous share of them and has its own scratch.
-template <typename T, typename F>
-void for_each_task(int64_t tasks, int64_t scratch_size, const F& f) {
-  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  if (threads == 0) return;
-  const Tensor scratch = empty({threads, scratch_size}, kType<T>);
-  T* base = data<T>(scratch);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
-        f(task, base + thread * scratch_size);
-      }
-    }
-  });
-}
-
-// The networks of a call, as `size` descriptors whose data differ: input (N, P, D) and weight (C, M, D), either with a leading
-// run dimension. Runs that share the data go into one descriptor, and so into one matrix product.
-template <typename T>
-struct Batch {
-  PatchConv<T> first;
-  int64_t size, input_stride, weight_stride;
-  std::vector<int64_t> logits_shape;
-
-  Batch(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& index, const std::optional<Tensor>& lam,
-        const Polynomial& activation) {
-    const auto x = input.sizes(), x_stride = input.strides(), w = weight.sizes();
-    const bool input_runs = x.size() == 4, weight_runs = w.size() == 4;
-    STD_TORCH_CHECK((input_runs || x.size() == 3) && (weight_runs || w.size() == 3), "unexpected shape");
-    const size_t i = input_runs, j = weight_runs;
-    STD_TORCH_CHECK(x[i + 2] == w[j + 2] && (!input_runs || !weight_runs || x[0] == w[0]), "unexpected shape");
-    STD_TORCH_CHECK((x[i + 2] <= 1 || x_stride[i + 2] == 1) && weight.is_contiguous(), "unexpected layout");
-    STD_TORCH_CHECK(input.scalar_type() == kType<T> && weight.scalar_type() == kType<T>, "unexpected dtype");
-    STD_TORCH_CHECK(activation.degree >= 1 && activation.degree <= 16, "degree out of range");
-    STD_TORCH_CHECK(!index || (lam && lam->scalar_type() == kType<T> && index->is_contiguous()), "unexpected mixing");
-    first.samples = x[i];
-    first.patches = x[i + 1];
-    first.features = x[i + 2];
-    first.runs = weight_runs && !input_runs ? w[0] : 1;
-    first.classes = w[j];
-    first.filters = w[j + 1];
-    first.input = data<T>(input);
-    first.sample_stride = x_stride[i];
-    first.patch_stride = x_stride[i + 1];
-    first.index = index ? data<int64_t>(*index) : nullptr;
-    first.lam = lam ? data<T>(*lam) : nullptr;
-    first.lam_stride = lam && lam->dim() ? lam->stride(0) : 0;
-    first.activation = activation;
-    size = input_runs ? x[0] : 1;
-    input_stride = input_runs ? x_stride[0] : 0;
-    weight_stride = input_runs && weight_runs ? first.columns() * first.features : 0;
-    if (input_runs || weight_runs) logits_shape.push_back(size * first.runs);
-    logits_shape.insert(logits_shape.end(), {first.samples, first.classes});
-  }
-
-  // How many weights differ among the descriptors.
-  int64_t weights() const { return weight_stride ? size : std::min<int64_t>(size, 1); }
-
-  PatchConv<T> operator[](int64_t b) const {
-    PatchConv<T> a = first;
-    a.input += b * input_stride;
-    return a;
-  }
-};
-
-// The weights of a batch, packed into `count` elements each.
-template <typename T>
-struct Packed {
-  Tensor tensor;
-  int64_t stride;
-
-  Packed(const Batch<T>& batch, const Tensor& weight, int64_t count, void (*pack)(const PatchConv<T>&, const T*, T*))
-      : tensor(empty({batch.weights(), count}, kType<T>)), stride(batch.weight_stride ? count : 0) {
-    const T* from = data<T>(weight);
-    T* to = data<T>(tensor);
-    torch::stable::parallel_for(0, count ? batch.weights() : 0, (1 << 15) / std::max<int64_t>(1, count) + 1,
-                                [&](int64_t begin, int64_t end) {
-                                  for (int64_t b = begin; b < end; ++b) {
-                                    pack(batch.first, from + b * batch.weight_stride, to + b * count);
-                                  }
-                                });
-  }
-
-  const T* operator[](int64_t b) const { return data<T>(tensor) + b * stride; }
-};
-
-// Samples are cut into this many tasks per network: enough for many threads, each worth a thread's start, and a function of
-// the shapes alone, so that sums are formed in one order whatever the number of threads.
-template <typename T>
-int64_t count_tasks(const PatchConv<T>& a, int64_t most) {
-  constexpr int64_t kProductsPerTask = 1 << 21;
-  const int64_t products = a.samples * a.patches * a.columns() * (a.features + 8);
-  return std::max<int64_t>(1, std::min({a.samples, products / kProductsPerTask, most}));
-}
-
-template <typename T>
-std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& index,
-                                   const std::optional<Tensor>& lam, const Polynomial& activation, int64_t saved) {
-  const PatchConvKernels<T>& kernels = patch_conv_kernels<T>();
-  const Batch<T> batch(input, weight, index, lam, activation);
-  const PatchConv<T>& a = batch.first;
-  Tensor logits = empty(batch.logits_shape, kType<T>);
-  Tensor slope = empty({batch.size, saved, a.patches, a.columns()}, kType<T>);
-  const int64_t logits_size = a.runs * a.samples * a.classes, slope_size = saved * a.patches * a.columns();
-  if (batch.size * logits_size == 0) return {logits, slope};
-
-  const Packed<T> panels(batch, weight, kernels.panels_size(a), kernels.pack_panels);
-  const int64_t tasks = count_tasks(a, 1024);
-  T *out = data<T>(logits), *slopes = data<T>(slope);
-  for_each_task<T>(batch.size * tasks, kernels.scratch_size(a), [&](int64_t task, T* scratch) {
-    const int64_t b = task / tasks, part = task % tasks;
-    kernels.forward(batch[b], panels[b], a.samples * part / tasks, a.samples * (part + 1) / tasks, out + b * logits_size,
-                    slopes + b * slope_size, saved, scratch);
-  });
-  return {logits, slope};
-}
-
-// For each sample i, those whose partner it is, in ascending order: order[start[i]] to order[start[i + 1] - 1].
-// start has N + 2 entries.
-
-void group_by_partner(const int64_t* index, int64_t samples, int64_t* start, int64_t* order) {
-  std::fill(start, start + samples + 2, 0);
-  for (int64_t n = 0; n < samples; ++n) ++start[index[n] + 2];
-  for (int64_t i = 0; i < samples; ++i) start[i + 2] += start[i + 1];
-  for (int64_t n = 0; n < samples; ++n) order[start[index[n] + 1]++] = n;
-}
-
-template <typename T>
-std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& slope, const Tensor& input, const Tensor& weight,
-                                    const std::optional<Tensor>& index, const std::optional<Tensor>& lam,
-                                    const Polynomial& activation, bool need_input, bool need_weight) {
-  const PatchConvKernels<T>& kernels = patch_conv_kernels<T>();
-  const Batch<T> batch(input, weight, index, lam, activation);
-  const PatchConv<T>& a = batch.first;
-  const int64_t columns = a.columns(), logits_size = a.runs * a.samples * a.classes;
-  const int64_t saved = slope.size(1), slope_size = saved * a.patches * columns;
-  const int64_t sample_size = a.patches * a.features, input_size = a.samples * sample_size;
-  STD_TORCH_CHECK(grad.is_contiguous() && slope.is_contiguous(), "unexpected layout");
-  const Tensor none = empty({0}, kType<T>);
-  Tensor input_grad = need_input ? empty(shape_of(input), kType<T>) : none;
-  Tensor weight_grad = need_weight ? empty(shape_of(weight), kType<T>) : none;
-  if (batch.size * columns * input_size == 0) {
-    if (need_input) torch::stable::zero_(input_grad);
-    if (need_weight) torch::stable::zero_(weight_grad);
-    return {input_grad, weight_grad};
-  }
-
-  const int64_t rows_size = kernels.rows_size(a);
-  const Packed<T> panels(batch, weight, saved < a.samples ? kernels.panels_size(a) : 0, kernels.pack_panels);
-  const Packed<T> rows(batch, weight, need_input ? rows_size : 0, kernels.pack_rows);
-  const bool mixes = index.has_value();
-  const Tensor mixed_grad = need_input && mixes ? empty({batch.size, input_size}, kType<T>) : input_grad;
-
-  // Each task has a weight gradient of its own; all of them together stay within these bytes.
-  constexpr int64_t kPartialBytes = 16 << 20;
-  const int64_t most = kPartialBytes / int64_t(sizeof(T)) / (rows_size * batch.size);
-  const int64_t tasks = count_tasks(a, need_weight ? std::clamp<int64_t>(most, 1, 64) : 1024);
-  const Tensor partial = need_weight ? empty({batch.size * tasks, rows_size}, kType<T>) : none;
-  const T *grads = data<T>(grad), *slopes = data<T>(slope);
-  T *partials = data<T>(partial), *mixed_grads = data<T>(mixed_grad);
-  for_each_task<T>(batch.size * tasks, kernels.scratch_size(a), [&](int64_t task, T* scratch) {
-    const int64_t b = task / tasks, part = task % tasks;
-    kernels.backward(batch[b], panels[b], rows[b], a.samples * part / tasks, a.samples * (part + 1) / tasks,
-                     grads + b * logits_size, slopes + b * slope_size, saved,
-                     need_weight ? partials + task * rows_size : nullptr,
-                     need_input ? mixed_grads + b * input_size : nullptr, scratch);
-  });
-
-  if (need_weight) {
-    // a weight that serves several descriptors sums over the tasks of all
-    const int64_t parts = batch.weight_stride ? tasks : tasks * batch.size, length = kernels.row_length(a);
-    T* to = data<T>(weight_grad);
-    torch::stable::parallel_for(0, batch.weights() * columns, (1 << 15) / (a.features * parts) + 1,
-                                [&](int64_t begin, int64_t end) {
-                                  for (int64_t row = begin; row < end; ++row) {
-                                    const T* from = partials + row / columns * parts * rows_size + row % columns * length;
-                                    T* sum = to + row * a.features;
-                                    std::copy(from, from + a.features, sum);
-                                    for (int64_t part = 1; part < parts; ++part) {
-                                      from += rows_size;
-                                      for (int64_t d = 0; d < a.features; ++d) sum[d] += from[d];
-                                    }
-                                  }
-                                });
-  }
-
-  if (need_input && mixes) {
-    std::vector<int64_t> start(a.samples + 2), order(a.samples);
-    group_by_partner(a.index, a.samples, start.data(), order.data());
-    T* to = data<T>(input_grad);
-    torch::stable::parallel_for(0, batch.size * a.samples, (1 << 15) / sample_size + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin / a.samples; b * a.samples < end; ++b) {
-        kernels.unmix(a, start.data(), order.data(), std::max(begin - b * a.samples, int64_t(0)),
-                      std::min(end - b * a.samples, a.samples), mixed_grads + b * input_size, to + b * input_size);
-      }
-    });
-  }
-  return {input_grad, weight_grad};
-}
-
-std::tuple<Tensor, Tensor> patch_conv(Tensor input, Tensor weight, std::optional<Tensor> index, std::optional<Tensor> lam,
-                                      int64_t degree, double threshold, double scale, bool lower, bool upper,
-                                      int64_t saved) {
-  const Polynomial activation{degree, threshold, scale, lower, upper};
-  return input.scalar_type() == ScalarType::Float ? forward<float>(input, weight, index, lam, activation, saved)
-                                                  : forward<double>(input, weight, index, lam, activation, saved);
-}
-
-std::tuple<Tensor, Tensor> patch_conv_backward(Tensor grad, Tensor slope, Tensor input, Tensor weight,
-                                               std::optional<Tensor> index, std::optional<Tensor> lam, int64_t degree,
-                                               double threshold, double scale, bool lower, bool upper, bool need_input,
-                                               bool need_weight) {
-  const Polynomial activation{degree, threshold, scale, lower, upper};
-  return input.scalar_type() == ScalarType::Float
-             ? backward<float>(grad, slope, input, weight, index, lam, activation, need_input, need_weight)
-             : backward<double>(grad, slope, input, weight, index, lam, activation, need_input, need_weight);
-}
-
-}  // namespace
 }  // namespace mixfeat
 
-STABLE_TORCH_LIBRARY(mixfeat_cpu, m) {
-  m.def("capability() -> str");
-  m.def(
-      "patch_conv(Tensor input, Tensor weight, Tensor? index, Tensor? lam, int degree, float threshold, float scale, "
-      "bool lower, bool upper, int saved) -> (Tensor, Tensor)");
-  m.def(
-      "patch_conv_backward(Tensor grad, Tensor slope, Tensor input, Tensor weight, Tensor? index, Tensor? lam, int degree, "
-      "float threshold, float scale, bool lower, bool upper, bool need_input, bool need_weight) -> (Tensor, Tensor)");
-}
+STABLE_TORCH_LIBRARY(mixfeat_cpu, m) { m.def("capability() -> str"); }
 
-STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CompositeExplicitAutograd, m) { m.impl("capability", TORCH_BOX(&mixfeat::capability)); }
-
-STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CPU, m) {
-  m.impl("patch_conv", TORCH_BOX(&mixfeat::patch_conv));
-  m.impl("patch_conv_backward", TORCH_BOX(&mixfeat::patch_conv_backward));
+STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CompositeExplicitAutograd, m) {
+  m.impl("capability", TORCH_BOX(&mixfeat::capability_name));
 }

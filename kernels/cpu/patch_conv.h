@@ -1,4 +1,4 @@
-// The fused patch convolution on one CPU instruction set: what library.cpp calls and patch_conv.cpp defines.
+// The fused patch convolution on one CPU instruction set: what patch_conv_library.cpp calls and patch_conv.cpp defines.
 #pragma once
 
 #include <cstdint>
