@@ -23,9 +23,9 @@ def test_is_patch_conv(num_runs):
 
 
 def test_weights_are_drawn_from_the_generator():
-    make = lambda seed: mf.TwoLayerPatchCNN(
-        50, 40, 30, POLY, init_std=0.3, generator=torch.Generator().manual_seed(seed)
-    )
+    def make(seed):
+        return mf.TwoLayerPatchCNN(50, 40, 30, POLY, init_std=0.3, generator=torch.Generator().manual_seed(seed))
+
     a, b, c = make(0), make(0), make(1)
     assert torch.equal(a.weight, b.weight)
     assert not torch.equal(a.weight, c.weight)
