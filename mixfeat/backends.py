@@ -114,15 +114,15 @@ def serving(device_type: str, dtype: torch.dtype = torch.float32) -> str:
 
 
 def describe() -> dict[str, Any]:
-    """Facts for a bug report: each backend's state (``"available"`` or why not) and what the CPU backend runs on."""
+    """Facts for a bug report: ``"backends"``, each one's state, and what the CPU backend is built by and runs on."""
     from mixfeat.kernels import cpu
 
-    facts: dict[str, Any] = {name: _why_not(name) or "available" for name in NAMES}
-    if facts["cpu"] == "available":
-        facts["cpu_library"] = str(cpu.library_path())
-        facts["cpu_capability"] = cpu.capability()
+    facts: dict[str, Any] = {"backends": {name: _why_not(name) or "available" for name in NAMES}}
+    if facts["backends"]["cpu"] == "available":
+        facts["CPU library"] = str(cpu.library_path())
+        facts["CPU library's instruction set"] = cpu.capability()
     try:
-        facts["compiler"] = cpu.compiler_version()
+        facts["C++ compiler"] = cpu.compiler_version()
     except cpu.BuildError as error:
-        facts["compiler"] = str(error)
+        facts["C++ compiler"] = str(error)
     return facts
