@@ -1,0 +1,79 @@
+"""The activations inside Triton kernels: device functions over the one family that holds them all.
+
+Kernels take a :class:`~mixfeat.activations.Polynomial` in :func:`normal_form`, with ``inverse = 1 / threshold``; its
+``scale`` they apply once, outside their inner loops.
+"""
+
+import triton
+import triton.language as tl
+
+from mixfeat.activations import Polynomial
+
+__all__ = ["add_phi", "mul_slope", "normal_form"]
+
+
+def normal_form(activation: Polynomial) -> Polynomial:
+    """The same function, its threshold 1 wherever none is needed: kernels multiply by its inverse only if ``upper``.
+
+    At degree 1 both branches of ``upper`` are one line; without it, ``t^degree = z^degree / threshold^degree``.
+    """
+    if activation.upper and activation.degree > 1:
+        return activation
+    scale = activation.scale / activation.threshold**activation.degree
+    return activation._replace(threshold=1.0, scale=scale, upper=False)
+
+
+@triton.jit
+def _power(u, EXPONENT: tl.constexpr):
+    """``u^EXPONENT``, 1 <= EXPONENT <= 16, by squaring: ``result`` is u to the bits of EXPONENT seen so far."""
+    result = u
+    for bit in tl.static_range(3, -1, -1):
+        if EXPONENT >> (bit + 1) > 0:
+            result = result * result
+            if (EXPONENT >> bit) % 2 == 1:
+                result = result * u
+    return result
+
+
+@triton.jit
+def _clip(z, inverse, LOWER: tl.constexpr, UPPER: tl.constexpr):
+    """u: z / threshold, at least 0 if LOWER, at most 1 if UPPER. Both make one instruction, and NaN 0."""
+    if LOWER and UPPER:
+        return tl.clamp(z * inverse, 0.0, 1.0)
+    elif LOWER:
+        return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif UPPER:
+        return tl.minimum(z * inverse, 1.0)
+    else:
+        return z
+
+
+@triton.jit
+def add_phi(total, z, inverse, DEGREE: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr):
+    """``total + degree / scale * phi(z)``, float32: 7 instructions for PolyReLU of degree 8.
+
+    NaN in z comes through: what :func:`_clip` may lose, the maximum below keeps, in one instruction from sm_80 on.
+    """
+    u = _clip(z, inverse, LOWER, UPPER)
+    if DEGREE == 1:
+        total += u
+    elif DEGREE % 2 == 0:
+        half = _power(u, DEGREE // 2)
+        total = tl.fma(half, half, total)
+    else:
+        total = tl.fma(_power(u, DEGREE - 1), u, total)
+    if UPPER:
+        excess = tl.fma(z, DEGREE * inverse, -1.0 * DEGREE)  # degree * (t - 1)
+        total += tl.maximum(excess, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return total
+
+
+@triton.jit
+def mul_slope(grad, z, inverse, DEGREE: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr):
+    """``grad * threshold / scale * phi'(z)``, float32."""
+    if DEGREE > 1:
+        return grad * _power(_clip(z, inverse, LOWER, UPPER), DEGREE - 1)
+    elif LOWER:
+        return tl.where(z > 0, grad, 0.0)
+    else:
+        return grad

@@ -1,0 +1,213 @@
+"""How the Triton kernels are launched: the tile sizes that ship, which of them serves a problem, precision, device."""
+
+import contextlib
+import math
+import sys
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["PATCH_CONV_TILES", "Direction", "Launch", "PatchConvConfig", "PatchConvTiles", "multiprocessors",
+           "patch_conv_config", "precision", "record", "run"]  # fmt: skip
+
+Direction = Literal["forward", "backward_input", "backward_weight"]
+
+
+@dataclass(frozen=True)
+class PatchConvConfig:
+    """Tile sizes of one patch_conv kernel.
+
+    Attributes:
+        block_n: samples per tile.
+        block_q: filters per tile.
+        block_d: entries of a patch per tile. A patch that fits is read once per tile, a longer one in steps of block_d.
+        num_warps: warps per program, 32 (AMD: 64) threads each.
+        num_stages: depth of the pipeline of loads.
+        max_registers: cap per thread (NVIDIA, without a mix) that lets a multiprocessor hold several programs.
+    """
+
+    block_n: int
+    block_q: int
+    block_d: int
+    num_warps: int = 4
+    num_stages: int = 2
+    max_registers: int = 255
+
+    def holds(self, patch_dim: int) -> bool:
+        """Whether a tile holds patches of ``patch_dim`` entries."""
+        return patch_dim <= self.block_d
+
+
+class PatchConvTiles(NamedTuple):
+    """The configurations for patches of up to ``patch_dim`` entries."""
+
+    patch_dim: int
+    forward: PatchConvConfig
+    forward_narrow: PatchConvConfig
+    backward_input: PatchConvConfig
+    backward_weight: PatchConvConfig
+
+
+_Config, _ANY = PatchConvConfig, sys.maxsize
+
+# All configurations that ship, by the kind of product. Registers set the sizes: these tiles do not spill on any target.
+#
+# "half": bfloat16 and float16. The matrix units of sm_90 and later (wgmma, tcgen05) take 64 rows per 4 warps. Forward
+#   keeps two tiles, s and the sum of phi, backward s, G and the gradient; 8 warps halve a thread's share of them. One
+#   program's products overlap with another's activations where a multiprocessor holds two or three: hence the caps.
+# "tf32": float32 in TF32, with twice the bytes per operand.
+# "ieee": float32 without matrix units (AMD: with), whose operands pass through registers as well.
+PATCH_CONV_TILES: dict[str, list[PatchConvTiles]] = {
+    "half": [
+        PatchConvTiles(
+            patch_dim=32,
+            forward=_Config(64, 128, 32, num_warps=8, max_registers=128),
+            forward_narrow=_Config(64, 64, 32, max_registers=168),
+            backward_input=_Config(64, 64, 32),
+            backward_weight=_Config(32, 64, 32),
+        ),
+        PatchConvTiles(
+            patch_dim=64,
+            forward=_Config(64, 128, 64, num_warps=8, max_registers=128),
+            forward_narrow=_Config(64, 64, 64, max_registers=168),
+            backward_input=_Config(64, 64, 64, max_registers=168),
+            backward_weight=_Config(32, 64, 64),
+        ),
+        PatchConvTiles(
+            patch_dim=128,
+            forward=_Config(64, 128, 128, num_warps=8),
+            forward_narrow=_Config(64, 64, 128, num_warps=8),
+            backward_input=_Config(64, 64, 128, num_warps=8),
+            backward_weight=_Config(32, 64, 128, num_warps=8),
+        ),
+        PatchConvTiles(
+            patch_dim=_ANY,
+            forward=_Config(64, 128, 64, num_warps=8),
+            forward_narrow=_Config(64, 64, 64),
+            backward_input=_Config(64, 64, 128, num_warps=8),
+            backward_weight=_Config(32, 64, 128, num_warps=8),
+        ),
+    ],
+    "tf32": [
+        PatchConvTiles(
+            patch_dim=32,
+            forward=_Config(64, 128, 32, num_warps=8),
+            forward_narrow=_Config(64, 64, 32),
+            backward_input=_Config(64, 32, 32),
+            backward_weight=_Config(32, 64, 32),
+        ),
+        PatchConvTiles(
+            patch_dim=64,
+            forward=_Config(64, 128, 64, num_warps=8),
+            forward_narrow=_Config(64, 64, 64, num_warps=8),
+            backward_input=_Config(64, 32, 64),
+            backward_weight=_Config(32, 64, 64, num_warps=8),
+        ),
+        PatchConvTiles(
+            patch_dim=_ANY,
+            forward=_Config(64, 128, 32, num_warps=8),
+            forward_narrow=_Config(64, 64, 32),
+            backward_input=_Config(64, 32, 64, num_warps=8),
+            backward_weight=_Config(32, 64, 64, num_warps=8),
+        ),
+    ],
+    "ieee": [
+        PatchConvTiles(
+            patch_dim=32,
+            forward=_Config(32, 64, 32),
+            forward_narrow=_Config(32, 32, 32),
+            backward_input=_Config(32, 32, 32, num_warps=8),
+            backward_weight=_Config(32, 32, 32, num_warps=8),
+        ),
+        PatchConvTiles(
+            patch_dim=_ANY,
+            forward=_Config(64, 64, 16, num_warps=8),
+            forward_narrow=_Config(64, 32, 16),
+            backward_input=_Config(32, 32, 64, num_warps=8, num_stages=1),
+            backward_weight=_Config(32, 32, 64, num_warps=8, num_stages=1),
+        ),
+    ],
+}
+
+
+def patch_conv_config(
+    direction: Direction,
+    dtype: torch.dtype,
+    input_precision: str,
+    patch_dim: int,
+    num_classes: int,
+    filters_per_class: int,
+) -> PatchConvConfig:
+    """The configuration that serves a problem: by the length of its patches and, for forward, its classes."""
+    kind = input_precision if dtype == torch.float32 else "half"
+    tiles = next(tiles for tiles in PATCH_CONV_TILES[kind] if patch_dim <= tiles.patch_dim)
+    if direction != "forward":
+        return tiles.backward_input if direction == "backward_input" else tiles.backward_weight
+
+    def columns(config: PatchConvConfig) -> int:  # filters computed, with those that pad the tiles of whole classes
+        tiles_per_class = math.ceil(filters_per_class / config.block_q)
+        classes_per_tile = max(config.block_q // filters_per_class, 1)
+        return math.ceil(num_classes / classes_per_tile) * tiles_per_class * config.block_q
+
+    # Wide tiles read the input half as often, but not where they compute much more padding than narrow ones.
+    return tiles.forward if columns(tiles.forward) <= 1.2 * columns(tiles.forward_narrow) else tiles.forward_narrow
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of tl.dot: torch.get_float32_matmul_precision(). AMD's matrix units take float32 as it is."""
+    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" or torch.version.hip:
+        return "ieee"
+    return "tf32"
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """How many multiprocessors the tensor's device has; a few, where that means nothing."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 2
+
+
+class Launch(NamedTuple):
+    """A kernel, the number of its programs, its arguments, its constants by name, and options for the compiler."""
+
+    kernel: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    max_registers: int = 255
+
+    def options(self, backend: str) -> dict[str, Any]:
+        """What else a launch says to the compiler, for "cuda" or "hip"."""
+        # Versions of Triton differ in whether a * b + c may be one instruction: it may. NVIDIA's assembler spills a few
+        # registers to fit one more program on a multiprocessor, unless it is told how many a thread may have.
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return options | {"maxnreg": self.max_registers} if backend == "cuda" else options
+
+
+_recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Within, this thread's launches are listed but not made: on meta tensors, to compile them without a GPU."""
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
+
+
+def run(launch: Launch) -> None:
+    """Launch, on the device of the first argument, whichever device is current."""
+    launches = _recorded.get()
+    if launches is not None:
+        launches.append(launch)
+        return
+    options = launch.options("hip" if torch.version.hip else "cuda")
+    with torch.cuda.device_of(launch.arguments[0]):
+        launch.kernel[launch.programs,](*launch.arguments, **launch.constants, **options)

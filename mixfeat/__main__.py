@@ -1,0 +1,5 @@
+import sys
+
+from mixfeat.cli import main
+
+sys.exit(main())

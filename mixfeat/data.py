@@ -1,0 +1,211 @@
+"""Data: the multi-view distribution of the feature-learning theory, and images cut into patches."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["MultiViewData", "images_to_patches", "multi_view"]
+
+
+class MultiViewData(NamedTuple):
+    """A sample of the multi-view distribution.
+
+    Runs with separate data are stacked by the caller: ``input`` (R,N,P,D), ``target`` (R,N), ``features`` (R,C,2,D).
+    """
+
+    input: Tensor  #: (N, P, D) patches
+    target: Tensor  #: (N,) int64 classes
+    features: Tensor  #: (C, 2, D) orthonormal vectors, ``features[c, l]`` is feature l of class c
+
+
+def multi_view(
+    num_samples: int,
+    num_classes: int = 10,
+    num_patches: int = 12,
+    patch_dim: int | None = None,
+    *,
+    signal: tuple[float, float] = (0.25, 0.5),
+    noise: tuple[float, float] = (0.25, 0.75),
+    noise_scale: float = 0.02,
+    views: Literal["both"] | int = "both",
+    features: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> MultiViewData:
+    """Draw from the multi-view distribution of Chidambaram et al. 2023 (arXiv 2210.13512, section 3).
+
+    Every class y has two features (views) v[y,0] and v[y,1]; all features are orthonormal. A point of class y has, at
+    two random positions, its signal patches::
+
+        c v[y,0]   and   (signal[0] + signal[1] - c) v[y,1],     c ~ U[signal]
+
+    and in every other patch feature noise, each gamma drawn independently::
+
+        sum over s != y and l of  gamma v[s,l],                  gamma ~ noise_scale * U[noise]
+
+    With ``views=0`` or ``views=1`` both signal patches carry that view only: the test points that tell which features
+    a network has learned (:func:`mixfeat.features.learned`). Classes are balanced (their counts differ by at most one)
+    and in random order.
+
+    Args:
+        num_samples: N >= 0.
+        num_classes: C >= 1 (k in the paper).
+        num_patches: P >= 2.
+        patch_dim: D >= 2 C; by default 2 C, or the features' own.
+        signal: range of a signal coefficient; the two coefficients of a point sum to ``signal[0] + signal[1]``.
+        noise: range of a noise coefficient, before ``noise_scale``.
+        noise_scale: >= 0. The default separates ERM from Midpoint Mixup at C = 10; the authors' code has 10 / C**1.5.
+        views: ``"both"``, 0 or 1.
+        features: (C, 2, D) orthonormal features; by default drawn uniformly among all orthonormal sets.
+        generator: source of all randomness. Draws are made on its device, so that a CPU generator gives the same data
+            on every device.
+        device: of the result; by default that of ``features``, else of ``generator``, else torch's default.
+        dtype: of the result, floating; by default that of ``features``, else torch's default.
+
+    Returns:
+        ``MultiViewData(input (N,P,D), target (N,) int64, features (C,2,D))``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it needs.
+    """
+    num_samples = _integer("num_samples", num_samples, 0)
+    num_classes = _integer("num_classes", num_classes, 1)
+    num_patches = _integer("num_patches", num_patches, 2)
+    signal_low, signal_high = _range("signal", signal)
+    noise_low, noise_high = _range("noise", noise)
+    noise_scale = _number("noise_scale", noise_scale)
+    if noise_scale < 0:
+        raise ValueError(f"noise_scale must be at least 0, got {noise_scale}")
+    if views != "both" and (type(views) is not int or views not in (0, 1)):
+        raise ValueError(f'views must be "both", 0 or 1, got {views!r}')
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    if features is not None:
+        _check_features(features, num_classes)
+    patch_dim = _patch_dim(patch_dim, num_classes, features)
+    if dtype is None:
+        dtype = torch.get_default_dtype() if features is None else features.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+    if device is None:
+        source = generator if features is None else features
+        device = torch.get_default_device() if source is None else source.device
+    draw_device = torch.device(device) if generator is None else generator.device
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def uniform(*size: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return torch.rand(size, generator=generator, device=draw_device, dtype=compute).mul_(high - low).add_(low)
+
+    if features is None:
+        features = _orthonormal(2 * num_classes, patch_dim, generator, draw_device).view(num_classes, 2, patch_dim)
+    order = torch.randperm(num_samples, generator=generator, device=draw_device)
+    target = order % num_classes
+
+    # a patch is its coefficients over all features, times the features: noise first, then the signal over it
+    coefficient = uniform(num_samples, num_patches, num_classes, 2, low=noise_low, high=noise_high).mul_(noise_scale)
+    sample = torch.arange(num_samples, device=draw_device)
+    coefficient[sample, :, target] = 0
+    position = uniform(num_samples, num_patches).argsort(1)[:, :2]
+    first = uniform(num_samples, low=signal_low, high=signal_high)
+    coefficient[sample[:, None], position] = 0
+    for i, value in enumerate((first, signal_low + signal_high - first)):
+        coefficient[sample, position[:, i], target, i if views == "both" else views] = value
+
+    basis = features.to(draw_device, compute).flatten(0, 1)
+    input = coefficient.flatten(2) @ basis
+    return MultiViewData(input.to(device, dtype), target.to(device), features.to(device, dtype))
+
+
+def images_to_patches(images: Tensor, patch_size: int) -> Tensor:
+    """Cut images into the square patches that tile them.
+
+    Args:
+        images: (N, channels, H, W), any dtype.
+        patch_size: side of a patch; it divides H and W.
+
+    Returns:
+        (N, P, D): P = H W / patch_size**2 patches in row-major order, each of D = channels * patch_size**2 values in
+        the order (channel, row, column).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it needs.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+    if images.dim() != 4:
+        raise ValueError(f"images must have 4 dimensions (N, channels, H, W), got shape {tuple(images.shape)}")
+    patch_size = _integer("patch_size", patch_size, 1)
+    num, channels, height, width = images.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"patch_size must divide the images' height and width, got {patch_size} for {height} x {width}"
+        )
+    rows, columns = height // patch_size, width // patch_size
+    grid = images.reshape(num, channels, rows, patch_size, columns, patch_size).permute(0, 2, 4, 1, 3, 5)
+    return grid.reshape(num, rows * columns, channels * patch_size**2)
+
+
+def _orthonormal(count: int, dim: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    gaussian = torch.randn(dim, count, generator=generator, device=device, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    return (q * r.diagonal().sign()).T.contiguous()  # with the signs of r the set is uniformly distributed
+
+
+def _check_features(features: Tensor, num_classes: int) -> None:
+    if not isinstance(features, Tensor):
+        raise TypeError(f"features must be a tensor, got {type(features).__name__}")
+    if not features.is_floating_point():
+        raise TypeError(f"features must be of a floating-point type, got {features.dtype}")
+    if features.dim() != 3 or features.shape[:2] != (num_classes, 2):
+        raise ValueError(f"features must be of shape ({num_classes}, 2, patch_dim), got {tuple(features.shape)}")
+    flat = features.detach().flatten(0, 1).double()
+    error = (flat @ flat.T - torch.eye(len(flat), dtype=flat.dtype, device=flat.device)).abs().max().item()
+    tolerance = max(1e-4, 4 * torch.finfo(features.dtype).eps)
+    if not error <= tolerance:
+        raise ValueError(
+            f"features must be orthonormal to within {tolerance:.1g}, got an inner product off by {error:.3g}"
+        )
+
+
+def _patch_dim(patch_dim: int | None, num_classes: int, features: Tensor | None) -> int:
+    least = 2 * num_classes
+    if patch_dim is None:
+        return least if features is None else features.shape[2]
+    patch_dim = _integer("patch_dim", patch_dim, 1)
+    if patch_dim < least:
+        raise ValueError(f"patch_dim must be at least 2 * num_classes = {least}, got {patch_dim}")
+    if features is not None and patch_dim != features.shape[2]:
+        raise ValueError(f"patch_dim must be that of features ({features.shape[2]}), got {patch_dim}")
+    return patch_dim
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    value = value.__index__()
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def _range(name: str, value: Any) -> tuple[float, float]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+        raise TypeError(f"{name} must be a pair (low, high), got {value!r}")
+    low, high = _number(f"{name}[0]", value[0]), _number(f"{name}[1]", value[1])
+    if low > high:
+        raise ValueError(f"{name} must have low <= high, got ({low}, {high})")
+    return low, high

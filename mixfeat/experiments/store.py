@@ -1,0 +1,179 @@
+"""Where an experiment keeps what it has done: one SQLite file that survives being killed at any moment."""
+
+import hashlib
+import io
+import json
+import sqlite3
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+__all__ = ["Record", "Store", "StoreError"]
+
+_APPLICATION_ID = 0x6D666561  # "mfea": marks the file as ours
+_VERSION = 1
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE record (
+    name TEXT PRIMARY KEY,      -- what was run, e.g. the method
+    finished INTEGER NOT NULL,  -- 1: the result; 0: a checkpoint on the way to it
+    step INTEGER NOT NULL,
+    seconds REAL NOT NULL,
+    state BLOB NOT NULL,        -- torch.save of a dict of tensors, read with weights_only
+    sha256 TEXT NOT NULL
+);
+"""
+
+
+class StoreError(Exception):
+    """A store that cannot be used; the message is one line that says why and what to do."""
+
+
+class Record(NamedTuple):
+    """How far one run has come: a checkpoint, or if ``finished`` its result."""
+
+    finished: bool
+    step: int
+    seconds: float
+    state: dict[str, Tensor]
+
+
+class Store:
+    """The records of one experiment with one set of settings, by name.
+
+    Every :meth:`save` is one transaction: a process killed at any moment leaves the record before or after it, never a
+    part. The file is locked while it is open. A damaged file, or one that is no store of this experiment, is left
+    as it was.
+
+    Args:
+        path: of the SQLite file; created where missing.
+        experiment: name of the experiment.
+        settings: JSON-serialisable; records belong to them.
+        resume: go on with the records that are there. Without it a file that holds any is refused.
+
+    Raises:
+        StoreError: for a file that cannot be used.
+    """
+
+    def __init__(self, path: Path, experiment: str, settings: dict[str, Any], *, resume: bool = False) -> None:
+        self.path = path
+        _check_header(path)
+        try:
+            self._db = sqlite3.connect(path, timeout=0, isolation_level=None)
+        except sqlite3.Error as error:
+            raise StoreError(f"{path} cannot be opened: {error}") from None
+        try:
+            # the lock taken here is kept until the connection closes or the process dies
+            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._db.execute("BEGIN EXCLUSIVE")
+            if not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                self._create(experiment)
+            self._read(experiment, settings, resume)
+            self._db.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            self.close()
+            if "locked" in str(error):
+                raise StoreError(
+                    f"{path} is in use by another process: wait for it, or choose another folder"
+                ) from None
+            raise StoreError(f"{path} cannot be used: {error}") from None
+        except sqlite3.DatabaseError as error:
+            self.close()
+            raise StoreError(f"{path} is damaged ({error}): move it away, or choose another folder") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def get(self, name: str) -> Record | None:
+        """The record of that name, if there is one."""
+        row = self._db.execute("SELECT * FROM record WHERE name = ?", (name,)).fetchone()
+        return None if row is None else _record(row)
+
+    def save(self, name: str, record: Record) -> None:
+        """Replace the record of that name, atomically."""
+        buffer = io.BytesIO()
+        torch.save(record.state, buffer)
+        blob = buffer.getvalue()
+        row = (name, record.finished, record.step, record.seconds, blob, hashlib.sha256(blob).hexdigest())
+        try:
+            self._db.execute("INSERT OR REPLACE INTO record VALUES (?, ?, ?, ?, ?, ?)", row)
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path} cannot be written: {error}") from None
+
+    def close(self) -> None:
+        """Close the file and release its lock; what was not committed is undone."""
+        self._db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _create(self, experiment: str) -> None:
+        self._db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+        self._db.execute(f"PRAGMA user_version = {_VERSION}")
+        for statement in _SCHEMA.split(";\n"):
+            self._db.execute(statement)
+        self._put_meta("experiment", experiment)
+
+    def _read(self, experiment: str, settings: dict[str, Any], resume: bool) -> None:
+        problem = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if problem != "ok":
+            raise sqlite3.DatabaseError(problem)
+        found = self._get_meta("experiment")
+        if found != experiment:
+            raise StoreError(
+                f"{self.path} belongs to the experiment {found!r}, not {experiment!r}: choose another folder"
+            )
+        records = [_record(row) for row in self._db.execute("SELECT * FROM record")]
+        if not records:
+            self._put_meta("settings", settings)
+            return
+        there, asked = self._get_meta("settings"), json.loads(json.dumps(settings))
+        differing = sorted(key for key in there.keys() | asked.keys() if there.get(key) != asked.get(key))
+        if differing:
+            listed = ", ".join(f"{key} {there.get(key)} there and {asked.get(key)} asked" for key in differing)
+            raise StoreError(f"{self.path} holds a run with other settings ({listed}): choose another folder")
+        if not resume:
+            raise StoreError(f"{self.path} already holds results: go on with --resume, or choose another folder")
+
+    def _put_meta(self, key: str, value: Any) -> None:
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, json.dumps(value, sort_keys=True)))
+
+    def _get_meta(self, key: str) -> Any:
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        try:
+            return json.loads(row[0])
+        except (TypeError, ValueError):
+            raise sqlite3.DatabaseError(f"its {key} cannot be read") from None
+
+
+def _record(row: tuple[str, int, int, float, bytes, str]) -> Record:
+    name, finished, step, seconds, blob, digest = row
+    if hashlib.sha256(blob).hexdigest() != digest:
+        raise sqlite3.DatabaseError(f"the record of {name} has a wrong checksum")
+    return Record(bool(finished), step, seconds, torch.load(io.BytesIO(blob), weights_only=True))
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a file that is there and is not a store, before SQLite may touch it."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(100)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}") from None
+    if not header:
+        return
+    if header[:16] != b"SQLite format 3\0" or header[68:72] != _APPLICATION_ID.to_bytes(4, "big"):
+        raise StoreError(f"{path} is not a mixfeat store: move it away, or choose another folder")
+    version = int.from_bytes(header[60:64], "big")
+    if version != _VERSION:
+        raise StoreError(f"{path} is of store version {version}, this mixfeat needs {_VERSION}: choose another folder")

@@ -1,0 +1,364 @@
+"""The experiment: what it computes, held to plain PyTorch; and its store, killed and damaged in every way."""
+
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mixfeat as mf
+from mixfeat.experiments import theory
+from mixfeat.experiments.store import Record, Store, StoreError
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "num_classes": 3, "filters_per_class": 2, "num_patches": 4, "num_samples": 12, "steps": 600, "seeds": 2,
+    "test_samples": 30, "evaluations": 6, "lr": 4.0, "device": "cpu",
+}  # fmt: skip
+
+
+def settings_of(**changes):
+    return theory.Settings(**{**SMALL, **changes})
+
+
+def run(path, settings, method, **options):
+    with Store(path, "theory", settings.to_dict(), **options) as store:
+        return theory.train(settings, method, store)
+
+
+def assert_same(a, b):
+    assert (a.finished, a.step) == (b.finished, b.step)
+    assert a.state.keys() == b.state.keys()
+    for name in a.state:
+        assert torch.equal(a.state[name], b.state[name]), name
+
+
+# settings
+
+
+def test_settings_resolve_their_defaults():
+    settings = theory.Settings(num_classes=20, num_samples=60, device="cpu")
+    assert (settings.patch_dim, settings.rho) == (40, 0.05)
+    assert settings == theory.Settings(num_classes=20, num_samples=60, device="cpu", patch_dim=40, rho=0.05)
+    assert theory.Settings().device == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_hash_is_stable_and_tells_settings_apart():
+    assert settings_of().hash == settings_of(signal=[0.25, 0.5], rho=1 / 3).hash
+    assert len({settings_of(seed=seed, lr=lr).hash for seed in range(3) for lr in (1, 2)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"num_classes": 1}, ValueError, "num_classes must be at least 2, got 1"),
+        ({"filters_per_class": 0}, ValueError, "filters_per_class must be at least 1, got 0"),
+        ({"num_patches": 1}, ValueError, "num_patches must be at least 2, got 1"),
+        ({"patch_dim": 5}, ValueError, r"patch_dim must be at least 2 \* num_classes = 6, got 5"),
+        ({"num_samples": 2}, ValueError, "num_samples must be at least num_classes = 3, got 2"),
+        ({"test_samples": 2}, ValueError, "test_samples must be at least num_classes = 3, got 2"),
+        ({"degree": 17}, ValueError, "degree must be .*16, got 17"),
+        ({"degree": 2.5}, TypeError, "degree must be an integer, got 2.5"),
+        ({"rho": 0.0}, ValueError, "rho must be finite and positive, got 0.0"),
+        ({"signal": (1, 0)}, ValueError, "signal must have low <= high"),
+        ({"noise": (0, float("nan"))}, ValueError, r"noise\[1\] must be finite, got nan"),
+        ({"noise_scale": -1}, ValueError, "noise_scale must be at least 0, got -1"),
+        ({"init_scale": 0}, ValueError, "init_scale must be positive, got 0"),
+        ({"lr": float("nan")}, ValueError, "lr must be finite, got nan"),
+        ({"lr": -1.0}, ValueError, "lr must be positive, got -1"),
+        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
+        ({"steps": 5}, ValueError, "steps must be at least evaluations = 6, got 5"),
+        ({"seeds": 0}, ValueError, "seeds must be at least 1, got 0"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"device": "abacus"}, ValueError, "device must be a torch device of this machine, got 'abacus'"),
+        ({"dtype": "int8"}, ValueError, "dtype must be float32 or float64, got 'int8'"),
+    ],
+)
+def test_bad_settings(changes, error, message):
+    with pytest.raises(error, match=message):
+        settings_of(**changes)
+
+
+# training
+
+
+def test_a_seed_does_not_depend_on_the_others():
+    two, three = theory.make_problem(settings_of()), theory.make_problem(settings_of(seeds=3))
+    later = theory.make_problem(settings_of(seed=1, seeds=1))
+    assert torch.equal(two.weight, three.weight[:2])
+    assert torch.equal(two.weight[1], later.weight[0])
+    for a, b in zip((two.data, *two.tests), (three.data, *three.tests), strict=True):
+        assert all(torch.equal(x, y[:2]) for x, y in zip(a, b, strict=True))
+    assert not torch.equal(two.data.input[0], two.data.input[1])
+
+
+@pytest.mark.parametrize("method", theory.METHODS)
+def test_steps_descend_on_the_methods_cross_entropy(method, tmp_path):
+    """Against autograd through the reference, run by run, with the experiment's own partners."""
+    settings = settings_of(steps=4, evaluations=2, dtype="float64")
+    result = run(tmp_path / "s", settings, method)
+    problem = theory.make_problem(settings)
+    activation = mf.PolyReLU(settings.degree, settings.rho)
+    n = settings.num_samples
+    generator = theory._generator(method, settings.seed, 0)
+    index = torch.randint(n, (theory._BLOCK, n), generator=generator)
+    lam = torch.rand(theory._BLOCK, n, generator=generator, dtype=torch.float64)
+    lam = {"erm": torch.ones_like(lam), "uniform": lam, "midpoint": torch.full_like(lam, 0.5)}[method]
+    for r in range(settings.seeds):
+        weight = problem.weight[r].clone().requires_grad_()
+        input, target = problem.data.input[r], problem.data.target[r]
+        for i, w in zip(index[:4], lam[:4], strict=True):
+            logits = mf.reference.patch_conv(input, weight, activation.polynomial, index=i, lam=w)
+            own, partner = (F.cross_entropy(logits, t, reduction="none") for t in (target, target[i]))
+            (gradient,) = torch.autograd.grad((w * own + (1 - w) * partner).mean(), weight)
+            weight = (weight - settings.lr * gradient).detach().requires_grad_()
+        torch.testing.assert_close(result.state["weight"][r], weight.detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_loss_is_that_of_all_pairs(tmp_path):
+    settings = settings_of(steps=200, dtype="float64")
+    problem = theory.make_problem(settings)
+    target = F.one_hot(problem.data.target, settings.num_classes).double()
+    activation = mf.PolyReLU(settings.degree, settings.rho)
+
+    def all_pairs(weight, lam):
+        loss = torch.zeros(settings.seeds, dtype=torch.float64)
+        for j in range(settings.num_samples):
+            mixed = lam * problem.data.input + (1 - lam) * problem.data.input[:, j : j + 1]
+            logits = mf.reference.patch_conv(mixed, weight, activation.polynomial)
+            wanted = lam * target + (1 - lam) * target[:, j : j + 1]
+            loss -= (wanted * logits.log_softmax(-1)).sum(-1).mean(-1) / settings.num_samples
+        return loss
+
+    for method in theory.METHODS:
+        state = run(tmp_path / method, settings, method).state
+        if method == "erm":
+            expected, tolerance = all_pairs(state["weight"], 1.0), 1e-9
+            torch.testing.assert_close(state["cross_entropy"][-1], expected)
+        elif method == "midpoint":
+            expected, tolerance = all_pairs(state["weight"], 0.5), 1e-9
+        else:  # a fine midpoint rule over lam
+            nodes = (torch.arange(200) + 0.5) / 200
+            expected, tolerance = sum(all_pairs(state["weight"], lam.item()) for lam in nodes) / 200, 1e-3
+        torch.testing.assert_close(state["loss"], expected, rtol=tolerance, atol=0)
+
+
+def test_curves_and_summary(tmp_path):
+    settings = settings_of()
+    record = run(tmp_path / "s", settings, "erm")
+    problem = theory.make_problem(settings)
+    state = record.state
+    assert theory.evaluation_steps(settings) == [0, 100, 200, 300, 400, 500, 600]
+    assert state["alignment"].shape == (7, 2, 3, 2)
+    for i, weight in ((0, problem.weight), (-1, state["weight"])):
+        expected = mf.features.alignment(weight, problem.data.features).double()
+        torch.testing.assert_close(state["alignment"][i], expected)
+    summary = theory.summarise(settings, record)
+    counts = [summary[f"classes_with_{name}"] for name in ("both", "one", "none")]
+    assert [sum(seed) for seed in zip(*counts, strict=True)] == [3, 3]
+    assert summary["curves"]["step"][-1] == 600
+    small, large = state["alignment"][-1].min(-1).values, state["alignment"][-1].max(-1).values
+    expected = (small.clamp(min=0) / large).mean(-1)
+    torch.testing.assert_close(torch.tensor(summary["alignment_ratio"], dtype=torch.float64), expected)
+    assert summary["train_accuracy"] == state["train_accuracy"][-1].tolist()
+
+
+def test_erm_leaves_features_that_midpoint_mixup_learns(tmp_path):
+    """The separation itself, in a few seconds; the full figures are those of ``mixfeat reproduce theory``."""
+    settings = theory.Settings(steps=3000, evaluations=1, device="cpu")
+    both = {}
+    for method in ("erm", "midpoint"):
+        both[method] = theory.summarise(settings, run(tmp_path / method, settings, method))["classes_with_both"]
+    assert sum(both["midpoint"]) > sum(both["erm"])
+
+
+def test_a_seed_repeats_exactly(tmp_path):
+    first = run(tmp_path / "a", settings_of(seed=5), "uniform")
+    assert_same(first, run(tmp_path / "b", settings_of(seed=5), "uniform"))
+    assert not torch.equal(first.state["weight"], run(tmp_path / "c", settings_of(seed=9), "uniform").state["weight"])
+
+
+def test_divergence_is_found(tmp_path):
+    settings = settings_of(lr=1e38)
+    with pytest.raises(theory.DivergedError, match="erm left the finite numbers before step .* lr 1e.38 is too large"):
+        run(tmp_path / "s", settings, "erm")
+
+
+# being stopped
+
+
+def in_child(code):
+    """Run code that is to kill its own process."""
+    setup = """
+import os, signal
+from pathlib import Path
+from mixfeat.experiments import store, theory
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+theory._CHECKPOINT_SECONDS = 0
+"""
+    process = subprocess.run([sys.executable, "-c", setup + code], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+
+
+def test_killed_run_goes_on_to_the_same_numbers(tmp_path):
+    settings, path = settings_of(), tmp_path / "killed"
+    in_child(f"""
+settings = theory.Settings(**{SMALL})
+with store.Store(Path({str(path)!r}), "theory", settings.to_dict()) as opened:
+    for method in theory.METHODS:
+        saves = []
+        opened._db.set_trace_callback(lambda statement: saves.append(statement) or len(saves) < 3 or method != "midpoint" or die())
+        theory.train(settings, method, opened)
+""")
+    with Store(path, "theory", settings.to_dict(), resume=True) as store:
+        assert store.get("erm").finished
+        assert not store.get("midpoint").finished
+        assert 0 < store.get("midpoint").step < settings.steps
+        resumed = {method: theory.train(settings, method, store) for method in theory.METHODS}
+    for method, record in resumed.items():
+        assert_same(record, run(tmp_path / method, settings, method))
+
+
+@pytest.mark.parametrize("method", theory.METHODS)
+def test_interrupted_run_goes_on_to_the_same_numbers(method, tmp_path, monkeypatch):
+    """At every checkpoint that there is: each attempt is stopped after one more of them."""
+    monkeypatch.setattr(theory, "_CHECKPOINT_SECONDS", 0)
+    settings = settings_of()
+
+    class Interrupted(Store):
+        def save(self, name, record):
+            super().save(name, record)
+            if not record.finished:
+                raise KeyboardInterrupt
+
+    steps = []
+    while True:
+        with Interrupted(tmp_path / "s", "theory", settings.to_dict(), resume=True) as store:
+            try:
+                record = theory.train(settings, method, store)
+                break
+            except KeyboardInterrupt:
+                steps.append(store.get(method).step)
+    assert steps == [100, 200, 256, 300, 400, 500, 512, 600]
+    assert_same(record, run(tmp_path / "unbroken", settings, method))
+
+
+# the store
+
+
+def record_of(step):
+    return Record(False, step, 1.5, {"weight": torch.full((3,), float(step)), "learned": torch.tensor([True])})
+
+
+def test_store_keeps_records(tmp_path):
+    path = tmp_path / "store"
+    with Store(path, "theory", {"lr": 1}) as store:
+        assert store.get("erm") is None
+        store.save("erm", record_of(1))
+        store.save("erm", record_of(2))
+        store.save("midpoint", record_of(3))
+    with Store(path, "theory", {"lr": 1}, resume=True) as store:
+        assert_same(store.get("erm"), record_of(2))
+        assert_same(store.get("midpoint"), record_of(3))
+        assert store.get("erm").seconds == 1.5
+
+
+def test_store_survives_a_kill_inside_a_transaction(tmp_path):
+    path = tmp_path / "store"
+    in_child(f"""
+import torch
+opened = store.Store(Path({str(path)!r}), "theory", {{}})
+opened.save("erm", store.Record(False, 1, 0.0, {{"weight": torch.ones(3)}}))
+opened._db.execute("PRAGMA cache_size = 1")  # so that the transaction reaches the file before it ends
+opened._db.execute("BEGIN")
+opened.save("erm", store.Record(False, 2, 0.0, {{"weight": torch.ones(100_000)}}))
+die()
+""")
+    assert path.with_name("store-journal").stat().st_size
+    with Store(path, "theory", {}, resume=True) as store:
+        assert store.get("erm").step == 1
+        assert torch.equal(store.get("erm").state["weight"], torch.ones(3))
+
+
+def test_store_of_a_run_that_was_killed_before_it_saved_anything_is_new(tmp_path):
+    Store(tmp_path / "store", "theory", {"lr": 1}).close()
+    with Store(tmp_path / "store", "theory", {"lr": 2}) as store:
+        store.save("erm", record_of(1))
+    with Store(tmp_path / "store", "theory", {"lr": 2}, resume=True) as store:
+        assert store.get("erm").step == 1
+
+
+def test_store_refuses_what_it_would_overwrite_or_mix(tmp_path):
+    path = tmp_path / "store"
+    with Store(path, "theory", {"lr": 1.0, "steps": 5, "signal": [1, 2]}) as store:
+        store.save("erm", record_of(1))
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="already holds results: go on with --resume, or choose another folder"):
+        Store(path, "theory", {"lr": 1.0, "steps": 5, "signal": [1, 2]})
+    for resume in (False, True):
+        with pytest.raises(
+            StoreError, match=r"other settings \(lr 1.0 there and 2.0 asked, steps 5 there and 6 asked\)"
+        ):
+            Store(path, "theory", {"lr": 2.0, "steps": 6, "signal": [1, 2]}, resume=resume)
+    with pytest.raises(StoreError, match="belongs to the experiment 'theory', not 'images'"):
+        Store(path, "images", {}, resume=True)
+    assert path.read_bytes() == before
+
+
+def test_store_is_locked_while_open(tmp_path):
+    path = tmp_path / "store"
+    code = f"""
+from pathlib import Path
+from mixfeat.experiments.store import Store, StoreError
+try:
+    Store(Path({str(path)!r}), "theory", {{}}, resume=True)
+except StoreError as error:
+    print(error)
+"""
+    with Store(path, "theory", {}) as store:
+        for _ in range(2):
+            store.save("erm", record_of(1))
+            process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+            assert "is in use by another process: wait for it, or choose another folder" in process.stdout, (
+                process.stderr
+            )
+    with Store(path, "theory", {}, resume=True) as store:
+        assert store.get("erm").step == 1
+
+
+def test_store_refuses_foreign_and_damaged_files(tmp_path):
+    good = tmp_path / "good"
+    with Store(good, "theory", {}) as store:
+        store.save("erm", Record(False, 1, 0.0, {"weight": torch.randn(10_000)}))
+    content = good.read_bytes()
+    database = tmp_path / "other"
+    with sqlite3.connect(database) as other:
+        other.execute("CREATE TABLE record (name)")
+    other.close()
+    middle = len(content) // 2
+    files = {
+        "text": (b"my notes\n" * 100, "is not a mixfeat store: move it away, or choose another folder"),
+        "short": (b"x", "is not a mixfeat store"),
+        "database": (database.read_bytes(), "is not a mixfeat store"),
+        "version": (content[:60] + b"\0\0\0\2" + content[64:], "is of store version 2, this mixfeat needs 1"),
+        "cut": (content[:middle], "is damaged"),
+        "header": (content[:100], "is damaged"),
+        "flipped": (content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :], "has a wrong checksum"),
+        "zeroed": (content[:4096] + bytes(4096) + content[8192:], "is damaged"),
+    }
+    for name, (damaged, message) in files.items():
+        path = tmp_path / name
+        path.write_bytes(damaged)
+        with pytest.raises(StoreError, match=message):
+            Store(path, "theory", {}, resume=True)
+        assert path.read_bytes() == damaged, name
+    with pytest.raises(StoreError, match="cannot be read: Is a directory"):
+        Store(tmp_path, "theory", {})
+    with pytest.raises(StoreError, match="cannot be opened"):
+        Store(tmp_path / "missing" / "store", "theory", {})
+    (tmp_path / "empty").touch()
+    Store(tmp_path / "empty", "theory", {}).close()

@@ -1,0 +1,52 @@
+"""Every Triton kernel that ships, compiled for every target without a GPU: none spills a register."""
+
+import re
+
+import pytest
+
+from mixfeat import report
+
+launch = pytest.importorskip("mixfeat.kernels.triton.launch")
+
+CASES = [(target, case) for target in report.TARGETS for case in report.shipped(target)]
+SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+MATRIX_UNIT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCMMA", "gfx942": "MFMA"}
+
+
+@pytest.fixture(scope="module")
+def compiled(request):
+    """What the selected cases compile to: futures, all under way at once in other processes."""
+    items = [item for item in request.session.items if getattr(item, "function", None) is test_kernel]
+    keys = [item.callspec.params["key"] for item in items]
+    with report.compile_pool() as pool:
+        yield {(target, case): pool.submit(report.compile_case, case, target) for target, case in keys}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("key", CASES, ids=lambda key: f"{key[0]}-{key[1]}")
+def test_kernel(compiled, key):
+    target, case = key
+    row = compiled[key].result()
+    assert (row.stack_bytes, row.local_loads, row.local_stores) == (0, 0, 0)
+    assert row.registers > 0
+    assert row.shared_bytes <= SHARED_KIB[target] * 1024
+    assert not re.search(r"_f64|\.F64|\bD(ADD|MUL|FMA|SETP)\b", row.assembly), "float64 instructions"
+    if case.direction != "mix" and (case.dtype.itemsize == 2 or case.matmul_precision == "high"):
+        assert row.matrix_instructions[MATRIX_UNIT[target]] > 0
+
+
+def test_every_configuration_is_compiled():
+    shipped = {
+        (direction.removesuffix("_narrow"), config.holds(tiles.patch_dim), config)
+        for kind in launch.PATCH_CONV_TILES.values()
+        for tiles in kind
+        for direction in ("forward", "forward_narrow", "backward_input", "backward_weight")
+        for config in [getattr(tiles, direction)]
+    }
+    compiled = set()
+    for case in (case for case in report.shipped("sm_90") if case.direction != "mix" and not case.mix):
+        recorded = report.recorded_launch(case)
+        blocks = [recorded.constants[f"BLOCK_{side}"] for side in "NQD"]
+        options = (recorded.num_warps, recorded.num_stages, recorded.max_registers)
+        compiled.add((case.direction, recorded.constants["WHOLE_D"], launch.PatchConvConfig(*blocks, *options)))
+    assert shipped <= compiled

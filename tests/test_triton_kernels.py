@@ -1,0 +1,232 @@
+"""The Triton kernels against the float64 reference, called as the operators call them.
+
+On a GPU they run as they are. Without one they run in Triton's interpreter, which must be chosen before triton is
+imported: so all checks run in other processes, one per core, whatever this one has imported.
+"""
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from unittest import mock
+
+import pytest
+import torch
+
+from mixfeat import reference
+from mixfeat.activations import Identity, PolyReLU, Power, PowerReLU, ReLU
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAN = float("nan")
+
+
+def use_interpreter():
+    torch.set_num_threads(1)
+    if DEVICE == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def poisoned_empty(*args, empty=torch.empty, **kwargs):
+    """torch.empty whose memory is NaN, so that whatever a kernel leaves unwritten shows."""
+    return empty(*args, **kwargs).fill_(NAN)
+
+
+def run(grad, x, w, index, lam, activation):
+    """Logits and both gradients from the kernels."""
+    from mixfeat.kernels.triton import patch_conv
+
+    arguments = (x, w, index, lam, activation.polynomial)
+    with mock.patch("torch.empty", poisoned_empty):
+        logits = patch_conv.patch_conv(*arguments)
+        grads = patch_conv.patch_conv_backward(grad, *arguments, input_grad=True, weight_grad=True)
+    assert all(t.is_contiguous() and t.dtype == x.dtype for t in (logits, *grads))
+    assert (logits.shape, grads[0].shape, grads[1].shape) == (grad.shape, x.shape, w.shape)
+    return logits, *grads
+
+
+def expected(grad, x, w, index, lam, activation, dtype=torch.float64):
+    """The same from the reference."""
+    x, w = x.detach().to(dtype).requires_grad_(), w.detach().to(dtype).requires_grad_()
+    lam = None if lam is None else lam.to(dtype)
+    logits = reference.patch_conv(x, w, activation, index=index, lam=lam)
+    return logits.detach(), *torch.autograd.grad(logits, (x, w), grad.to(dtype))
+
+
+def errors(results, truth):
+    return [((r.double() - t).norm() / t.norm()).item() if t.norm() > 0 else r.double().norm().item()
+            for r, t in zip(results, truth, strict=True)]  # fmt: skip
+
+
+def random(*shape, scale=1.0, dtype=torch.float32):
+    return (scale * torch.randn(shape, device=DEVICE)).to(dtype)
+
+
+def problem(shape, activation, dtype=torch.float32, mix=None):
+    """Random (grad, input, weight, index, lam, activation) of shape (B,N,P,D,C,M); mix None, "lam" (one) or "lams"."""
+    runs, samples, patches, dim, classes, filters = shape
+    x = random(runs, samples, patches, dim, dtype=dtype)
+    w = random(runs, classes, filters, dim, scale=0.5 / max(dim, 1) ** 0.5, dtype=dtype)
+    index = lam = None
+    if mix:
+        index = torch.randint(samples, (samples,), device=DEVICE)  # some samples serve twice, others never
+        lam = torch.rand(() if mix == "lam" else samples, device=DEVICE)
+    return random(runs, samples, classes, dtype=dtype), x, w, index, lam, activation
+
+
+def check_accuracy(shape, activation, dtype=torch.float32, mix=None, precision="highest"):
+    torch.set_float32_matmul_precision(precision)
+    arguments = problem(shape, activation, dtype, mix)
+    results, truth = run(*arguments), expected(*arguments)
+    if dtype == torch.float32:
+        tolerances = [1e-5 if precision == "highest" or DEVICE == "cpu" else 1e-2] * 3
+    else:
+        tolerances = [2 * error for error in errors(expected(*arguments, dtype=dtype), truth)]
+    found = errors(results, truth)
+    assert all(e <= t for e, t in zip(found, tolerances, strict=True)), f"errors {found} over {tolerances}"
+
+
+def check_repeats(shape):
+    arguments = problem(shape, PolyReLU(), mix="lams")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(run(*arguments), run(*arguments), strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check_empty(shape, mix):
+    arguments = problem(shape, PolyReLU(), mix=mix)
+    assert all((result == 0).all() for result in run(*arguments))
+
+
+def check_strides(layout, dtype):
+    """Results for tensors of any layout are those for their contiguous copies, to the bit."""
+    grad, x, w, index, lam, activation = problem((2, 9, 3, 16, 4, 5), PolyReLU(4, 0.5), dtype, "lams")
+    if layout == "expanded":
+        grad, x, lam = grad[:1, :1, :1].expand_as(grad), x[:1, :, :1].expand_as(x), lam[:1].expand_as(lam)
+        w = w[:1].expand_as(w)
+    elif layout == "transposed":
+        grad, x, w = (t.transpose(0, -1).contiguous().transpose(0, -1) for t in (grad, x, w))
+        index, lam = torch.stack([index, index], 1)[:, 0], torch.stack([lam, lam], 1)[:, 0]
+    elif layout == "sliced":
+        grad, x, w = (torch.cat([t, t], -1)[..., 1 : t.shape[-1] + 1] for t in (grad, x, w))
+    elif layout == "permuted":
+        x, w = x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3), w.transpose(1, 2).contiguous().transpose(1, 2)
+    copies = (t.contiguous() for t in (grad, x, w, index, lam))
+    for result, same in zip(run(grad, x, w, index, lam, activation), run(*copies, activation), strict=True):
+        assert torch.equal(result, same)
+
+
+def check_far_apart():
+    """Elements more than 2^31 apart; only the pages that are written take memory."""
+    grad, x, w, index, lam, activation = problem((1, 3, 2, 8, 2, 3), PolyReLU(2), torch.float16, "lams")
+    storage = torch.empty(2 * 2**31 + 16, dtype=torch.float16, device=DEVICE)
+    far = storage.as_strided(x.shape, (0, 2**31, 8, 1))
+    far.copy_(x)
+    near = run(grad, x, w, index, lam, activation)
+    assert all(torch.equal(a, b) for a, b in zip(run(grad, far, w, index, lam, activation), near, strict=True))
+
+
+def check_not_finite(value, activation):
+    """What is not a finite number reaches the logits it belongs to, as in the reference, and no others."""
+    arguments = problem((1, 5, 3, 20, 4, 5), activation)
+    _, x, w, *_ = arguments
+    x[0, 1, 2, 3] = value
+    w[0, 2, 4, 1] = value
+    logits, *_ = run(*arguments)
+    truth, *_ = expected(*arguments)
+    torch.testing.assert_close(logits.double(), truth, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+def check_index_out_of_range(partner, shape):
+    """The sample gets NaN, and every other one what it would get if that sample had no part in the loss."""
+    arguments = problem(shape, PolyReLU(3, 0.5), mix="lams")
+    grad, _, _, index, _, _ = arguments
+    index[2] = partner
+    logits, x_grad, _ = run(*arguments)
+    index[2], grad[:, 2] = 0, 0
+    truth, x_truth, _ = expected(*arguments)
+    others = [n for n in range(shape[1]) if n != 2]
+    assert logits[:, 2].isnan().all()
+    assert max(errors((logits[:, others], x_grad[:, others]), (truth[:, others], x_truth[:, others]))) <= 1e-5
+
+
+SMALL = (1, 9, 3, 20, 4, 5)
+ACTIVATIONS = [
+    *(PolyReLU(degree, 0.3) for degree in (1, 2, 8, 13, 16)),
+    *(PolyReLU(degree, 0.3, clamp=False) for degree in (1, 3, 8)),
+    *(PowerReLU(degree) for degree in (1, 2, 3, 7)),
+    *(Power(degree) for degree in (1, 2, 11, 16)),
+    ReLU(),
+    Identity(),
+]
+HALF = (torch.bfloat16, torch.float16)
+CHECKS = {
+    **{f"activation-{a}": partial(check_accuracy, SMALL, a) for a in ACTIVATIONS},
+    **{f"activation-{a}-{d}": partial(check_accuracy, SMALL, a, d, "lam") for a in ACTIVATIONS[2:6] for d in HALF},
+    **{
+        f"shape-{shape}-{mix}-{dtype}": partial(check_accuracy, shape, PolyReLU(), dtype, mix)
+        for shape in [
+            (2, 70, 3, 20, 10, 5),  # several networks and blocks of samples
+            (1, 1, 1, 1, 1, 1),
+            (1, 17, 1, 33, 1, 7),
+            (2, 3, 5, 8, 7, 1),
+            (1, 5, 2, 50, 3, 70),
+            (1, 5, 2, 20, 2, 150),  # more filters per class than a tile
+            (1, 5, 2, 150, 3, 11),  # longer patches than a tile, rows not aligned
+            (1, 5, 2, 160, 3, 43),
+        ]
+        for mix in (None, "lams")
+        for dtype in (torch.float32, torch.float16)
+    },
+    **{
+        f"tf32-{d}": partial(check_accuracy, (1, 9, 2, d, 3, 11), PolyReLU(), mix="lam", precision="high")
+        for d in (20, 40, 70)
+    },
+    "repeats": partial(check_repeats, (1, 70, 5, 20, 4, 5)),
+    **{
+        f"empty-{shape}-{mix}": partial(check_empty, shape, mix)
+        for shape in [tuple(0 if i == zero else 3 for i in range(6)) for zero in range(6)]
+        for mix in ((None, "lam") if shape[1] else (None,))
+    },
+    **{
+        f"strides-{layout}-{dtype}": partial(check_strides, layout, dtype)
+        for layout in ("expanded", "transposed", "sliced", "permuted")
+        for dtype in (torch.float32, torch.float16)
+    },
+    "far-apart": check_far_apart,
+    **{
+        f"not-finite-{value}-{a}": partial(check_not_finite, value, a)
+        for value in (NAN, float("inf"))
+        for a in (PolyReLU(8, 0.3), PolyReLU(2, 0.3, clamp=False), PowerReLU(3), ReLU())
+    },
+    **{
+        f"index-{partner}-{shape}": partial(check_index_out_of_range, partner, shape)
+        for partner in (-1, 5, 2**40, -(2**40))
+        for shape in ((2, 5, 2, 20, 3, 4), (1, 5, 2, 50, 3, 4))
+    },
+}
+
+
+def check(name, seed):
+    torch.manual_seed(seed)
+    CHECKS[name]()
+
+
+@pytest.fixture(scope="module")
+def checks(request):
+    """The selected checks, all under way at once: futures by name, and the seed of each."""
+    items = [item for item in request.session.items if getattr(item, "function", None) is test_kernel]
+    names = [item.callspec.params["name"] for item in items]
+    jobs = os.cpu_count() if DEVICE == "cpu" else 1
+    seed = torch.seed() % 2**32
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=use_interpreter) as pool:
+        yield seed, {name: pool.submit(check, name, seed) for name in names}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_kernel(checks, name):
+    seed, futures = checks
+    print(f"check({name!r}, seed={seed})")
+    futures[name].result()
