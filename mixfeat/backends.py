@@ -1,4 +1,4 @@
-"""Which kernels serve a tensor: ``"triton"`` (CUDA and ROCm), ``"cpu"`` (native C++) or ``"reference"`` (plain PyTorch).
+"""Which kernels serve a tensor: ``"triton"`` (CUDA, ROCm), ``"cpu"`` (native C++) or ``"reference"`` (plain PyTorch).
 
 The best one that is there serves by default. ``with mixfeat.backend("reference"):`` or the environment variable
 ``MIXFEAT_BACKEND`` choose another; ``with`` holds for the thread that enters it and wins over the environment.

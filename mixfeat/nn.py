@@ -73,7 +73,7 @@ class TwoLayerPatchCNN(nn.Module):
         nn.init.normal_(self.weight, std=self.init_std, generator=generator)
 
     def forward(self, input: Tensor, index: Tensor | None = None, lam: float | Tensor | None = None) -> Tensor:
-        """Logits (N,C) or (R,N,C) of ``input``, mixed where ``index`` and ``lam`` say so: see :func:`mixfeat.patch_conv`."""
+        """Logits (N,C) or (R,N,C) of ``input``, mixed if ``index`` and ``lam`` say so (:func:`mixfeat.patch_conv`)."""
         return functional.patch_conv(input, self.weight, self.activation, index=index, lam=lam)
 
     def extra_repr(self) -> str:

@@ -55,10 +55,10 @@ def patch_conv_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`patch_conv` to input and weight, given ``grad`` = dL/dg, as formulas::
 
-        E[n,p,c,m]  = dL/dg[n,c] phi'(s[n,p,c,m])
-        dL/dw[c,m]  = sum_{n,p} E[n,p,c,m] z[n,p]
-        dL/dz[n,p]  = sum_{c,m} E[n,p,c,m] w[c,m]
-        dL/dx_i     = lam_i dL/dz_i + sum_{n: index_n = i} (1 - lam_n) dL/dz_n
+    E[n,p,c,m]  = dL/dg[n,c] phi'(s[n,p,c,m])
+    dL/dw[c,m]  = sum_{n,p} E[n,p,c,m] z[n,p]
+    dL/dz[n,p]  = sum_{c,m} E[n,p,c,m] w[c,m]
+    dL/dx_i     = lam_i dL/dz_i + sum_{n: index_n = i} (1 - lam_n) dL/dz_n
     """
     z = input if index is None or lam is None else mixup(input, index, lam, dim=-3)
     s = torch.einsum("...npd,...cmd->...npcm", z, weight)

@@ -141,7 +141,7 @@ def test_works_without_triton(run_python):
 
 
 def test_wheel_holds_all_it_needs(tmp_path):
-    """Library and sources, kernels under mixfeat.kernels, the type marker; built in a copy, which leaves the tree alone."""
+    """Library and sources, kernels under mixfeat.kernels, the type marker; built in a copy, to leave the tree alone."""
     for name in ("mixfeat", "kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):

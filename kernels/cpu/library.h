@@ -39,10 +39,13 @@ T* data(const Tensor& t) {
 
 inline std::vector<int64_t> shape_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
-// Runs f(task, scratch) for all tasks; each thread takes a contiguous share of them and has its own scratch.
+// Runs f(task, scratch) for all tasks; each thread takes a contiguous share of them and has its own scratch. A further thread
+// is used for every 2^22 of `work`, counted in multiply-adds: with less to do, waiting for it can take longer, and on a busy
+// machine takes much longer, than going without.
 template <typename T, typename F>
-void for_each_task(int64_t tasks, int64_t scratch_size, const F& f) {
-  const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+void for_each_task(int64_t tasks, int64_t work, int64_t scratch_size, const F& f) {
+  const int64_t useful = std::max<int64_t>(1, work >> 22);
+  const int64_t threads = std::min<int64_t>({tasks, useful, torch::stable::get_num_threads()});
   if (threads == 0) return;
   const Tensor scratch = empty({threads, scratch_size}, kType<T>);
   T* base = data<T>(scratch);

@@ -91,13 +91,18 @@ struct Packed {
   const T* operator[](int64_t b) const { return data<T>(tensor) + b * stride; }
 };
 
+// Multiply-adds of one product, and as many more as the activation is worth.
+template <typename T>
+int64_t products(const PatchConv<T>& a) {
+  return a.samples * a.patches * a.columns() * (a.features + 8);
+}
+
 // Samples are cut into this many tasks per network: enough for many threads, each worth a thread's start, and a function of
 // the shapes alone, so that sums are formed in one order whatever the number of threads.
 template <typename T>
 int64_t count_tasks(const PatchConv<T>& a, int64_t most) {
   constexpr int64_t kProductsPerTask = 1 << 21;
-  const int64_t products = a.samples * a.patches * a.columns() * (a.features + 8);
-  return std::max<int64_t>(1, std::min({a.samples, products / kProductsPerTask, most}));
+  return std::max<int64_t>(1, std::min({a.samples, products(a) / kProductsPerTask, most}));
 }
 
 template <typename T>
@@ -114,7 +119,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight, co
   const Packed<T> panels(batch, weight, kernels.panels_size(a), kernels.pack_panels);
   const int64_t tasks = count_tasks(a, 1024);
   T *out = data<T>(logits), *slopes = data<T>(slope);
-  for_each_task<T>(batch.size * tasks, kernels.scratch_size(a), [&](int64_t task, T* scratch) {
+  for_each_task<T>(batch.size * tasks, batch.size * products(a), kernels.scratch_size(a), [&](int64_t task, T* scratch) {
     const int64_t b = task / tasks, part = task % tasks;
     kernels.forward(batch[b], panels[b], a.samples * part / tasks, a.samples * (part + 1) / tasks, out + b * logits_size,
                     slopes + b * slope_size, saved, scratch);
@@ -165,7 +170,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& slope, con
   const Tensor partial = need_weight ? empty({batch.size * tasks, rows_size}, kType<T>) : none;
   const T *grads = data<T>(grad), *slopes = data<T>(slope);
   T *partials = data<T>(partial), *mixed_grads = data<T>(mixed_grad);
-  for_each_task<T>(batch.size * tasks, kernels.scratch_size(a), [&](int64_t task, T* scratch) {
+  for_each_task<T>(batch.size * tasks, batch.size * products(a), kernels.scratch_size(a), [&](int64_t task, T* scratch) {
     const int64_t b = task / tasks, part = task % tasks;
     kernels.backward(batch[b], panels[b], rows[b], a.samples * part / tasks, a.samples * (part + 1) / tasks,
                      grads + b * logits_size, slopes + b * slope_size, saved,
