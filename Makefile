@@ -19,8 +19,10 @@ install: .venv/installed
 reproduce: install
 	$(BIN)/mixfeat reproduce theory --resume --out $(OUT)
 
+# without a GPU the operators also run on Triton's kernels, in its interpreter: a process of its own, as triton decides once
 test: install lint
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/test_patch_conv.py
 
 lint: install
 	$(BIN)/ruff check

@@ -170,7 +170,8 @@ def _reproduce_theory(args: argparse.Namespace) -> int:
 
         from mixfeat.experiments import plots
     except ModuleNotFoundError as error:
-        raise RefusedError(f"{error.name} is missing: pip install 'mixfeat[experiments]'") from None
+        package = (error.name or "").partition(".")[0]
+        raise RefusedError(f"{package} is missing: pip install 'mixfeat[experiments]'") from None
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a GPU's matrix products repeat only with this
     values: dict[str, Any] = {setting.name: getattr(args, setting.name) for setting in fields(Settings)}
     try:

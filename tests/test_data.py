@@ -113,7 +113,7 @@ def test_given_features():
 def test_cuda():
     cpu = mf.data.multi_view(20, generator=torch.Generator().manual_seed(0))
     gpu = mf.data.multi_view(20, generator=torch.Generator().manual_seed(0), device="cuda")
-    assert gpu.input.is_cuda and gpu.target.is_cuda and gpu.features.is_cuda
+    assert all(part.is_cuda for part in gpu)
     assert torch.equal(gpu.input.cpu(), cpu.input)
     assert mf.data.multi_view(20, generator=torch.Generator("cuda")).input.is_cuda
 

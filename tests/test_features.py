@@ -87,7 +87,8 @@ def test_learned_counts_strictly_above_the_threshold_and_no_ties():
 def test_learned_restores_every_mode_and_records_no_gradient():
     class Net(torch.nn.Sequential):
         def forward(self, x):
-            assert not self.training and not torch.is_grad_enabled()
+            assert not self.training
+            assert not torch.is_grad_enabled()
             return super().forward(x)
 
     model = Net(torch.nn.Flatten(), torch.nn.Linear(24, 4), torch.nn.BatchNorm1d(4))
@@ -103,7 +104,7 @@ def test_learned_restores_every_mode_and_records_no_gradient():
 def test_learned_bad_arguments():
     data = mf.data.multi_view(3, 4, 3)
     model = mf.TwoLayerPatchCNN(4, 2, 8, mf.ReLU())
-    with pytest.raises(TypeError, match="data_of_each_view must be a sequence .* got MultiViewData"):
+    with pytest.raises(TypeError, match=r"data_of_each_view must be a sequence .* got MultiViewData"):
         mf.features.learned(model, data)
     with pytest.raises(ValueError, match="data_of_each_view must hold the data of at least one view, got none"):
         mf.features.learned(model, [])
@@ -114,5 +115,5 @@ def test_learned_bad_arguments():
         mf.features.learned(model, [wrong])
     with pytest.raises(ValueError, match=r"threshold must be in \[0, 1\), got 1"):
         mf.features.learned(model, [data], 1)
-    with pytest.raises(TypeError, match="threshold must be a number, got '0.9'"):
+    with pytest.raises(TypeError, match=r"threshold must be a number, got '0.9'"):
         mf.features.learned(model, [data], "0.9")

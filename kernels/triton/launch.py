@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 __all__ = ["PATCH_CONV_TILES", "Direction", "Launch", "PatchConvConfig", "PatchConvTiles", "multiprocessors",
-           "patch_conv_config", "precision", "record", "run"]  # fmt: skip
+           "patch_conv_tiles", "precision", "record", "run"]  # fmt: skip
 
 Direction = Literal["forward", "backward_input", "backward_weight"]
 
@@ -42,14 +42,30 @@ class PatchConvConfig:
         return patch_dim <= self.block_d
 
 
-class PatchConvTiles(NamedTuple):
-    """The configurations for patches of up to ``patch_dim`` entries."""
+@dataclass(frozen=True)
+class PatchConvTiles:
+    """The configurations for patches of up to ``patch_dim`` entries; ``mixes`` says whether these kernels can mix."""
 
     patch_dim: int
     forward: PatchConvConfig
     forward_narrow: PatchConvConfig
     backward_input: PatchConvConfig
     backward_weight: PatchConvConfig
+    mixes: bool = False
+
+    def config(self, direction: Direction, num_classes: int, filters_per_class: int) -> PatchConvConfig:
+        """The configuration for a direction and, in forward, for the numbers of classes and filters."""
+        if direction != "forward":
+            return self.backward_input if direction == "backward_input" else self.backward_weight
+
+        def columns(config: PatchConvConfig) -> int:  # filters computed, with those that pad the tiles of whole classes
+            tiles_per_class = math.ceil(filters_per_class / config.block_q)
+            classes_per_tile = max(config.block_q // filters_per_class, 1)
+            return math.ceil(num_classes / classes_per_tile) * tiles_per_class * config.block_q
+
+        # Wide tiles read the input half as often, but not where they compute much more padding than narrow ones.
+        wide, narrow = self.forward, self.forward_narrow
+        return wide if columns(wide) <= 1.2 * columns(narrow) else narrow
 
 
 _Config, _ANY = PatchConvConfig, sys.maxsize
@@ -57,8 +73,9 @@ _Config, _ANY = PatchConvConfig, sys.maxsize
 # All configurations that ship, by the kind of product. Registers set the sizes: these tiles do not spill on any target.
 #
 # "half": bfloat16 and float16. The matrix units of sm_90 and later (wgmma, tcgen05) take 64 rows per 4 warps. Forward
-#   keeps two tiles, s and the sum of phi, backward s, G and the gradient; 8 warps halve a thread's share of them. One
-#   program's products overlap with another's activations where a multiprocessor holds two or three: hence the caps.
+#   keeps two tiles, s and the sum of phi: 8 warps halve a thread's share of them. Backward keeps s, G and the gradient;
+#   it has 4 warps, for with 8 each pair of warps would need, and compute, the same activations. One program's products
+#   overlap with another's activations where a multiprocessor holds two or three: hence the caps on registers.
 # "tf32": float32 in TF32, with twice the bytes per operand.
 # "ieee": float32 without matrix units (AMD: with), whose operands pass through registers as well.
 PATCH_CONV_TILES: dict[str, list[PatchConvTiles]] = {
@@ -67,28 +84,30 @@ PATCH_CONV_TILES: dict[str, list[PatchConvTiles]] = {
             patch_dim=32,
             forward=_Config(64, 128, 32, num_warps=8, max_registers=128),
             forward_narrow=_Config(64, 64, 32, max_registers=168),
-            backward_input=_Config(64, 64, 32),
+            backward_input=_Config(64, 64, 32, max_registers=168),
             backward_weight=_Config(32, 64, 32),
+            mixes=True,
         ),
         PatchConvTiles(
             patch_dim=64,
             forward=_Config(64, 128, 64, num_warps=8, max_registers=128),
             forward_narrow=_Config(64, 64, 64, max_registers=168),
-            backward_input=_Config(64, 64, 64, max_registers=168),
+            backward_input=_Config(64, 64, 64),
             backward_weight=_Config(32, 64, 64),
+            mixes=True,
         ),
         PatchConvTiles(
             patch_dim=128,
             forward=_Config(64, 128, 128, num_warps=8),
             forward_narrow=_Config(64, 64, 128, num_warps=8),
-            backward_input=_Config(64, 64, 128, num_warps=8),
-            backward_weight=_Config(32, 64, 128, num_warps=8),
+            backward_input=_Config(64, 32, 128),
+            backward_weight=_Config(32, 64, 128),
         ),
         PatchConvTiles(
             patch_dim=_ANY,
             forward=_Config(64, 128, 64, num_warps=8),
             forward_narrow=_Config(64, 64, 64),
-            backward_input=_Config(64, 64, 128, num_warps=8),
+            backward_input=_Config(64, 32, 128),
             backward_weight=_Config(32, 64, 128, num_warps=8),
         ),
     ],
@@ -99,19 +118,20 @@ PATCH_CONV_TILES: dict[str, list[PatchConvTiles]] = {
             forward_narrow=_Config(64, 64, 32),
             backward_input=_Config(64, 32, 32),
             backward_weight=_Config(32, 64, 32),
+            mixes=True,
         ),
         PatchConvTiles(
             patch_dim=64,
             forward=_Config(64, 128, 64, num_warps=8),
             forward_narrow=_Config(64, 64, 64, num_warps=8),
             backward_input=_Config(64, 32, 64),
-            backward_weight=_Config(32, 64, 64, num_warps=8),
+            backward_weight=_Config(32, 64, 64),
         ),
         PatchConvTiles(
             patch_dim=_ANY,
             forward=_Config(64, 128, 32, num_warps=8),
             forward_narrow=_Config(64, 64, 32),
-            backward_input=_Config(64, 32, 64, num_warps=8),
+            backward_input=_Config(64, 32, 64, num_stages=1),
             backward_weight=_Config(32, 64, 64, num_warps=8),
         ),
     ],
@@ -122,6 +142,7 @@ PATCH_CONV_TILES: dict[str, list[PatchConvTiles]] = {
             forward_narrow=_Config(32, 32, 32),
             backward_input=_Config(32, 32, 32, num_warps=8),
             backward_weight=_Config(32, 32, 32, num_warps=8),
+            mixes=True,
         ),
         PatchConvTiles(
             patch_dim=_ANY,
@@ -134,27 +155,10 @@ PATCH_CONV_TILES: dict[str, list[PatchConvTiles]] = {
 }
 
 
-def patch_conv_config(
-    direction: Direction,
-    dtype: torch.dtype,
-    input_precision: str,
-    patch_dim: int,
-    num_classes: int,
-    filters_per_class: int,
-) -> PatchConvConfig:
-    """The configuration that serves a problem: by the length of its patches and, for forward, its classes."""
+def patch_conv_tiles(dtype: torch.dtype, input_precision: str, patch_dim: int) -> PatchConvTiles:
+    """The configurations that serve patches of ``patch_dim`` entries."""
     kind = input_precision if dtype == torch.float32 else "half"
-    tiles = next(tiles for tiles in PATCH_CONV_TILES[kind] if patch_dim <= tiles.patch_dim)
-    if direction != "forward":
-        return tiles.backward_input if direction == "backward_input" else tiles.backward_weight
-
-    def columns(config: PatchConvConfig) -> int:  # filters computed, with those that pad the tiles of whole classes
-        tiles_per_class = math.ceil(filters_per_class / config.block_q)
-        classes_per_tile = max(config.block_q // filters_per_class, 1)
-        return math.ceil(num_classes / classes_per_tile) * tiles_per_class * config.block_q
-
-    # Wide tiles read the input half as often, but not where they compute much more padding than narrow ones.
-    return tiles.forward if columns(tiles.forward) <= 1.2 * columns(tiles.forward_narrow) else tiles.forward_narrow
+    return next(tiles for tiles in PATCH_CONV_TILES[kind] if patch_dim <= tiles.patch_dim)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -243,11 +243,13 @@ def backward_input_kernel(
     N, P, C, M, D, stride_xb, stride_xn, stride_xp, stride_wb, stride_wq, stride_lam, inverse,
     scale, grad, stride_gb, stride_gn, stride_gc, mixed_grad,
     DEGREE: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr, PRECISION: tl.constexpr, WHOLE_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``dL/dz[n,p] = sum_q E[n,p,q] w[q]``
 
-    A program owns one patch of BLOCK_N samples and BLOCK_D of D, and loops over the filters.
+    A program owns one patch of BLOCK_N samples and BLOCK_D of D, and loops over the filters. To spread G[n,c] over the
+    filters of c by a product with the matrix of who owns whom takes matrix units a fraction of the time of loading it
+    for each filter; BLOCK_C is how many classes a tile of filters may touch, or 0 without matrix units.
 
     grad (B,N,C), input (B,N,P,D), weight (B,CM,D), index (N,), lam (N,) or (), mixed_grad (B,N,P,D) contiguous
     """
@@ -277,8 +279,15 @@ def backward_input_kernel(
         q = start + tl.arange(0, BLOCK_Q)
         in_filters = q < C * M
         filters = weight + q * stride_wq
-        g = grad[:, None] + (q // M * stride_gc)[None, :]
-        g = tl.load(g, mask=(n < N)[:, None] & in_filters[None, :], other=0.0).to(tl.float32)
+        owner = q // M
+        if BLOCK_C == 0:
+            g = grad[:, None] + (owner * stride_gc)[None, :]
+            g = tl.load(g, mask=(n < N)[:, None] & in_filters[None, :], other=0.0)
+        else:
+            c = start // M + tl.arange(0, BLOCK_C)
+            g = tl.load(grad[:, None] + (c * stride_gc)[None, :], mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
+            owned = (c[:, None] == owner[None, :]).to(g.dtype)
+            g = tl.dot(g, owned, input_precision=PRECISION, out_dtype=tl.float32)
         if WHOLE_D:
             w = _filters(filters, in_filters, d, D)
             s = tl.dot(z, tl.trans(w), input_precision=PRECISION, out_dtype=tl.float32)
@@ -289,7 +298,7 @@ def backward_input_kernel(
                 w = _filters(filters, in_filters, k + d, D)
                 s = tl.dot(z, tl.trans(w), s, input_precision=PRECISION, out_dtype=tl.float32)
             w = _filters(filters, in_filters, d_own, D)
-        e = mul_slope(g * scale, s, inverse, DEGREE, LOWER, UPPER).to(w.dtype)
+        e = mul_slope(g.to(tl.float32) * scale, s, inverse, DEGREE, LOWER, UPPER).to(w.dtype)
         total = tl.dot(e, w, total, input_precision=PRECISION, out_dtype=tl.float32)
 
     mixed_grad += (((b.to(tl.int64) * N + n) * P + p) * D)[:, None] + d_own[None, :]
@@ -300,8 +309,8 @@ def backward_input_kernel(
 class _Problem:
     """What the kernels have in common: their first arguments, their constants, and how to launch one.
 
-    They mix in passing, unless patches are too long for one tile or their rows not a multiple of 16 bytes apart: then z
-    is written to memory first, once for all kernels, its rows padded with zeros to ``width``.
+    They mix in passing, unless patches are too long for that or their rows not a multiple of 16 bytes apart: then z is
+    written to memory first, once for all kernels, its rows padded with zeros to ``width``.
     """
 
     def __init__(
@@ -325,7 +334,8 @@ class _Problem:
             weight = torch.nn.functional.pad(weight, (0, self.width - self.patch_dim)).contiguous()
         index = None if index is None else index.contiguous()
         stride_lam = 0 if lam is None or lam.dim() == 0 else lam.stride(0)
-        if not _aligned(input, vector) or (index is not None and not self.config("forward").holds(self.width)):
+        self.tiles = launch.patch_conv_tiles(self.dtype, self.precision, self.width)
+        if not _aligned(input, vector) or (index is not None and not self.tiles.mixes):
             input, index, lam = self._mix(input, index, lam, stride_lam), None, None
         strides = (*input.stride()[:3], *weight.stride()[:2])
         self.arguments = (
@@ -344,12 +354,12 @@ class _Problem:
         return mixed
 
     def config(self, direction: launch.Direction) -> launch.PatchConvConfig:
-        return launch.patch_conv_config(
-            direction, self.dtype, self.precision, self.width, self.num_classes, self.filters_per_class
-        )
+        return self.tiles.config(direction, self.num_classes, self.filters_per_class)
 
-    def launch(self, kernel: Any, config: launch.PatchConvConfig, programs: int, *arguments: Any) -> None:
-        constants = {
+    def launch(
+        self, kernel: Any, config: launch.PatchConvConfig, programs: int, *arguments: Any, **constants: Any
+    ) -> None:
+        constants |= {
             "DEGREE": self.activation.degree,
             "LOWER": self.activation.lower,
             "UPPER": self.activation.upper,
@@ -421,7 +431,12 @@ def _input_grad(problem: _Problem, grad: Tensor, index: Tensor | None, lam: Tens
     mixed_grad = torch.empty(shape, dtype=dtype, device=grad.device)
     tiles = problem.num_patches * triton.cdiv(problem.width, config.block_d)
     programs = problem.runs * triton.cdiv(problem.num_samples, config.block_n) * tiles
-    problem.launch(backward_input_kernel, config, programs, problem.slope_scale, grad, *grad.stride(), mixed_grad)
+    matrix_units = problem.dtype != torch.float32 or problem.precision != "ieee"
+    classes = (config.block_q + problem.filters_per_class - 2) // problem.filters_per_class + 1
+    problem.launch(
+        backward_input_kernel, config, programs, problem.slope_scale, grad, *grad.stride(), mixed_grad,
+        BLOCK_C=max(16, triton.next_power_of_2(classes)) if matrix_units else 0,
+    )  # fmt: skip
     mixed_grad = mixed_grad[..., : problem.patch_dim]
     if index is None or lam is None:
         return mixed_grad.contiguous()

@@ -72,10 +72,12 @@ class Settings:
         for name, least in _LEAST.items():
             self._set(name, mf.data._integer(name, getattr(self, name), least))
         for name in ("noise_scale", "init_scale", "lr"):
-            self._set(name, mf.data._number(name, getattr(self, name)))
-            if getattr(self, name) < 0 or (name != "noise_scale" and getattr(self, name) == 0):
-                bound = "at least 0" if name == "noise_scale" else "positive"
-                raise ValueError(f"{name} must be {bound}, got {getattr(self, name)}")
+            value = mf.data._number(name, getattr(self, name))
+            if value < 0 or (value == 0 and name != "noise_scale"):
+                raise ValueError(f"{name} must be {'at least 0' if name == 'noise_scale' else 'positive'}, got {value}")
+            if value > 1e30:
+                raise ValueError(f"{name} must be at most 1e30, which float32 can hold, got {value}")
+            self._set(name, value)
         self._set("signal", mf.data._range("signal", self.signal))
         self._set("noise", mf.data._range("noise", self.noise))
         self._set("patch_dim", mf.data._patch_dim(self.patch_dim, self.num_classes, None))
@@ -272,7 +274,7 @@ def _evaluate(
     curves["train_accuracy"][point] = (logits.argmax(-1) == data.target).double().mean(-1)
     curves["cross_entropy"][point] = loss.mean(-1)
     if not curves["cross_entropy"][point].isfinite().all():
-        raise DivergedError(f"{method} left the finite numbers before step {step}: lr {settings.lr} is too large")
+        raise DivergedError(f"{method} left the finite numbers before step {step}: try a smaller lr than {settings.lr}")
 
 
 def _objective(model: mf.TwoLayerPatchCNN, input: Tensor, one_hot: Tensor, method: str) -> Tensor:

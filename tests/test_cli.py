@@ -1,0 +1,276 @@
+"""The command line: what it prints and writes, how it refuses, how it is stopped and goes on."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mixfeat as mf
+from mixfeat import cli
+from mixfeat.experiments import theory
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--num-classes=3", "--filters-per-class=2", "--num-patches=4", "--num-samples=12", "--steps=300", "--seeds=2",
+    "--test-samples=30", "--evaluations=5", "--lr=4", "--device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Problems this small gain nothing from threads, and lose much on a machine that is busy with other tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def reproduce(tmp_path, capsys):
+    """Run ``reproduce theory`` small, in the test's folder; gives (exit status, stdout, stderr)."""
+
+    def run(*options, out=tmp_path / "out", small=SMALL):
+        try:
+            status = cli.main(["reproduce", "theory", *small, "--out", str(out), *map(str, options)])
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def assert_refused(result, message):
+    status, out, err = result
+    assert (status, out) == (2, "")
+    assert err.startswith("mixfeat reproduce theory: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_reproduce_theory(reproduce, tmp_path):
+    target = tmp_path / "deep" / "result.json"
+    status, out, err = reproduce("--json", target, "--seed", 4)
+    assert status == 0, err
+    lines = out.splitlines()
+    columns = ("train accuracy", "both features", "one", "none", "alignment ratio", "loss")
+    assert all(column in lines[2] for column in columns)
+    for name in theory.METHODS.values():
+        assert sum(line.startswith(name) and line.count(" ± ") == 6 for line in lines) == 1
+        assert f"{name}: 300 steps, 2 seeds at once, on cpu" in err
+    assert "mean ± standard deviation over 2 seeds" in out
+    assert str(tmp_path / "out" / "theory.png") in out
+    assert (tmp_path / "out" / "theory.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["theory.png", "theory.sqlite"]
+
+    document = json.loads(target.read_text())
+    settings = document["settings"]
+    assert settings["num_classes"] == 3
+    assert settings["rho"] == pytest.approx(1 / 3)
+    assert theory.Settings(**settings).hash == document["settings_hash"]
+    assert document["environment"]["torch"] == torch.__version__
+    assert list(document["results"]) == list(theory.METHODS)
+    for result in document["results"].values():
+        assert len(result["curves"]["step"]) == len(result["curves"]["larger"]) == 6
+        for key in ("train_accuracy", "classes_with_both", "classes_with_one", "classes_with_none", "loss"):
+            assert len(result[key]) == 2
+
+    again, other = tmp_path / "again.json", tmp_path / "other.json"
+    assert reproduce("--json", again, "--seed", 4, out=tmp_path / "again")[0] == 0
+    assert reproduce("--json", other, "--seed", 6, out=tmp_path / "other")[0] == 0
+    numbers = [json.loads(path.read_text())["results"] for path in (target, again, other)]
+    for results in numbers:
+        for result in results.values():
+            del result["seconds"]
+    assert numbers[0] == numbers[1] != numbers[2]
+
+    before = (tmp_path / "out" / "theory.sqlite").read_bytes()
+    assert_refused(
+        reproduce("--seed", 4), "theory.sqlite already holds results: go on with --resume, or choose another"
+    )
+    assert_refused(reproduce("--seed", 5, "--resume"), "holds a run with other settings (seed 4 there and 5 asked)")
+    assert (tmp_path / "out" / "theory.sqlite").read_bytes() == before
+    status, repeated, _ = reproduce("--seed", 4, "--resume")
+    assert (status, repeated) == (0, out)
+
+
+def test_one_seed_has_no_spread(reproduce):
+    status, out, _ = reproduce("--methods", "erm", "--seeds", 1)
+    assert status == 0
+    assert "one seed" in out
+    assert "±" not in out
+    assert "Midpoint" not in out
+
+
+def test_methods_can_follow_one_another(reproduce):
+    assert reproduce("--methods", "midpoint")[0] == 0
+    status, out, err = reproduce("--methods", "midpoint", "erm", "--resume")
+    assert status == 0, err
+    assert out.index("ERM") < out.index("Midpoint Mixup")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lr", "nan"], "lr must be finite, got nan"),
+        (["--rho", "0"], "rho must be finite and positive, got 0.0"),
+        (["--degree", "-2"], "degree must be at least 1, got -2"),
+        (["--num-classes", "1"], "num_classes must be at least 2, got 1"),
+        (["--patch-dim", "5"], "patch_dim must be at least 2 * num_classes = 6, got 5"),
+        (["--signal", "1", "0"], "signal must have low <= high, got (1.0, 0.0)"),
+        (["--signal", "1"], "argument --signal: expected 2 arguments"),
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+        (["--methods", "magic"], "argument --methods: invalid choice: 'magic'"),
+        (["--device", "abacus"], "device must be a torch device of this machine, got 'abacus'"),
+        (["--dtype", "int8"], "dtype must be float32 or float64, got 'int8'"),
+    ],
+)
+def test_bad_settings(reproduce, options, message, tmp_path):
+    assert_refused(reproduce(*options), message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_targets_are_found_before_training(reproduce, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "train", lambda *_: pytest.fail("trained"))
+    (tmp_path / "file").write_text("")
+    assert_refused(reproduce(out=tmp_path / "file"), "file cannot be written: File exists")
+    assert_refused(reproduce(out=tmp_path / "file" / "out"), "out cannot be written: Not a directory")
+    assert_refused(reproduce("--json", tmp_path), f"--json {tmp_path} cannot be written: it is a folder")
+    assert_refused(reproduce("--json", tmp_path / "file" / "x.json"), "file cannot be written: File exists")
+    if os.getuid():  # root may write anywhere
+        (tmp_path / "closed").mkdir(mode=0o500)
+        assert_refused(reproduce(out=tmp_path / "closed"), "closed cannot be written: Permission denied")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "theory.sqlite").write_text("my notes")
+    assert_refused(
+        reproduce(out=foreign), "theory.sqlite is not a mixfeat store: move it away, or choose another folder"
+    )
+    assert (foreign / "theory.sqlite").read_text() == "my notes"
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "tqdm"])
+def test_missing_extras_are_found_before_training(reproduce, package, monkeypatch):
+    monkeypatch.setattr(cli, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.delitem(sys.modules, "mixfeat.experiments.plots", raising=False)
+    monkeypatch.delattr("mixfeat.experiments.plots", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert_refused(reproduce(), f"{package} is missing: pip install 'mixfeat[experiments]'")
+
+
+def test_divergence_is_one_line(reproduce, monkeypatch):
+    def diverge(*_):
+        raise theory.DivergedError("midpoint left the finite numbers")
+
+    monkeypatch.setattr(cli, "train", diverge)
+    assert reproduce() == (1, "", "mixfeat reproduce theory: error: midpoint left the finite numbers\n")
+
+
+def test_ctrl_c_and_resume(tmp_path):
+    """A real interrupt in a real process; the command that it names ends as an unbroken run would."""
+    code = """
+import signal, sys, torch
+from mixfeat import cli
+torch.set_num_threads(1)
+from mixfeat.experiments import store, theory
+theory._CHECKPOINT_SECONDS = 0
+save, saves = store.Store.save, []
+def interrupted(*args):
+    save(*args)
+    saves.append(args)
+    if len(saves) == 3:
+        signal.raise_signal(signal.SIGINT)
+store.Store.save = interrupted
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    command = ["reproduce", "theory", *SMALL, "--methods", "uniform", "--out", str(tmp_path / "a b")]
+    process = subprocess.run([sys.executable, "-c", code, *command], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 130, process.stderr
+    assert process.stderr.splitlines()[-1] == (
+        f"mixfeat reproduce theory: stopped; go on with: mixfeat {shlex.join(command)} --resume"
+    )
+    assert "Traceback" not in process.stderr
+    paths = tmp_path / "resumed.json", tmp_path / "unbroken.json"
+    assert cli.main([*command, "--resume", "--json", str(paths[0])]) == 0
+    assert cli.main([*command[:-1], str(tmp_path / "b"), "--json", str(paths[1])]) == 0
+    resumed, unbroken = (json.loads(path.read_text())["results"]["uniform"] for path in paths)
+    assert resumed.pop("seconds")
+    assert unbroken.pop("seconds")
+    assert resumed == unbroken
+
+
+def test_progress_bar_on_a_terminal(reproduce, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    status, _, err = reproduce("--methods", "erm")
+    assert status == 0
+    assert "ERM: 100%" in err
+    assert "300/300" in err
+
+
+def test_info(capsys, tmp_path):
+    assert cli.main(["info", "--json", str(tmp_path / "info.json")]) == 0
+    out = capsys.readouterr().out
+    facts = json.loads((tmp_path / "info.json").read_text())
+    assert facts["mixfeat"] == mf.__version__
+    for name in ("mixfeat", "python", "torch", "triton", "numpy", "platform", "CPU", "threads", "GPUs", "backends"):
+        assert name in facts
+        assert any(line.startswith(name) for line in out.splitlines())
+    for name in mf.backends.NAMES:
+        assert f"backends: {name} " in out
+    assert facts["threads"] == torch.get_num_threads()
+
+
+def test_info_refuses_an_unwritable_file(capsys, tmp_path):
+    assert cli.main(["info", "--json", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"mixfeat info: error: --json {tmp_path} cannot be written: it is a folder\n"
+
+
+@pytest.mark.parametrize("command", [[], ["magic"], ["reproduce"], ["reproduce", "magic"], ["info", "--magic"]])
+def test_bad_commands(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(command)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("mixfeat")
+    assert err.count("\n") == 1
+
+
+def test_help_names_the_papers_symbols(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["reproduce", "theory", "--help"])
+    assert stop.value.code == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for text in ("(k in the paper)", "(alpha in the paper)", "rho", "sigma_0", "(eta)", "(T)", "(N)", "(P)", "(m)"):
+        assert text in out
+
+
+def test_module_and_imports(run_python):
+    """``python -m mixfeat`` runs; importing the package brings in neither experiments nor what only they need."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import mixfeat
+print({"mixfeat.experiments", "mixfeat.cli", "matplotlib", "tqdm", "sqlite3"} & (set(sys.modules) - before))
+import runpy
+sys.argv = ["mixfeat", "--version"]
+runpy.run_module("mixfeat", run_name="__main__")
+"""
+    assert run_python(code).splitlines() == ["set()", f"mixfeat {mf.__version__}"]
+
+
+def test_output_that_nobody_reads(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out:
+        process = subprocess.run(
+            [sys.executable, "-m", "mixfeat", "info"], cwd=ROOT, stdout=out, stderr=subprocess.PIPE, text=True
+        )
+    assert process.returncode in (1, -signal.SIGPIPE)
+    assert "Traceback" not in process.stderr
