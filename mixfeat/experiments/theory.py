@@ -265,7 +265,7 @@ def _descend(
 
 
 def _softmax(logits: Tensor) -> Tensor:
-    """torch.softmax without threads: it, and exp, use them from 2000 numbers on, where to wait for them takes longest."""
+    """torch.softmax without threads: it and exp use them from 2000 numbers on, where waiting for them takes longer."""
     power = (logits - logits.amax(-1, keepdim=True)).mul_(math.log2(math.e)).exp2_()
     return power.div_(power.sum(-1, keepdim=True))
 
