@@ -152,6 +152,19 @@ def check_index_out_of_range(partner, shape):
 
 
 SMALL = (1, 9, 3, 20, 4, 5)
+SHAPES = [
+    (2, 70, 3, 20, 10, 5),  # several networks and blocks of samples
+    (1, 1, 1, 1, 1, 1),
+    (1, 17, 1, 33, 1, 7),
+    (2, 3, 5, 8, 7, 1),
+    (1, 5, 2, 50, 3, 70),
+    (1, 5, 2, 20, 2, 150),  # more filters per class than a tile
+    (1, 5, 2, 150, 3, 11),  # longer patches than a tile, rows not aligned
+    (1, 5, 2, 160, 3, 43),
+]
+# Two errors in half precision compare only where many roundings enter both: here more networks supply them.
+MANY = (4, *SMALL[1:])
+MANY_SHAPES = [(runs, *shape[1:]) for runs, shape in zip((2, 32, 16, 8, 2, 2, 4, 2), SHAPES, strict=True)]
 ACTIVATIONS = [
     *(PolyReLU(degree, 0.3) for degree in (1, 2, 8, 13, 16)),
     *(PolyReLU(degree, 0.3, clamp=False) for degree in (1, 3, 8)),
@@ -163,21 +176,12 @@ ACTIVATIONS = [
 HALF = (torch.bfloat16, torch.float16)
 CHECKS = {
     **{f"activation-{a}": partial(check_accuracy, SMALL, a) for a in ACTIVATIONS},
-    **{f"activation-{a}-{d}": partial(check_accuracy, SMALL, a, d, "lam") for a in ACTIVATIONS[2:6] for d in HALF},
+    **{f"activation-{a}-{d}": partial(check_accuracy, MANY, a, d, "lam") for a in ACTIVATIONS[2:6] for d in HALF},
     **{
         f"shape-{shape}-{mix}-{dtype}": partial(check_accuracy, shape, PolyReLU(), dtype, mix)
-        for shape in [
-            (2, 70, 3, 20, 10, 5),  # several networks and blocks of samples
-            (1, 1, 1, 1, 1, 1),
-            (1, 17, 1, 33, 1, 7),
-            (2, 3, 5, 8, 7, 1),
-            (1, 5, 2, 50, 3, 70),
-            (1, 5, 2, 20, 2, 150),  # more filters per class than a tile
-            (1, 5, 2, 150, 3, 11),  # longer patches than a tile, rows not aligned
-            (1, 5, 2, 160, 3, 43),
-        ]
+        for dtype, shapes in ((torch.float32, SHAPES), (torch.float16, MANY_SHAPES))
+        for shape in shapes
         for mix in (None, "lams")
-        for dtype in (torch.float32, torch.float16)
     },
     **{
         f"tf32-{d}": partial(check_accuracy, (1, 9, 2, d, 3, 11), PolyReLU(), mix="lam", precision="high")
