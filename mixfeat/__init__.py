@@ -3,13 +3,14 @@
 from mixfeat import backends, data, features, functional, nn, reference
 from mixfeat.activations import Identity, PolyReLU, Power, PowerReLU, ReLU
 from mixfeat.backends import backend
-from mixfeat.functional import patch_conv
-from mixfeat.nn import TwoLayerPatchCNN
+from mixfeat.functional import beta_quadrature, pairwise_mixup_loss, patch_conv
+from mixfeat.nn import PairwiseMixupLoss, TwoLayerPatchCNN
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Identity",
+    "PairwiseMixupLoss",
     "PolyReLU",
     "Power",
     "PowerReLU",
@@ -18,10 +19,12 @@ __all__ = [
     "__version__",
     "backend",
     "backends",
+    "beta_quadrature",
     "data",
     "features",
     "functional",
     "nn",
+    "pairwise_mixup_loss",
     "patch_conv",
     "reference",
 ]

@@ -3,12 +3,13 @@
 from numbers import Real
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mixfeat import ops
 from mixfeat.activations import Activation
 
-__all__ = ["patch_conv"]
+__all__ = ["beta_quadrature", "pairwise_mixup_loss", "patch_conv"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -53,6 +54,114 @@ def patch_conv(
         IndexError: an index outside [0, N) on a CPU. On CUDA, where it cannot be read without waiting for the device,
             it makes that sample's logits NaN.
     """
+    input, weight = _check_network(input, weight, activation)
+    if index is not None or lam is not None:
+        lam = _check_mixing(index, lam, input.shape[-3], input)
+    return ops.patch_conv(input, weight, index, lam, activation.polynomial)
+
+
+def pairwise_mixup_loss(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    activation: Activation,
+    *,
+    lam: float | Tensor = 0.5,
+    lam_weight: Tensor | None = None,
+) -> Tensor:
+    r"""The Mixup objective over all N^2 ordered pairs of samples: exact, in memory linear in N::
+
+        L     = 1/N^2 sum_{i,j} [lam CE(g(z_ij), y_i) + (1 - lam) CE(g(z_ij), y_j)]
+        z_ij  = lam x_i + (1 - lam) x_j
+        g(z)_c = sum_{p,m} phi(<w[c,m], z[p]>)
+
+    eq. 2.2 of Chidambaram et al. (ICML 2023), i = j included, and with quadrature nodes its expectation over lam.
+    Mixing commutes with the convolution: N samples are convolved, and only the activations of their pairs are
+    evaluated, tile by tile, with the gradient in the same pass. At lam = 1/2, as for a node and its mirror image, pairs
+    (i, j) and (j, i) share their work.
+
+    Args:
+        input: x, (N,P,D); or (R,N,P,D), data of R networks. Any strides.
+        weight: w, (C,M,D); or (R,C,M,D), R independent networks.
+        target: y, classes in [0, C), (N,) int64; or (R,N), where the runs' data differ.
+        activation: phi.
+        lam: weight of the first sample of a pair: a number in [0, 1], 1/2 being Midpoint Mixup; or (K,) nodes on the
+            CPU, over which ``lam_weight`` takes the mean. :func:`beta_quadrature` gives those of Beta(alpha, alpha).
+        lam_weight: (K,) weights of the nodes, on the CPU, of sum 1.
+
+    Returns:
+        L, (), or (R,) if input or weight has the run dimension; float32, or float64 for float64. Without samples it is
+        0, with zero gradients (where the mean of no cross-entropies would be NaN), so that an empty part of a sharded
+        data set adds nothing.
+
+    Gradients flow to ``input`` and ``weight``; differentiating twice raises. Under autocast input and weight are cast
+    as they are for a linear layer. The convolution follows ``torch.get_float32_matmul_precision()``.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit, fewer than 2 classes, lam outside [0, 1], lam_weight without
+            nodes or nodes without it, or weights that do not sum to 1.
+        IndexError: a target outside [0, C) on a CPU. On CUDA, where it cannot be read without waiting for the device,
+            it makes loss and gradients NaN.
+    """
+    input, weight = _check_network(input, weight, activation)
+    num_samples, num_classes = input.shape[-3], weight.shape[-3]
+    if num_classes < 2:
+        raise ValueError(
+            f"weight must have at least 2 classes (C) for a cross-entropy, got shape {tuple(weight.shape)}"
+        )
+    runs = input.shape[:-3] or weight.shape[:-3]
+    _check_target(target, (*runs, num_samples), input.device)
+    nodes, node_weights = _check_nodes(lam, lam_weight)
+    s = _pre_activations(input, weight)
+    num_pairs = num_samples * num_samples
+    loss = ops.pairwise_mixup_loss(s, None, target, None, nodes, node_weights, num_pairs, activation.polynomial)
+    return loss if runs else loss[0]
+
+
+def beta_quadrature(
+    alpha: float, num_nodes: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Nodes and weights that average over lam ~ Beta(alpha, alpha), exactly for polynomials up to degree 2K - 1.
+
+    Gauss-Jacobi quadrature on [0, 1], by the eigenvalues of the Jacobi matrix (Golub and Welsch, 1969). Nodes are
+    ascending and symmetric about 1/2; alpha = 1 is Gauss-Legendre.
+
+    Args:
+        alpha: parameter of the distribution, > 0.
+        num_nodes: K, at least 1.
+        dtype: floating-point dtype of the results.
+        device: of the results; :func:`pairwise_mixup_loss` takes them on the CPU.
+
+    Returns:
+        (lam, lam_weight), both (K,); weights are not negative and sum to 1.
+
+    Raises:
+        TypeError, ValueError: an alpha that is not a positive finite number, a num_nodes that is no positive integer, a
+            dtype that is not floating-point.
+    """
+    if isinstance(alpha, bool) or not isinstance(alpha, Real):
+        raise TypeError(f"alpha must be a number, got {alpha!r}")
+    if not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha must be finite and positive, got {alpha} (for Midpoint Mixup pass lam=0.5 instead)")
+    if isinstance(num_nodes, bool) or not isinstance(num_nodes, int):
+        raise TypeError(f"num_nodes must be an integer, got {num_nodes!r}")
+    if num_nodes < 1:
+        raise ValueError(f"num_nodes must be at least 1, got {num_nodes}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}")
+    n = torch.arange(2, max(2, num_nodes), dtype=torch.float64)
+    squares = n * (n + 2 * alpha - 2) / ((2 * n + 2 * alpha - 1) * (2 * n + 2 * alpha - 3))
+    squares = torch.cat([torch.tensor([1 / (2 * alpha + 1)], dtype=torch.float64), squares])[: num_nodes - 1]
+    nodes, vectors = torch.linalg.eigh(torch.diag(squares.sqrt(), 1) + torch.diag(squares.sqrt(), -1))
+    weights = vectors[0].square()
+    nodes, weights = (nodes - nodes.flip(0)) / 2, (weights + weights.flip(0)) / 2  # exactly symmetric
+    lam, lam_weight = (0.5 + 0.5 * nodes).clamp(0, 1), weights / weights.sum()
+    return lam.to(device, dtype), lam_weight.to(device, dtype)
+
+
+def _check_network(input: Tensor, weight: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """Check samples against filters; returns both, cast as autocast says."""
     if not isinstance(activation, Activation):
         raise TypeError(f"activation must be a mixfeat activation such as PolyReLU(8, 0.1), got {activation!r}")
     _check_tensor("input", input, "(N,P,D) or (R,N,P,D)")
@@ -72,9 +181,7 @@ def patch_conv(
         )
     if input.dim() == 4 and weight.dim() == 4 and input.shape[0] != weight.shape[0]:
         raise ValueError(f"weight must have as many runs R as input, {input.shape[0]}, got {weight.shape[0]}")
-    if index is not None or lam is not None:
-        lam = _check_mixing(index, lam, input.shape[-3], input)
-    return ops.patch_conv(input, weight, index, lam, activation.polynomial)
+    return input, weight
 
 
 def _check_tensor(name: str, value: Tensor, shape: str) -> None:
@@ -115,3 +222,55 @@ def _check_mixing(index: Tensor | None, lam: float | Tensor | None, samples: int
     if lam.requires_grad:
         raise ValueError("lam must not require grad: gradients flow to input and weight only")
     return lam.to(dtype)
+
+
+def _pre_activations(input: Tensor, weight: Tensor) -> Tensor:
+    """``s[r,n,p,c,m] = <w[r,c,m], x[r,n,p]>``; R = 1 without runs, one product where they share the data."""
+    filters = weight.shape[-3:-1]
+    if input.dim() == 4 and weight.dim() == 4:
+        return (input.flatten(1, 2) @ weight.flatten(1, 2).mT).unflatten(2, filters).unflatten(1, input.shape[1:3])
+    s = F.linear(input, weight.flatten(0, -2))
+    if weight.dim() == 4:
+        return s.unflatten(-1, weight.shape[:3]).permute(2, 0, 1, 3, 4)
+    return s.unflatten(-1, filters) if input.dim() == 4 else s.unflatten(-1, filters)[None]
+
+
+def _check_target(target: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if not isinstance(target, Tensor) or target.dtype != torch.int64:
+        got = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"target must be an int64 tensor of classes, got {got}")
+    if target.shape != shape and target.shape != shape[-1:]:
+        shapes = " or ".join(str(tuple(s)) for s in dict.fromkeys((shape[-1:], shape)))
+        raise ValueError(f"target must have shape {shapes}, one class for each sample, got {tuple(target.shape)}")
+    if target.device != device:
+        raise ValueError(f"target must be on input's device {device}, got {target.device}")
+
+
+def _check_nodes(lam: float | Tensor, lam_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Nodes and weights as (K,) tensors on the CPU; the operator checks their values."""
+    if not isinstance(lam, Tensor):
+        if isinstance(lam, bool) or not isinstance(lam, Real):
+            raise TypeError(f"lam must be a number, or a tensor of nodes with lam_weight, got {lam!r}")
+        if not 0 <= lam <= 1:
+            raise ValueError(f"lam must be in [0, 1], got {lam}")
+        lam = torch.tensor(float(lam), dtype=torch.float64)
+    if lam_weight is None:
+        if lam.dim() != 0:
+            raise ValueError(f"lam_weight is needed where lam is a tensor of nodes (lam has shape {tuple(lam.shape)})")
+        lam, lam_weight = lam[None], torch.ones(1, dtype=torch.float64)
+    elif lam.dim() != 1 or lam.shape[0] == 0:
+        raise ValueError(f"lam must be a tensor of nodes (K,) where lam_weight is given, got shape {tuple(lam.shape)}")
+    for name, value in (("lam", lam), ("lam_weight", lam_weight)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+        if value.shape != lam.shape:
+            raise ValueError(f"{name} must have lam's shape {tuple(lam.shape)}, got {tuple(value.shape)}")
+        if value.device.type != "cpu":
+            raise ValueError(
+                f"{name} must be on the CPU: its values decide which pairs are visited, and reading them from "
+                f"{value.device} would wait for the device"
+            )
+        if value.requires_grad:
+            raise ValueError(f"{name} must not require grad: gradients flow to input and weight only")
+    return lam, lam_weight

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from mixfeat import functional
+from mixfeat import functional, ops
 from mixfeat.activations import Activation, PolyReLU
 
-__all__ = ["TwoLayerPatchCNN"]
+__all__ = ["PairwiseMixupLoss", "TwoLayerPatchCNN"]
 
 
 class TwoLayerPatchCNN(nn.Module):
@@ -80,3 +80,38 @@ class TwoLayerPatchCNN(nn.Module):
         *runs, num_classes, filters_per_class, patch_dim = self.weight.shape
         text = f"{num_classes}, {filters_per_class}, {patch_dim}, {self.activation}"
         return f"{text}, num_runs={runs[0]}" if runs else text
+
+
+class PairwiseMixupLoss(nn.Module):
+    """The Mixup objective over all ordered pairs of samples (:func:`mixfeat.pairwise_mixup_loss`) of a patch network.
+
+    Args:
+        lam: 0.5 (Midpoint Mixup), another number in [0, 1], or (K,) nodes, such as those of
+            :func:`mixfeat.beta_quadrature`.
+        lam_weight: (K,) weights of the nodes. Both stay on the CPU wherever the module goes.
+
+    Raises:
+        TypeError, ValueError: as :func:`mixfeat.pairwise_mixup_loss` does, for lam and lam_weight.
+    """
+
+    def __init__(self, lam: float | Tensor = 0.5, lam_weight: Tensor | None = None) -> None:
+        super().__init__()
+        nodes, weights = functional._check_nodes(lam, lam_weight)
+        ops.check_nodes(nodes, weights)
+        self.lam, self.lam_weight = nodes.clone(), weights.clone()
+
+    def forward(self, model: nn.Module, input: Tensor, target: Tensor) -> Tensor:
+        """The loss, () or (R,), of a network with ``weight`` and ``activation`` such as :class:`TwoLayerPatchCNN`.
+
+        Raises:
+            TypeError: a model without a weight and an activation.
+        """
+        weight, activation = getattr(model, "weight", None), getattr(model, "activation", None)
+        if not isinstance(weight, Tensor) or not isinstance(activation, Activation):
+            raise TypeError(f"model must be a TwoLayerPatchCNN, or have its weight and activation, got {model!r}")
+        return functional.pairwise_mixup_loss(
+            input, weight, target, activation, lam=self.lam, lam_weight=self.lam_weight
+        )
+
+    def extra_repr(self) -> str:
+        return f"lam={self.lam.tolist()}, lam_weight={self.lam_weight.tolist()}"

@@ -4,12 +4,15 @@ Differentiable by autograd, readable as the formulas they stand for, and without
 :mod:`mixfeat.functional`'s.
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mixfeat.activations import Activation, Polynomial
 
-__all__ = ["mixup", "patch_conv", "patch_conv_backward"]
+__all__ = ["mixup", "pairwise_mixup_block", "pairwise_mixup_loss", "patch_conv", "patch_conv_backward"]
 
 
 def mixup(input: Tensor, index: Tensor, lam: float | Tensor, dim: int = 0) -> Tensor:
@@ -69,3 +72,87 @@ def patch_conv_backward(
         lam = lam.to(input.dtype).view(-1, 1, 1)
         input_grad = (lam * input_grad).index_add(-3, index, (1 - lam) * input_grad)
     return input_grad, weight_grad
+
+
+def pairwise_mixup_loss(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    activation: Activation | Polynomial,
+    *,
+    lam: float | Sequence[float] = 0.5,
+    lam_weight: Sequence[float] | None = None,
+) -> Tensor:
+    """Cross-entropy of all N^2 ordered pairs of samples, mixed and each convolved: the definition, as it stands::
+
+        L = sum_k lam_weight_k 1/N^2 sum_{i,j} [lam_k CE(g(z_ij), y_i) + (1 - lam_k) CE(g(z_ij), y_j)]
+        z_ij = lam_k x_i + (1 - lam_k) x_j
+
+    ``input`` (N,P,D) or (R,N,P,D), ``weight`` (C,M,D) or (R,C,M,D), ``target`` (N,) or (R,N); result () or (R,).
+    """
+    num_samples = input.shape[-3]
+    i, j = torch.cartesian_prod(*[torch.arange(num_samples, device=input.device)] * 2).unbind(1)
+    loss = torch.zeros((), dtype=input.dtype, device=input.device)
+    nodes = lam if isinstance(lam, Sequence) else [lam]
+    for node, node_weight in zip(nodes, lam_weight or [1.0], strict=True):
+        mixed = node * input[..., i, :, :] + (1 - node) * input[..., j, :, :]
+        log_p = patch_conv(mixed, weight, activation).log_softmax(-1)
+        first, second = (
+            torch.take_along_dim(log_p, target[..., k, None].expand(*log_p.shape[:-1], 1), -1) for k in (i, j)
+        )
+        loss = loss - node_weight * (node * first + (1 - node) * second).squeeze(-1).mean(-1)
+    return loss
+
+
+def pairwise_mixup_block(
+    row: Tensor,
+    column: Tensor | None,
+    row_target: Tensor,
+    column_target: Tensor | None,
+    lam: Sequence[float],
+    lam_weight: Sequence[float],
+    activation: Polynomial,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The sum over pairs of a row sample and a column sample, and its gradients, from pre-activations, as formulas::
+
+    t_ijpcm = lam row_ipcm + (1 - lam) column_jpcm;  g_ijc = sum_{p,m} phi(t_ijpcm)
+    L       = sum_{i,j} lam_weight [lam CE(g_ij, y_i) + (1 - lam) CE(g_ij, y_j)], summed over the nodes lam
+    D_ijc   = lam_weight (softmax(g_ij)_c - lam [c = y_i] - (1 - lam) [c = y_j])
+    dL/drow_ipcm = lam sum_j D_ijc phi'(t_ijpcm);  dL/dcolumn_jpcm = (1 - lam) sum_i D_ijc phi'(t_ijpcm)
+
+    ``row`` (R,N,P,C,M), ``column`` (R,N',P,C,M) or None for row itself; targets (N,) or (R,N). Returns the loss (R,)
+    and both gradients, in float32, or float64 for float64; a few rows at a time, so in memory linear in N and N'. A
+    target out of range makes them NaN.
+    """
+    dtype = torch.float64 if row.dtype == torch.float64 else torch.float32
+    num_classes = row.shape[3]
+
+    def prepare(s: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        target = target.expand(s.shape[:2])
+        valid = (target >= 0) & (target < num_classes)
+        s = s.to(dtype).where(valid[:, :, None, None, None], torch.nan)
+        return s, F.one_hot(target.where(valid, 0), num_classes).to(dtype)
+
+    rows, row_label = prepare(row, row_target)
+    columns, column_label = (
+        (rows, row_label) if column is None or column_target is None else prepare(column, column_target)
+    )
+    loss = rows.new_zeros(rows.shape[0])
+    row_grad = torch.zeros_like(rows)
+    column_grad = row_grad if column is None else torch.zeros_like(columns)
+    step = max(1, 2**24 // max(1, columns.numel()))
+    for node, weight in zip(lam, lam_weight, strict=True):
+        for part in torch.arange(rows.shape[1], device=row.device).split(step):
+            t = node * rows[:, part, None] + (1 - node) * columns[:, None]
+            log_p = activation(t).sum(dim=(3, 5)).log_softmax(-1)
+            label = node * row_label[:, part, None] + (1 - node) * column_label[:, None]
+            loss -= weight * (label * log_p).sum(dim=(1, 2, 3))
+            if need_grad:
+                d = weight * (log_p.exp() - label)
+                e = d[:, :, :, None, :, None] * activation.derivative(t)
+                row_grad.index_add_(1, part, node * e.sum(2))
+                column_grad += (1 - node) * e.sum(1)
+    if not need_grad:
+        return loss, None, None
+    return loss, row_grad, None if column is None else column_grad

@@ -151,11 +151,10 @@ void activate_column(bool lower, const T* tile, int64_t width, int64_t rows, T* 
     lines = load(line);
   }
   for (int64_t r = 0; r < rows; ++r) {
-    const Vec<T> t = load(tile + r * width);
-    const Vec<T> u = phi.clamp(t);
+    const Vec<T> t = load(tile + r * width), raised = phi.raise(t), u = phi.cut(raised);
     if (kValue) {
       curves += power<kDegree, T>(u);
-      if (kUpper) lines += phi.excess(t, u);
+      if (kUpper) lines += raised - u;
     }
     if (kSlope) store_first(out + r * length, phi.slope(t, u) * factor, count);
   }
@@ -176,8 +175,8 @@ ActivateColumn<T> pick(int64_t degree, Degrees<kDegrees...>) {
 
 template <typename T, bool kValue, bool kSlope>
 ActivateColumn<T> activation_of(const Polynomial& p) {
-  using All = Degrees<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16>;
-  return p.upper ? pick<T, true, kValue, kSlope>(p.degree, All()) : pick<T, false, kValue, kSlope>(p.degree, All());
+  return p.upper ? pick<T, true, kValue, kSlope>(p.degree, AllDegrees())
+                 : pick<T, false, kValue, kSlope>(p.degree, AllDegrees());
 }
 
 template <typename T>

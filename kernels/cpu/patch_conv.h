@@ -1,18 +1,9 @@
 // The fused patch convolution on one CPU instruction set: what patch_conv_library.cpp calls and patch_conv.cpp defines.
 #pragma once
 
-#include <cstdint>
+#include "polynomial.h"
 
 namespace mixfeat {
-
-// mixfeat.activations.Polynomial
-struct Polynomial {
-  int64_t degree;
-  double threshold;
-  double scale;
-  bool lower;
-  bool upper;
-};
 
 // R networks on the same data. Rows of `input` (the D features of a patch) are contiguous.
 template <typename T>

@@ -1,0 +1,16 @@
+// mixfeat.activations.Polynomial
+#pragma once
+
+#include <cstdint>
+
+namespace mixfeat {
+
+struct Polynomial {
+  int64_t degree;
+  double threshold;
+  double scale;
+  bool lower;
+  bool upper;
+};
+
+}  // namespace mixfeat
