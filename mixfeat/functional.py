@@ -3,7 +3,6 @@
 from numbers import Real
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mixfeat import ops
@@ -113,9 +112,7 @@ def pairwise_mixup_loss(
     runs = input.shape[:-3] or weight.shape[:-3]
     _check_target(target, (*runs, num_samples), input.device)
     nodes, node_weights = _check_nodes(lam, lam_weight)
-    s = _pre_activations(input, weight)
-    num_pairs = num_samples * num_samples
-    loss = ops.pairwise_mixup_loss(s, None, target, None, nodes, node_weights, num_pairs, activation.polynomial)
+    loss = ops.pairwise_mixup_loss(input, weight, target, nodes, node_weights, activation.polynomial)
     return loss if runs else loss[0]
 
 
@@ -222,17 +219,6 @@ def _check_mixing(index: Tensor | None, lam: float | Tensor | None, samples: int
     if lam.requires_grad:
         raise ValueError("lam must not require grad: gradients flow to input and weight only")
     return lam.to(dtype)
-
-
-def _pre_activations(input: Tensor, weight: Tensor) -> Tensor:
-    """``s[r,n,p,c,m] = <w[r,c,m], x[r,n,p]>``; R = 1 without runs, one product where they share the data."""
-    filters = weight.shape[-3:-1]
-    if input.dim() == 4 and weight.dim() == 4:
-        return (input.flatten(1, 2) @ weight.flatten(1, 2).mT).unflatten(2, filters).unflatten(1, input.shape[1:3])
-    s = F.linear(input, weight.flatten(0, -2))
-    if weight.dim() == 4:
-        return s.unflatten(-1, weight.shape[:3]).permute(2, 0, 1, 3, 4)
-    return s.unflatten(-1, filters) if input.dim() == 4 else s.unflatten(-1, filters)[None]
 
 
 def _check_target(target: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

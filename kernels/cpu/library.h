@@ -47,6 +47,7 @@ void for_each_task(int64_t tasks, int64_t work, int64_t scratch_size, const F& f
   const int64_t useful = std::max<int64_t>(1, work >> 22);
   const int64_t threads = std::min<int64_t>({tasks, useful, torch::stable::get_num_threads()});
   if (threads == 0) return;
+  scratch_size = (scratch_size + 15) / 16 * 16;  // whole cache lines
   const Tensor scratch = empty({threads, scratch_size}, kType<T>);
   T* base = data<T>(scratch);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {

@@ -24,6 +24,22 @@ const PairwiseMixupKernels<double>& kernels() {
 
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+// to = factor * from, elements `stride` apart on either side
+template <typename T>
+void scale(const T* from, int64_t from_stride, T factor, T* to, int64_t to_stride, int64_t count) {
+  int64_t k = 0;
+  if (from_stride == 1 && to_stride == 1) {
+    for (; k + 4 <= count; k += 4) {  // all loads before the stores: so compilers need not know that the two do not overlap
+      const T a = from[k], b = from[k + 1], c = from[k + 2], d = from[k + 3];
+      to[k] = factor * a;
+      to[k + 1] = factor * b;
+      to[k + 2] = factor * c;
+      to[k + 3] = factor * d;
+    }
+  }
+  for (; k < count; ++k) to[k * to_stride] = factor * from[k * from_stride];
+}
+
 // Pre-activations (R, N, P, C, M) of any strides.
 template <typename T>
 struct Samples {
@@ -36,98 +52,111 @@ struct Samples {
     std::copy_n(s.strides().begin(), 5, stride.begin());
   }
 
-  // f(packed index, element) for all elements of sample n in run r; class c starts at c * length
+  // f(filters of one patch and class, where they are in a packed sample), for sample n of run r
   template <typename F>
   void visit(int64_t r, int64_t n, int64_t length, const F& f) const {
-    const auto [runs, samples, patches, classes, filters] = size;
-    T* sample = data + r * stride[0] + n * stride[1];
-    for (int64_t p = 0; p < patches; ++p) {
-      for (int64_t c = 0; c < classes; ++c) {
-        T* s = sample + p * stride[2] + c * stride[3];
-        const int64_t to = c * length + p * filters;
-        if (stride[4] == 1) {
-          for (int64_t m = 0; m < filters; ++m) f(to + m, s[m]);
-        } else {
-          for (int64_t m = 0; m < filters; ++m) f(to + m, s[m * stride[4]]);
-        }
-      }
+    for (int64_t p = 0; p < size[2]; ++p) {
+      T* s = data + r * stride[0] + n * stride[1] + p * stride[2];
+      for (int64_t c = 0; c < size[3]; ++c) f(s + c * stride[3], c * length + p * size[4]);
     }
   }
 };
 
-// One side of the pairs, for all runs: samples ordered by target, so that those of a block are alike, and packed.
-template <typename T>
-struct Side {
-  Samples<T> s;
-  int64_t samples, length, block, blocks, size, bounds_size;
-  int64_t target_stride;  // of a run: 0 where all have the same targets
-  std::vector<int64_t> order, target;  // in the order of the packed samples: their indices and their classes
-  Tensor t, bounds, slope;
+// The samples of each run ordered by target, so that those of a block are alike.
+struct Order {
+  std::vector<int64_t> index, target;  // of the samples in this order
+  int64_t stride;                      // of a run: 0 where all have the same targets
 
-  Side(const Tensor& s, const Tensor& target, int64_t length, int64_t block, bool need_grad)
-      : s(s), samples(s.size(1)), length(length), block(block), blocks((samples + block - 1) / block) {
-    const bool shared = target.dim() == 1;
-    STD_TORCH_CHECK(target.numel() == samples * (shared ? 1 : runs()) && target.is_contiguous(), "unexpected target");
-    STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long, "unexpected dtype of target");
-    target_stride = shared ? 0 : samples;
-    order.resize(target.numel());
-    this->target.resize(target.numel());
-    for (int64_t r = 0; r < (shared ? 1 : runs()); ++r) {
+  Order(const Tensor& target, int64_t runs, int64_t samples, int64_t classes)
+      : index(target.numel()), target(target.numel()), stride(target.dim() == 1 ? 0 : samples) {
+    STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long && target.is_contiguous(), "unexpected target");
+    STD_TORCH_CHECK(target.numel() == samples * (stride ? runs : 1), "unexpected number of targets");
+    for (int64_t r = 0; r < (stride ? runs : 1); ++r) {
       const int64_t* given = data<int64_t>(target) + r * samples;
-      const auto first = order.begin() + r * samples, last = first + samples;
+      const auto first = index.begin() + r * samples, last = first + samples;
       std::iota(first, last, 0);
       std::stable_sort(first, last, [&](int64_t i, int64_t j) { return given[i] < given[j]; });
       std::transform(first, last, this->target.begin() + r * samples, [&](int64_t i) { return given[i]; });
     }
-    for (int64_t y : this->target) STD_TORCH_CHECK(y >= 0 && y < classes(), "target out of range");
-    size = round_up(samples, kSampleGroup) * classes() * length;
-    bounds_size = blocks * classes() * 2 * length;
-    t = empty({runs(), size}, kType<T>);
-    bounds = empty({runs(), bounds_size}, kType<T>);
-    slope = empty({runs(), need_grad ? size : 0}, kType<T>);
-    if (need_grad) torch::stable::zero_(slope);
+    for (int64_t y : this->target) STD_TORCH_CHECK(y >= 0 && y < classes, "target out of range");
+  }
+};
+
+// How the samples of one side are packed, for one network at a time.
+template <typename T>
+struct Layout {
+  Samples<T> s;
+  Order order;
+  int64_t samples, classes, features, length, block, blocks, sample_size, size, bounds_size;
+
+  Layout(const Tensor& s, const Tensor& target, int64_t block)
+      : s(s),
+        order(target, s.size(0), s.size(1), s.size(3)),
+        samples(s.size(1)),
+        classes(s.size(3)),
+        features(s.size(2) * s.size(4)),
+        length(round_up(features, kernels<T>().lanes)),
+        block(block),
+        blocks((samples + block - 1) / block),
+        sample_size(classes * length),
+        size(round_up(samples, kSampleGroup) * sample_size),
+        bounds_size(blocks * 2 * sample_size) {}
+
+  int64_t workspace_size(bool need_grad) const { return size + bounds_size + (need_grad ? size : 0); }
+};
+
+// One side of one network's pairs, in a workspace.
+template <typename T>
+struct Side {
+  const Layout<T>& layout;
+  int64_t run;
+  T *t, *bounds, *slope;
+
+  Side(const Layout<T>& layout, int64_t run, bool need_grad, T* workspace)
+      : layout(layout), run(run), t(workspace), bounds(t + layout.size), slope(need_grad ? bounds + layout.bounds_size : nullptr) {
+    if (need_grad) std::fill_n(slope, layout.size, T(0));
   }
 
-  int64_t runs() const { return s.size[0]; }
-  int64_t classes() const { return s.size[3]; }
-  int64_t features() const { return s.size[2] * s.size[4]; }
+  const int64_t* index() const { return layout.order.index.data() + run * layout.order.stride; }
+
+  // f(first, last): the samples of each block.
+  template <typename F>
+  void for_each_block(const F& f) const {
+    for_each_task<T>(layout.blocks, layout.size * 8, 0, [&](int64_t b, T*) {
+      f(b * layout.block, std::min((b + 1) * layout.block, layout.samples));
+    });
+  }
 
   // t = factor * s, with its bounds.
-  void pack(T factor) {
-    T *to = data<T>(t), *to_bounds = data<T>(bounds);
-    const int64_t sample_size = classes() * length;
-    for_each_task<T>(runs() * blocks, runs() * size * 8, 0, [&](int64_t task, T*) {
-      const int64_t r = task / blocks, b = task % blocks, first = b * block;
-      const int64_t last = std::min(first + block, samples), end = round_up(last, kSampleGroup);
-      T* out = to + r * size;
-      if (features() < length) std::fill(out + first * sample_size, out + last * sample_size, T(0));
-      std::fill(out + last * sample_size, out + end * sample_size, T(0));
+  void pack(T factor) const {
+    for_each_block([&](int64_t first, int64_t last) {
+      if (layout.features < layout.length) std::fill(t + first * layout.sample_size, t + last * layout.sample_size, T(0));
+      std::fill(t + last * layout.sample_size, t + round_up(last, kSampleGroup) * layout.sample_size, T(0));
       for (int64_t k = first; k < last; ++k) {
-        s.visit(r, order[r * target_stride + k], length, [factor, x = out + k * sample_size](int64_t f, T v) { x[f] = factor * v; });
+        T* to = t + k * layout.sample_size;
+        layout.s.visit(run, index()[k], layout.length, [&](const T* from, int64_t f) {
+          scale(from, layout.s.stride[4], factor, to + f, 1, layout.s.size[4]);
+        });
       }
-      kernels<T>().bounds(out + first * sample_size, last - first, classes(), features(), length,
-                          to_bounds + r * bounds_size + b * classes() * 2 * length);
+      kernels<T>().bounds(t + first * layout.sample_size, last - first, layout.classes, layout.features, layout.length,
+                          bounds + first / layout.block * 2 * layout.sample_size);
     });
   }
 
   // grad = factor * slope
-  void unpack(const Tensor& grad, T factor) const {
-    const Samples<T> to(grad);
-    STD_TORCH_CHECK(to.size == s.size, "unexpected shape");
-    const T* from = data<T>(slope);
-    for_each_task<T>(runs() * blocks, runs() * size * 8, 0, [&](int64_t task, T*) {
-      const int64_t r = task / blocks, b = task % blocks;
-      for (int64_t k = b * block; k < std::min((b + 1) * block, samples); ++k) {
-        const T* x = from + r * size + k * classes() * length;
-        to.visit(r, order[r * target_stride + k], length, [factor, x](int64_t f, T& v) { v = factor * x[f]; });
+  void unpack(const Samples<T>& grad, T factor) const {
+    for_each_block([&](int64_t first, int64_t last) {
+      for (int64_t k = first; k < last; ++k) {
+        const T* from = slope + k * layout.sample_size;
+        grad.visit(run, index()[k], layout.length, [&](T* to, int64_t f) {
+          scale(from + f, 1, factor, to, grad.stride[4], grad.size[4]);
+        });
       }
     });
   }
 
-  MixupSide<T> of_run(int64_t r, double weight) const {
-    T* slopes = slope.size(1) ? data<T>(slope) + r * size : nullptr;
-    return {samples, weight, data<T>(t) + r * size, data<T>(bounds) + r * bounds_size, slopes,
-            target.data() + r * target_stride};
+  MixupSide<T> with_weight(double weight) const {
+    return {layout.samples, weight, t, bounds, slope, layout.order.target.data() + run * layout.order.stride};
   }
 };
 
@@ -162,69 +191,74 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
                const std::vector<double>& lam_weight, const Polynomial& activation, const std::optional<Tensor>& row_grad,
                const std::optional<Tensor>& column_grad) {
   const PairwiseMixupKernels<T>& kernel = kernels<T>();
-  const bool symmetric = !column;
+  const bool symmetric = !column, need_grad = row_grad || column_grad;
   STD_TORCH_CHECK(activation.degree >= 1 && activation.degree <= 16, "degree out of range");
   STD_TORCH_CHECK(lam.size() == lam_weight.size() && row.dim() == 5 && (symmetric || column->dim() == 5), "unexpected shape");
-  const int64_t runs = row.size(0), classes = row.size(3), features = row.size(2) * row.size(4);
   for (int d : {0, 2, 3, 4}) STD_TORCH_CHECK(symmetric || row.size(d) == column->size(d), "unexpected shape");
-  const int64_t length = round_up(features, kernel.lanes);
+  for (int d = 0; d < 5; ++d) STD_TORCH_CHECK(!row_grad || row_grad->size(d) == row.size(d), "unexpected shape");
+  for (int d = 0; d < 5; ++d) STD_TORCH_CHECK(!column_grad || column_grad->size(d) == column->size(d), "unexpected shape");
+  const int64_t runs = row.size(0), classes = row.size(3), features = row.size(2) * row.size(4);
 
   // Two blocks and the slopes of both stay in a core's cache; small problems need several blocks to keep all cores busy.
-  const int64_t most = std::max(row.size(1), symmetric ? 0 : column->size(1));
+  const int64_t length = round_up(features, kernel.lanes), most = std::max(row.size(1), symmetric ? 0 : column->size(1));
   const int64_t in_cache = (96 << 10) / int64_t(sizeof(T)) / std::max<int64_t>(1, classes * length);
   const int64_t block = round_up(std::clamp<int64_t>(std::min(in_cache, most / 8), 1, 16), kSampleGroup);
 
-  const bool need_grad = row_grad || column_grad;
-  Side<T> rows(row, row_target, length, block, need_grad);
+  const Layout<T> rows(row, row_target, block);
   // a mixing weight other than 1/2 tells rows from columns, also where they are the same samples
-  std::optional<Side<T>> columns;
-  const bool halves = symmetric && std::all_of(lam.begin(), lam.end(), [](double l) { return l == 0.5; });
-  if (!halves) columns.emplace(symmetric ? row : *column, symmetric ? row_target : *column_target, length, block, need_grad && !symmetric);
+  const bool one_side = symmetric && std::all_of(lam.begin(), lam.end(), [](double l) { return l == 0.5; });
+  std::optional<Layout<T>> columns;
+  if (!one_side) columns.emplace(symmetric ? row : *column, symmetric ? row_target : *column_target, block);
+  const bool column_slope = need_grad && !symmetric;
+  const int64_t row_size = rows.workspace_size(need_grad);
+  const int64_t workspace_size = row_size + (columns ? columns->workspace_size(column_slope) : 0);
 
-  const Schedule schedule{rows.blocks, halves ? rows.blocks : columns->blocks, symmetric};
-  std::vector<double> losses(runs * rows.blocks, 0.0);
-  for (size_t k = 0; k < lam.size(); ++k) {
-    rows.pack(T(lam[k] / activation.threshold));
-    if (columns) columns->pack(T((1 - lam[k]) / activation.threshold));
-    auto run_task = [&](int64_t r, int64_t round, int64_t task, T* scratch) {
-      const auto [i, j] = schedule(round, task);
-      if (i < 0) return;
-      PairwiseMixup<T> a{classes, features, length, block, rows.of_run(r, lam[k]), {}, lam_weight[k], activation};
-      a.column = columns ? columns->of_run(r, 1 - lam[k]) : a.row;
+  const Schedule schedule{rows.blocks, columns ? columns->blocks : rows.blocks, symmetric};
+  const int64_t pairs = row.size(1) * (symmetric ? row.size(1) / 2 : column->size(1));
+  const int64_t work = pairs * rows.sample_size * 8 * int64_t(lam.size());
+  const PairwiseMixup<T> sizes{classes, features, length, block, {}, {}, 0, activation};
+  const T factor = T(activation.scale / activation.threshold);
+  Tensor loss = empty({runs}, kType<T>);
+
+  // One network, by as many threads as are free.
+  auto run_network = [&](int64_t r, T* workspace) {
+    const Side<T> row_side(rows, r, need_grad, workspace);
+    std::optional<Side<T>> column_side;
+    if (columns) column_side.emplace(*columns, r, column_slope, workspace + row_size);
+    std::vector<double> losses(rows.blocks, 0.0);
+    for (size_t k = 0; k < lam.size(); ++k) {
+      row_side.pack(T(lam[k] / activation.threshold));
+      if (column_side) column_side->pack(T((1 - lam[k]) / activation.threshold));
+      PairwiseMixup<T> a = sizes;
+      a.row = row_side.with_weight(lam[k]);
+      a.column = column_side ? column_side->with_weight(1 - lam[k]) : a.row;
       if (symmetric) a.column.slope = a.row.slope;
-      double& loss = losses[r * rows.blocks + task];
-      if (symmetric && lam[k] == 0.5) {
-        if (i != j) a.pair_weight *= 2;
-        loss += kernel.block_pair(a, i, j, i == j, scratch);
-      } else {
-        loss += kernel.block_pair(a, i, j, false, scratch);
-        if (symmetric && i != j) loss += kernel.block_pair(a, j, i, false, scratch);
-      }
-    };
-    const PairwiseMixup<T> sizes{classes, features, length, block, {}, {}, 0, activation};
-    const int64_t scratch_size = kernel.scratch_size(sizes);
-    const int64_t work = runs * classes * length * 8 * row.size(1) * (symmetric ? row.size(1) / 2 : column->size(1));
-    if (runs >= 8) {  // a network to a thread, in the same order
-      for_each_task<T>(runs, work, scratch_size, [&](int64_t r, T* scratch) {
-        for (int64_t round = 0; round < schedule.rounds(); ++round) {
-          for (int64_t task = 0; task < schedule.tasks(round); ++task) run_task(r, round, task, scratch);
-        }
-      });
-    } else {
+      const bool mirrored = symmetric && lam[k] == 0.5;
       for (int64_t round = 0; round < schedule.rounds(); ++round) {
-        const int64_t tasks = schedule.tasks(round);
-        for_each_task<T>(runs * tasks, work / schedule.rounds(), scratch_size,
-                         [&](int64_t task, T* scratch) { run_task(task / tasks, round, task % tasks, scratch); });
+        const int64_t round_work = work / int64_t(lam.size()) / schedule.rounds();
+        for_each_task<T>(schedule.tasks(round), round_work, kernel.scratch_size(sizes), [&](int64_t task, T* scratch) {
+          const auto [i, j] = schedule(round, task);
+          if (i < 0) return;
+          PairwiseMixup<T> b = a;
+          b.pair_weight = lam_weight[k] * (mirrored && i != j ? 2 : 1);
+          losses[task] += kernel.block_pair(b, i, j, mirrored && i == j, scratch);
+          if (symmetric && !mirrored && i != j) losses[task] += kernel.block_pair(b, j, i, false, scratch);
+        });
       }
     }
-  }
+    data<T>(loss)[r] = T(std::accumulate(losses.begin(), losses.end(), 0.0));
+    if (row_grad) row_side.unpack(Samples<T>(*row_grad), factor);
+    if (column_grad) column_side->unpack(Samples<T>(*column_grad), factor);
+  };
 
-  const T factor = T(activation.scale / activation.threshold);
-  if (row_grad) rows.unpack(*row_grad, factor);
-  if (column_grad) columns->unpack(*column_grad, factor);
-  Tensor loss = empty({runs}, kType<T>);
-  for (int64_t r = 0; r < runs; ++r) {
-    data<T>(loss)[r] = T(std::accumulate(losses.begin() + r * rows.blocks, losses.begin() + (r + 1) * rows.blocks, 0.0));
+  // A thread to each network, where that keeps all busy; parallel loops inside then run on that one thread. The order of sums is
+  // the same.
+  const int64_t threads = torch::stable::get_num_threads(), turns = (runs + threads - 1) / threads;
+  if (5 * runs >= 4 * turns * threads) {
+    for_each_task<T>(runs, runs * work, workspace_size, run_network);
+  } else {
+    const Tensor workspace = empty({workspace_size}, kType<T>);
+    for (int64_t r = 0; r < runs; ++r) run_network(r, data<T>(workspace));
   }
   return loss;
 }

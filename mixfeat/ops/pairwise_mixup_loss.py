@@ -1,10 +1,11 @@
-"""``torch.ops.mixfeat.pairwise_mixup_loss``: cross-entropy of all mixed pairs of samples, from their pre-activations.
+"""``torch.ops.mixfeat.pairwise_mixup_loss``: cross-entropy of all mixed pairs of samples, with its gradients.
 
-It takes a block of row samples and a block of column samples, or with ``column`` None the rows as both, which halves
-the work where pairs are symmetric; so rows and columns can be parts of a larger problem of ``num_pairs`` pairs. The
-loss's upstream gradient is a number per run: forward yields the gradients with the loss, backward scales them.
+Samples are convolved once, by plain matrix products; kernels take it from there. They see a block of row samples and a
+block of column samples (:func:`block`), so that both can be parts of a larger problem. The loss's upstream gradient is
+one number per run: forward yields the gradients with the loss, backward scales them.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,105 +15,82 @@ from torch.autograd.function import once_differentiable
 
 from mixfeat import backends, reference
 from mixfeat.activations import Polynomial
+from mixfeat.ops.dispatch import accumulation, may_go_direct
 
-__all__ = ["check_nodes", "pairwise_mixup_loss"]
+__all__ = ["block", "check_nodes", "pairwise_mixup_loss"]
 
 torch.library.define(
     "mixfeat::pairwise_mixup_loss",
-    "(Tensor row, Tensor? column, Tensor row_target, Tensor? column_target, Tensor lam, Tensor lam_weight, "
-    "SymInt num_pairs, float[] polynomial, bool need_grad) -> (Tensor, Tensor, Tensor)",
+    "(Tensor input, Tensor weight, Tensor target, Tensor lam, Tensor lam_weight, float[] polynomial, bool need_input, "
+    "bool need_weight) -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _op = torch.ops.mixfeat.pairwise_mixup_loss.default
 
 
 def pairwise_mixup_loss(
+    input: Tensor, weight: Tensor, target: Tensor, lam: Tensor, lam_weight: Tensor, polynomial: Polynomial
+) -> Tensor:
+    """The loss (R,), with R = 1 where neither input nor weight has runs. Nodes and their weights (K,), on the CPU."""
+    arguments = (input, weight, target, lam, lam_weight, polynomial, False, False)
+    if not may_go_direct(input, weight):
+        return _op(*arguments)[0]
+    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+        return _apply(_forward, *arguments)[0]
+    return _forward(*arguments)[0]
+
+
+def block(
     row: Tensor,
     column: Tensor | None,
     row_target: Tensor,
     column_target: Tensor | None,
-    lam: Tensor,
-    lam_weight: Tensor,
-    num_pairs: int,
+    lam: Sequence[float],
+    lam_weight: Sequence[float],
     polynomial: Polynomial,
-) -> Tensor:
-    """The loss (R,) of row samples mixed with column samples, differentiable with respect to both::
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss (R,) of row samples mixed with column samples, and its gradients, from pre-activations::
 
-        loss = sum_k lam_weight_k sum_{i,j} [lam_k CE(g_ij, y_i) + (1 - lam_k) CE(g_ij, y_j)] / num_pairs
+        loss  = sum_k lam_weight_k sum_{i,j} [lam_k CE(g_ij, y_i) + (1 - lam_k) CE(g_ij, y_j)]
         g_ijc = sum_{p,m} phi(lam_k row_ipcm + (1 - lam_k) column_jpcm)
 
     Args:
-        row, column: pre-activations (R,N,P,C,M) and (R,N',P,C,M), any strides; ``column`` None for row itself.
+        row, column: (R,N,P,C,M) and (R,N',P,C,M), any strides; ``column`` None for row itself, all ordered pairs of it.
+            There lam and 1 - lam should be one node, and lam = 1/2 costs half.
         row_target, column_target: (N,) or (R,N), and likewise of the columns, int64.
-        lam, lam_weight: (K,) on the CPU: nodes in [0, 1], and weights that sum to 1.
-        num_pairs: what the sum is divided by.
+        lam, lam_weight: the nodes and their weights, of any sum.
         polynomial: phi.
+        need_grad: whether gradients are wanted.
+
+    Returns:
+        the loss, and its gradients with respect to row and column, None where there are none; float32, float64 for
+        float64.
     """
-    return _op(row, column, row_target, column_target, lam, lam_weight, num_pairs, polynomial, False)[0]
-
-
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _forward(
-    row: Tensor,
-    column: Tensor | None,
-    row_target: Tensor,
-    column_target: Tensor | None,
-    lam: Tensor,
-    lam_weight: Tensor,
-    num_pairs: int,
-    fields: Sequence[float],
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
     name = backends.serving(row.device.type, row.dtype)
-    nodes, weights = _nodes(lam, lam_weight, symmetric=column is None)
-    weights = [weight / max(num_pairs, 1) for weight in weights]
-    _check_target(row_target, row.shape[3])
-    if column_target is not None:
-        _check_target(column_target, row.shape[3])
-    polynomial = Polynomial.of(fields)
-    dtype = _accumulation(row.dtype)
-    grads = [
-        torch.empty_like(side, dtype=dtype) if side is not None and need_grad else row.new_empty(0, dtype=dtype)
-        for side in (row, column)
-    ]
-    if name == "cpu":
-        loss = torch.ops.mixfeat_cpu.pairwise_mixup_loss.default(
-            row.to(dtype),
-            None if column is None else column.to(dtype),
-            row_target.contiguous(),
-            None if column_target is None else column_target.contiguous(),
-            nodes,
-            weights,
-            *polynomial,
-            grads[0] if need_grad else None,
-            grads[1] if need_grad and column is not None else None,
-        )
-        return loss, grads[0], grads[1]
+    arguments = (row, column, row_target, column_target, lam, lam_weight, polynomial, need_grad)
     if name == "triton":
         from mixfeat.kernels.triton.pairwise_mixup_loss import pairwise_mixup_loss as launch
-    else:
-        launch = reference.pairwise_mixup_block
-    loss, *results = launch(row, column, row_target, column_target, nodes, weights, polynomial, need_grad)
-    for grad, result in zip(grads, results, strict=True):
-        if result is not None:
-            grad.copy_(result)
-    return loss, grads[0], grads[1]
 
-
-def _nodes(lam: Tensor, lam_weight: Tensor, symmetric: bool) -> tuple[list[float], list[float]]:
-    """Nodes and weights as numbers. Where (i, j) and (j, i) are both visited, lam and 1 - lam are one node."""
-    check_nodes(lam, lam_weight)
-    nodes, weights = lam.tolist(), lam_weight.tolist()
-    exactness = _exactness(lam)
-    merged: dict[float, float] = {}
-    for node, weight in zip(nodes, weights, strict=True):
-        near = (other for other in merged if symmetric and abs(other + node - 1) <= exactness)
-        node = next(near, node)
-        merged[node] = merged.get(node, 0.0) + weight
-    return list(merged), list(merged.values())
+        return launch(*arguments)
+    if name == "reference":
+        return reference.pairwise_mixup_block(*arguments)
+    dtype = accumulation(row.dtype)
+    row_grad, column_grad = (
+        torch.empty(s.shape, dtype=dtype) if need_grad and s is not None else None for s in (row, column)
+    )
+    loss = torch.ops.mixfeat_cpu.pairwise_mixup_loss.default(
+        row.to(dtype),
+        None if column is None else column.to(dtype),
+        row_target.contiguous(),
+        None if column_target is None else column_target.contiguous(),
+        lam,
+        lam_weight,
+        *polynomial,
+        row_grad,
+        column_grad,
+    )
+    return loss, row_grad, column_grad
 
 
 def check_nodes(lam: Tensor, lam_weight: Tensor) -> None:
@@ -128,6 +106,55 @@ def _exactness(values: Tensor) -> float:
     return 4 * torch.finfo(values.dtype).eps
 
 
+def _merged(lam: Tensor, lam_weight: Tensor) -> dict[float, float]:
+    """Weights by node. As pairs (i, j) and (j, i) are both visited, lam and 1 - lam are one node."""
+    check_nodes(lam, lam_weight)
+    merged: dict[float, float] = {}
+    for node, weight in zip(lam.tolist(), lam_weight.tolist(), strict=True):
+        mirrored = (other for other in merged if abs(other + node - 1) <= _exactness(lam))
+        node = next(mirrored, node)
+        merged[node] = merged.get(node, 0.0) + weight
+    return merged
+
+
+def _num_runs(input: Tensor, weight: Tensor) -> int:
+    return input.shape[0] if input.dim() == 4 else weight.shape[0] if weight.dim() == 4 else 1
+
+
+def _forward(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lam: Tensor,
+    lam_weight: Tensor,
+    fields: Sequence[float],
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    device = input.device.type
+    *_, num_samples, num_patches, _ = input.shape
+    num_runs, dtype = _num_runs(input, weight), accumulation(input.dtype)
+    _check_target(target, weight.shape[-3])
+    x, w = input.flatten(-3, -2), weight.flatten(-3, -2)  # (..., N*P, D), (..., C*M, D)
+    if backends.serving(device, input.dtype) != "triton":
+        x, w = x.to(dtype), w.to(dtype)
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
+        s = (x @ w.mT).view(num_runs, num_samples, num_patches, *weight.shape[-3:-1])
+        nodes = _merged(lam, lam_weight)
+        weights = [value / max(1, num_samples**2) for value in nodes.values()]
+        need_grad = need_input or need_weight
+        loss, grad, _ = block(s, None, target, None, list(nodes), weights, Polynomial.of(fields), need_grad)
+        del s
+        input_grad, weight_grad = loss.new_empty(0), loss.new_empty(0)
+        if grad is not None:
+            grad = grad.reshape(num_runs, num_samples * num_patches, w.shape[-2])
+            if need_weight:
+                weight_grad = (grad.mT @ x.to(dtype)).view(num_runs, *weight.shape[-3:])
+            if need_input:
+                input_grad = (grad @ w.to(dtype)).view(num_runs, *input.shape[-3:])
+    return loss, input_grad, weight_grad
+
+
 def _check_target(target: Tensor, num_classes: int) -> None:
     """Refuse a target out of range where it can be read without waiting; elsewhere it gives NaN."""
     if target.device.type == "cpu" and target.numel():
@@ -137,31 +164,43 @@ def _check_target(target: Tensor, num_classes: int) -> None:
 
 
 class _PairwiseMixupLoss(torch.autograd.Function):
+    """The operator's derivative; ``compute`` is the operator, or directly what it would call."""
+
     @staticmethod
-    def forward(ctx: Any, row: Tensor, column: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, compute: Any, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            loss, row_grad, column_grad = _op(row, column, *rest[:-1], True)
-        ctx.save_for_backward(row_grad, column_grad)
-        ctx.dtype = row.dtype
-        ctx.mark_non_differentiable(row_grad, column_grad)
-        return loss, row_grad, column_grad
+            results = compute(input, weight, *rest[:-2], input.requires_grad, weight.requires_grad)
+        grads = results[1:]
+        ctx.save_for_backward(*grads)
+        ctx.shapes, ctx.dtype = (input.shape, weight.shape), input.dtype
+        ctx.mark_non_differentiable(*grads)
+        ctx.set_materialize_grads(False)
+        return results
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        scale = grad[:, None, None, None, None]
-        sides = (
-            (scale * saved).to(ctx.dtype) if need else None
-            for saved, need in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 9
+        scale = grad[:, None, None, None]
+        sides = (  # what all runs share gets the sum over them
+            (scale * saved).sum_to_size(shape if len(shape) == 4 else (1, *shape)).view(shape).to(ctx.dtype)
+            if need
+            else None
+            for saved, shape, need in zip(ctx.saved_tensors, ctx.shapes, ctx.needs_input_grad[1:3], strict=True)
         )
-        return *sides, *[None] * 7
+        return None, *sides, *[None] * 6
 
 
-def _autograd(row: Tensor, column: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    if torch.is_grad_enabled() and (row.requires_grad or (column is not None and column.requires_grad)):
-        return _PairwiseMixupLoss.apply(row, column, *rest)
+# Function.apply without what it does for functorch's transforms
+_apply = super(torch.autograd.Function, _PairwiseMixupLoss).apply
+
+
+def _autograd(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+        return _PairwiseMixupLoss.apply(_op, input, weight, *rest)
     with torch._C._AutoDispatchBelowAutograd():
-        return _op(row, column, *rest)
+        return _op(input, weight, *rest)
 
 
 torch.library.impl("mixfeat::pairwise_mixup_loss", "Autograd", _autograd)
@@ -169,10 +208,12 @@ torch.library.impl("mixfeat::pairwise_mixup_loss", "CompositeExplicitAutograd", 
 
 
 @torch.library.register_fake("mixfeat::pairwise_mixup_loss")
-def _(row: Tensor, column: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _accumulation(row.dtype)
-    row_grad, column_grad = (
-        torch.empty_like(side, dtype=dtype) if side is not None and rest[-1] else row.new_empty(0, dtype=dtype)
-        for side in (row, column)
+def _(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, need_input, need_weight = rest
+    num_runs = _num_runs(input, weight)
+    loss = input.new_empty(num_runs, dtype=accumulation(input.dtype))
+    input_grad, weight_grad = (
+        loss.new_empty((num_runs, *t.shape[-3:]) if need else (0,))
+        for t, need in ((input, need_input), (weight, need_weight))
     )
-    return row.new_empty(row.shape[:1], dtype=dtype), row_grad, column_grad
+    return loss, input_grad, weight_grad

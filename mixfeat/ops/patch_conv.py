@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mixfeat import backends, reference
 from mixfeat.activations import Polynomial
+from mixfeat.ops.dispatch import accumulation, may_go_direct
 
 __all__ = ["patch_conv"]
 
@@ -38,28 +39,12 @@ _backward_op = torch.ops.mixfeat.patch_conv_backward.default
 def patch_conv(
     input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, polynomial: Polynomial
 ) -> Tensor:
-    """The logits, by ``torch.ops.mixfeat.patch_conv`` where somebody watches, else by what it would call.
-
-    The way through the dispatcher costs a small problem more time than its kernel.
-    """
-    if (
-        torch.compiler.is_compiling()
-        or type(input) not in _PLAIN
-        or type(weight) not in _PLAIN
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-    ):
+    """The logits, by ``torch.ops.mixfeat.patch_conv`` where somebody watches, else by what it would call."""
+    if not may_go_direct(input, weight):
         return _op(input, weight, index, lam, polynomial, 0)[0]
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
         return _apply(input, weight, index, lam, polynomial, True)
     return _forward(input, weight, index, lam, polynomial, 0)[0]
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _slope_shape(input: Tensor, weight: Tensor, saved: int) -> tuple[int, int, int, int]:
@@ -185,7 +170,7 @@ def _slope(
     input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, polynomial: Polynomial, saved: int
 ) -> Tensor:
     """phi' of the first ``saved`` samples from a backend that does not yield it, as the schema promises."""
-    x, w = (t.to(_accumulation(input.dtype)) for t in _as_networks(input, weight))
+    x, w = (t.to(accumulation(input.dtype)) for t in _as_networks(input, weight))
     if saved == 0:
         return x.new_empty(_slope_shape(input, weight, 0))
     if index is not None and lam is not None:
@@ -272,7 +257,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     runs = input.shape[:-3] if input.dim() == 4 else weight.shape[:-3]
     logits = input.new_empty((*runs, input.shape[-3], weight.shape[-3]))
-    return logits, input.new_empty(_slope_shape(input, weight, saved), dtype=_accumulation(input.dtype))
+    return logits, input.new_empty(_slope_shape(input, weight, saved), dtype=accumulation(input.dtype))
 
 
 @torch.library.register_fake("mixfeat::patch_conv_backward")
