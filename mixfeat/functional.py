@@ -239,7 +239,7 @@ def _check_nodes(lam: float | Tensor, lam_weight: Tensor | None) -> tuple[Tensor
             raise TypeError(f"lam must be a number, or a tensor of nodes with lam_weight, got {lam!r}")
         if not 0 <= lam <= 1:
             raise ValueError(f"lam must be in [0, 1], got {lam}")
-        lam = torch.tensor(float(lam), dtype=torch.float64)
+        lam = torch.full((), float(lam), dtype=torch.float64)
     if lam_weight is None:
         if lam.dim() != 0:
             raise ValueError(f"lam_weight is needed where lam is a tensor of nodes (lam has shape {tuple(lam.shape)})")

@@ -1,5 +1,6 @@
 """The operators as PyTorch sees them (``torch.ops.mixfeat``): schema, fake, autograd, launch on each backend."""
 
 from mixfeat.ops.pairwise_mixup_loss import check_nodes as check_nodes
+from mixfeat.ops.pairwise_mixup_loss import pairwise_mixup_block as pairwise_mixup_block
 from mixfeat.ops.pairwise_mixup_loss import pairwise_mixup_loss as pairwise_mixup_loss
 from mixfeat.ops.patch_conv import patch_conv as patch_conv

@@ -1,8 +1,8 @@
 """``torch.ops.mixfeat.pairwise_mixup_loss``: cross-entropy of all mixed pairs of samples, with its gradients.
 
 Samples are convolved once, by plain matrix products; kernels take it from there. They see a block of row samples and a
-block of column samples (:func:`block`), so that both can be parts of a larger problem. The loss's upstream gradient is
-one number per run: forward yields the gradients with the loss, backward scales them.
+block of column samples, so that both can be parts of a larger problem. The loss's upstream gradient is one number per
+run: forward yields the gradients with the loss, backward scales them.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from mixfeat import backends, reference
 from mixfeat.activations import Polynomial
 from mixfeat.ops.dispatch import accumulation, may_go_direct
 
-__all__ = ["block", "check_nodes", "pairwise_mixup_loss"]
+__all__ = ["check_nodes", "pairwise_mixup_block", "pairwise_mixup_loss"]
 
 torch.library.define(
     "mixfeat::pairwise_mixup_loss",
@@ -40,7 +40,7 @@ def pairwise_mixup_loss(
     return _forward(*arguments)[0]
 
 
-def block(
+def pairwise_mixup_block(
     row: Tensor,
     column: Tensor | None,
     row_target: Tensor,
@@ -143,7 +143,9 @@ def _forward(
         nodes = _merged(lam, lam_weight)
         weights = [value / max(1, num_samples**2) for value in nodes.values()]
         need_grad = need_input or need_weight
-        loss, grad, _ = block(s, None, target, None, list(nodes), weights, Polynomial.of(fields), need_grad)
+        loss, grad, _ = pairwise_mixup_block(
+            s, None, target, None, list(nodes), weights, Polynomial.of(fields), need_grad
+        )
         del s
         input_grad, weight_grad = loss.new_empty(0), loss.new_empty(0)
         if grad is not None:
