@@ -3,10 +3,7 @@
 ``pytest benchmarks`` prints a table; ``MIXFEAT_BENCH_OUT=FILE`` also writes it as JSON lines.
 """
 
-import json
 import math
-import os
-import platform
 import statistics
 import time
 
@@ -26,20 +23,6 @@ SHAPES = {
     "image": (256, 196, 768, 10, 16),
 }
 DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
-
-
-def record(capsys, row):
-    row = {
-        **row,
-        "version": mf.__version__,
-        "device": torch.cuda.get_device_name() if CUDA else f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-    }
-    with capsys.disabled():
-        print("\n" + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-    if "MIXFEAT_BENCH_OUT" in os.environ:
-        with open(os.environ["MIXFEAT_BENCH_OUT"], "a") as file:
-            file.write(json.dumps(row) + "\n")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,7 +56,7 @@ def test_training_step(benchmark, capsys, name, dtype):
 
     products = 2 * samples * patches * features * classes * filters  # forward and weight gradient; slopes are kept
     ours = timing["mixfeat"].p50
-    record(
+    harness.record(
         capsys,
         {
             "shape": f"{name} {shape}",
@@ -107,6 +90,6 @@ def test_host_overhead(benchmark, capsys):
     turns = [{key: loop(run) for key, run in contenders.items()} for _ in range(400)]
     overhead = statistics.median(turn["call"] - turn["native"] for turn in turns)
     benchmark.pedantic(contenders["call"], rounds=50, iterations=50)
-    record(
+    harness.record(
         capsys, {"shape": "tiny", "us of C++": statistics.median(t["native"] for t in turns), "us of host": overhead}
     )

@@ -2,7 +2,8 @@
 //
 // A tile is as many pairs as a vector has lanes. Its logits are summed over vectors along (patch, filter), whose lanes are then
 // added across so that lanes become pairs: softmax and cross-entropy work on all pairs of the tile at once. The gradient
-// evaluates the activation again. Nothing of the size of the pairs is stored beyond the tile.
+// evaluates the activation again. All tiles of a pair of blocks go through one class before the next, whose pre-activations then
+// stay in the first cache; of the pairs, nothing but their logits is stored, and those of one pair of blocks only.
 //
 // Where every t of a pair of blocks is in a region in which the activation is 0, a vector is left out; where every t is in one in
 // which it is a line, its sum is the sum of a row's share and a column's.
@@ -105,21 +106,21 @@ inline T greatest_lane(Vec<T> v) {
 // and those on the line.
 template <typename T>
 struct Scratch {
-  T* logits;  // (C, pairs of a tile); then D = (softmax - target) * weight of the pair
+  T* logits;                  // (tiles, C, pairs of a tile); then D = (softmax - target) * weight of the pair
   T *row_line, *column_line;  // (C, block): sums over the vectors on the line
   T *row_d, *column_d;        // (C, block): sums of D, for classes that have such vectors
   int32_t *active_count, *line_count;  // (C,)
   int32_t *active, *line;              // (C, length / lanes)
 
   static int64_t size(const PairwiseMixup<T>& a) {
-    return a.classes * (kPairs<T> + 4 * a.block + 2 + 2 * (a.length / kLanes<T>));
+    return a.classes * (a.block * a.block + 4 * a.block + 2 + 2 * (a.length / kLanes<T>));
   }
 
   Scratch(const PairwiseMixup<T>& a, T* memory) {
     auto take = [&](int64_t count) { return std::exchange(memory, memory + a.classes * count); };
     static_assert(sizeof(T) >= sizeof(int32_t), "");
     auto take_int = [&](int64_t count) { return reinterpret_cast<int32_t*>(take(count)); };
-    logits = take(kPairs<T>);
+    logits = take(a.block * a.block);
     row_line = take(a.block);
     column_line = take(a.block);
     row_d = take(a.block);
@@ -167,14 +168,14 @@ struct BlockPair {
       const T* column = a.column.bounds + (column_block * a.classes + c) * 2 * a.length;
       int32_t active = 0, line = 0;
       for (int64_t f = 0; f < a.length; f += kLanes<T>) {
-        const T greatest = greatest_lane<T>(load(row + a.length + f) + load(column + a.length + f));
-        if (greatest <= zero_until) continue;
-        const T least = -greatest_lane<T>(-(load(row + f) + load(column + f)));
-        if (least >= line_from) {
-          scratch.line[c * vectors() + line++] = int32_t(f);
-        } else {
-          scratch.active[c * vectors() + active++] = int32_t(f);
+        if (a.skip) {
+          if (greatest_lane<T>(load(row + a.length + f) + load(column + a.length + f)) <= zero_until) continue;
+          if (-greatest_lane<T>(-(load(row + f) + load(column + f))) >= line_from) {
+            scratch.line[c * vectors() + line++] = int32_t(f);
+            continue;
+          }
         }
+        scratch.active[c * vectors() + active++] = int32_t(f);
       }
       scratch.active_count[c] = active;
       scratch.line_count[c] = line;
@@ -205,15 +206,27 @@ struct BlockPair {
     std::fill_n(scratch.column_d + c * a.block, a.block, T(0));
   }
 
+  // f(logits of the tile, its first row, its first column)
+  template <typename F>
+  void for_each_tile(const F& f) const {
+    T* logits = scratch.logits;
+    for (int64_t i = row_begin; i < row_end; i += kRows<T>) {
+      const int64_t first = upper ? i / kColumns<T> * kColumns<T> : column_begin;
+      for (int64_t j = first; j < column_end; j += kColumns<T>, logits += a.classes * kPairs<T>) f(logits, i, j);
+    }
+  }
+
   template <typename Phi>
-  void logits(const Phi& phi, int64_t i, int64_t j) const {
+  void logits(const Phi& phi, int64_t c) const {
     constexpr int rows = kRows<T>, columns = kColumns<T>;
     const int64_t stride = a.classes * a.length;
-    for (int64_t c = 0; c < a.classes; ++c) {
+    const int32_t *begin = scratch.active + c * vectors(), *end = begin + scratch.active_count[c];
+    const Vec<T> scale = broadcast(T(a.activation.scale / a.activation.degree));
+    const bool line = scratch.line_count[c];
+    for_each_tile([&](T* logits, int64_t i, int64_t j) {
       const T *x = a.row.t + offset(i, c), *y = a.column.t + offset(j, c);
-      const int32_t* active = scratch.active + c * vectors();
       Vec<T> sums[kPairs<T>] = {};
-      for (const int32_t* end = active + scratch.active_count[c]; active < end; ++active) {
+      for (const int32_t* active = begin; active < end; ++active) {
         Vec<T> second[columns];
 #pragma GCC unroll 4
         for (int k = 0; k < columns; ++k) second[k] = load(y + k * stride + *active);
@@ -226,27 +239,28 @@ struct BlockPair {
           }
         }
       }
-      T* out = scratch.logits + c * kPairs<T>;
-      store(out, sum_each<T>(sums) * broadcast(T(a.activation.scale / a.activation.degree)));
-      if (scratch.line_count[c]) {
+      T* out = logits + c * kPairs<T>;
+      store(out, sum_each<T>(sums) * scale);
+      if (line) {
         for (int k = 0; k < kPairs<T>; ++k) {
           out[k] += scratch.row_line[c * a.block + i - row_begin + k / columns] +
                     scratch.column_line[c * a.block + j - column_begin + k % columns];
         }
       }
-    }
+    });
   }
 
   template <typename Phi>
-  void gradient(const Phi& phi, int64_t i, int64_t j) const {
+  void gradient(const Phi& phi, int64_t c) const {
     constexpr int rows = kRows<T>, columns = kColumns<T>;
     const Vec<T> row_weight = broadcast(T(a.row.weight)), column_weight = broadcast(T(a.column.weight));
     const int64_t stride = a.classes * a.length;
-    for (int64_t c = 0; c < a.classes; ++c) {
-      const T *x = a.row.t + offset(i, c), *y = a.column.t + offset(j, c), *d = scratch.logits + c * kPairs<T>;
+    const int32_t *begin = scratch.active + c * vectors(), *end = begin + scratch.active_count[c];
+    const bool line = scratch.line_count[c];
+    for_each_tile([&](const T* logits, int64_t i, int64_t j) {
+      const T *x = a.row.t + offset(i, c), *y = a.column.t + offset(j, c), *d = logits + c * kPairs<T>;
       T *dx = a.row.slope + offset(i, c), *dy = a.column.slope + offset(j, c);
-      const int32_t* active = scratch.active + c * vectors();
-      for (const int32_t* end = active + scratch.active_count[c]; active < end; ++active) {
+      for (const int32_t* active = begin; active < end; ++active) {
         const int64_t f = *active;
         Vec<T> second[columns], by_column[columns] = {};
 #pragma GCC unroll 4
@@ -268,38 +282,35 @@ struct BlockPair {
           store(dy + k * stride + f, load(dy + k * stride + f) + column_weight * by_column[k]);
         }
       }
-      if (scratch.line_count[c]) {
+      if (line) {
         for (int k = 0; k < kPairs<T>; ++k) {
           scratch.row_d[c * a.block + i - row_begin + k / columns] += d[k];
           scratch.column_d[c * a.block + j - column_begin + k % columns] += d[k];
         }
       }
-    }
+    });
+    if (line) line_gradient(c);
   }
 
   // On the line phi' = scale / threshold: each vector there gets the sum of D over a sample's pairs.
-  void line_gradient() const {
-    for (int64_t c = 0; c < a.classes; ++c) {
-      const int32_t* line = scratch.line + c * vectors();
-      auto add = [&](T* slope, double weight, const T* d) {
-        for (int32_t k = 0; k < scratch.line_count[c]; ++k) {
-          store(slope + line[k], load(slope + line[k]) + broadcast(T(weight) * *d));
-        }
-      };
-      if (!scratch.line_count[c]) continue;
-      for (int64_t i = row_begin; i < row_end; ++i) {
-        add(a.row.slope + offset(i, c), a.row.weight, scratch.row_d + c * a.block + i - row_begin);
+  void line_gradient(int64_t c) const {
+    const int32_t *begin = scratch.line + c * vectors(), *end = begin + scratch.line_count[c];
+    auto add = [&](T* slope, double weight, T d) {
+      for (const int32_t* line = begin; line < end; ++line) {
+        store(slope + *line, load(slope + *line) + broadcast(T(weight) * d));
       }
-      for (int64_t j = column_begin; j < column_end; ++j) {
-        add(a.column.slope + offset(j, c), a.column.weight, scratch.column_d + c * a.block + j - column_begin);
-      }
+    };
+    for (int64_t i = row_begin; i < row_end; ++i) {
+      add(a.row.slope + offset(i, c), a.row.weight, scratch.row_d[c * a.block + i - row_begin]);
+    }
+    for (int64_t j = column_begin; j < column_end; ++j) {
+      add(a.column.slope + offset(j, c), a.column.weight, scratch.column_d[c * a.block + j - column_begin]);
     }
   }
 
   // Logits to D and to the tile's share of the loss.
-  double cross_entropy(int64_t i, int64_t j) const {
+  double cross_entropy(T* logits, int64_t i, int64_t j) const {
     constexpr int pairs = kPairs<T>;
-    T* logits = scratch.logits;
     Vec<T> highest = load(logits);
     for (int64_t c = 1; c < a.classes; ++c) highest = at_least<T>(load(logits + c * pairs), highest);
     // log(sum of exponentials) of all pairs that count alike by one logarithm, of their product: a double holds it, as each
@@ -349,15 +360,11 @@ double block_pair_of(const PairwiseMixup<T>& a, int64_t row_block, int64_t colum
   const Activation<T, kDegree, true> phi(a.activation.lower, a.activation.upper);
   const BlockPair<T> blocks(a, row_block, column_block, upper, memory);
   double loss = 0;
-  for (int64_t i = blocks.row_begin; i < blocks.row_end; i += kRows<T>) {
-    const int64_t first = upper ? i / kColumns<T> * kColumns<T> : blocks.column_begin;
-    for (int64_t j = first; j < blocks.column_end; j += kColumns<T>) {
-      blocks.logits(phi, i, j);
-      loss += blocks.cross_entropy(i, j);
-      if (a.row.slope) blocks.gradient(phi, i, j);
-    }
+  for (int64_t c = 0; c < a.classes; ++c) blocks.logits(phi, c);
+  blocks.for_each_tile([&](T* logits, int64_t i, int64_t j) { loss += blocks.cross_entropy(logits, i, j); });
+  if (a.row.slope) {
+    for (int64_t c = 0; c < a.classes; ++c) blocks.gradient(phi, c);
   }
-  if (a.row.slope) blocks.line_gradient();
   return loss;
 }
 

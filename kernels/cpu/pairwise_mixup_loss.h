@@ -28,6 +28,7 @@ struct PairwiseMixup {
   MixupSide<T> row, column;
   double pair_weight;
   Polynomial activation;
+  bool skip;  // whether to look for blocks that are zero or linear
 };
 
 template <typename T>

@@ -127,8 +127,8 @@ struct Side {
     });
   }
 
-  // t = factor * s, with its bounds.
-  void pack(T factor) const {
+  // t = factor * s, with its bounds if they are wanted.
+  void pack(T factor, bool with_bounds) const {
     for_each_block([&](int64_t first, int64_t last) {
       if (layout.features < layout.length) std::fill(t + first * layout.sample_size, t + last * layout.sample_size, T(0));
       std::fill(t + last * layout.sample_size, t + round_up(last, kSampleGroup) * layout.sample_size, T(0));
@@ -138,6 +138,7 @@ struct Side {
           scale(from, layout.s.stride[4], factor, to + f, 1, layout.s.size[4]);
         });
       }
+      if (!with_bounds) return;
       kernels<T>().bounds(t + first * layout.sample_size, last - first, layout.classes, layout.features, layout.length,
                           bounds + first / layout.block * 2 * layout.sample_size);
     });
@@ -189,7 +190,7 @@ template <typename T>
 Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Tensor& row_target,
                const std::optional<Tensor>& column_target, const std::vector<double>& lam,
                const std::vector<double>& lam_weight, const Polynomial& activation, const std::optional<Tensor>& row_grad,
-               const std::optional<Tensor>& column_grad) {
+               const std::optional<Tensor>& column_grad, bool skip) {
   const PairwiseMixupKernels<T>& kernel = kernels<T>();
   const bool symmetric = !column, need_grad = row_grad || column_grad;
   STD_TORCH_CHECK(activation.degree >= 1 && activation.degree <= 16, "degree out of range");
@@ -199,9 +200,10 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
   for (int d = 0; d < 5; ++d) STD_TORCH_CHECK(!column_grad || column_grad->size(d) == column->size(d), "unexpected shape");
   const int64_t runs = row.size(0), classes = row.size(3), features = row.size(2) * row.size(4);
 
-  // Two blocks and the slopes of both stay in a core's cache; small problems need several blocks to keep all cores busy.
+  // Of one class, two blocks and the slopes of both stay in a core's first cache; small problems need several blocks to keep all
+  // cores busy.
   const int64_t length = round_up(features, kernel.lanes), most = std::max(row.size(1), symmetric ? 0 : column->size(1));
-  const int64_t in_cache = (96 << 10) / int64_t(sizeof(T)) / std::max<int64_t>(1, classes * length);
+  const int64_t in_cache = (8 << 10) / int64_t(sizeof(T)) / std::max<int64_t>(1, length);
   const int64_t block = round_up(std::clamp<int64_t>(std::min(in_cache, most / 8), 1, 16), kSampleGroup);
 
   const Layout<T> rows(row, row_target, block);
@@ -216,7 +218,7 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
   const Schedule schedule{rows.blocks, columns ? columns->blocks : rows.blocks, symmetric};
   const int64_t pairs = row.size(1) * (symmetric ? row.size(1) / 2 : column->size(1));
   const int64_t work = pairs * rows.sample_size * 8 * int64_t(lam.size());
-  const PairwiseMixup<T> sizes{classes, features, length, block, {}, {}, 0, activation};
+  const PairwiseMixup<T> sizes{classes, features, length, block, {}, {}, 0, activation, skip};
   const T factor = T(activation.scale / activation.threshold);
   Tensor loss = empty({runs}, kType<T>);
 
@@ -227,8 +229,8 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
     if (columns) column_side.emplace(*columns, r, column_slope, workspace + row_size);
     std::vector<double> losses(rows.blocks, 0.0);
     for (size_t k = 0; k < lam.size(); ++k) {
-      row_side.pack(T(lam[k] / activation.threshold));
-      if (column_side) column_side->pack(T((1 - lam[k]) / activation.threshold));
+      row_side.pack(T(lam[k] / activation.threshold), skip);
+      if (column_side) column_side->pack(T((1 - lam[k]) / activation.threshold), skip);
       PairwiseMixup<T> a = sizes;
       a.row = row_side.with_weight(lam[k]);
       a.column = column_side ? column_side->with_weight(1 - lam[k]) : a.row;
@@ -266,11 +268,13 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
 Tensor pairwise_mixup_loss(Tensor row, std::optional<Tensor> column, Tensor row_target, std::optional<Tensor> column_target,
                            std::vector<double> lam, std::vector<double> lam_weight, int64_t degree, double threshold,
                            double scale, bool lower, bool upper, std::optional<Tensor> row_grad,
-                           std::optional<Tensor> column_grad) {
+                           std::optional<Tensor> column_grad, bool skip) {
   const Polynomial activation{degree, threshold, scale, lower, upper};
   return row.scalar_type() == ScalarType::Float
-             ? loss_of<float>(row, column, row_target, column_target, lam, lam_weight, activation, row_grad, column_grad)
-             : loss_of<double>(row, column, row_target, column_target, lam, lam_weight, activation, row_grad, column_grad);
+             ? loss_of<float>(row, column, row_target, column_target, lam, lam_weight, activation, row_grad, column_grad,
+                              skip)
+             : loss_of<double>(row, column, row_target, column_target, lam, lam_weight, activation, row_grad, column_grad,
+                               skip);
 }
 
 }  // namespace
@@ -280,7 +284,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mixfeat_cpu, m) {
   m.def(
       "pairwise_mixup_loss(Tensor row, Tensor? column, Tensor row_target, Tensor? column_target, float[] lam, "
       "float[] lam_weight, int degree, float threshold, float scale, bool lower, bool upper, Tensor(a!)? row_grad, "
-      "Tensor(b!)? column_grad) -> Tensor");
+      "Tensor(b!)? column_grad, bool skip=True) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CPU, m) { m.impl("pairwise_mixup_loss", TORCH_BOX(&mixfeat::pairwise_mixup_loss)); }
