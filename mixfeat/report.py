@@ -41,6 +41,7 @@ class Case:
     dtype: torch.dtype
     patch_dim: int
     activation: Activation
+    samples: int = 4096
     mix: bool = False
     filters: int = 10
     matmul_precision: str = "highest"
@@ -50,7 +51,8 @@ class Case:
         if self.dtype == torch.float32:
             dtype += "-" + self.matmul_precision
         mix = "-mix" if self.mix else ""
-        return f"{self.kernel}-{self.direction}-{dtype}-D{self.patch_dim}-M{self.filters}-{self.activation}{mix}"
+        sizes = f"N{self.samples}-D{self.patch_dim}-M{self.filters}"
+        return f"{self.kernel}-{self.direction}-{dtype}-{sizes}-{self.activation}{mix}"
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class CompiledKernel:
 def shipped(target: str) -> list[Case]:
     """Cases that cover every configuration that ships for a target, and every way in which a kernel is specialised."""
     half, single, default = torch.bfloat16, torch.float32, PolyReLU()
-    cases = [Case("patch_conv", "mix", dtype, 50, default, mix) for dtype, mix in ((half, True), (single, False))]
+    cases = [Case("patch_conv", "mix", dtype, 50, default, mix=mix) for dtype, mix in ((half, True), (single, False))]
     # Three filters per class make the narrow tiles of forward the better ones.
     for direction, filters in (("forward", 10), ("forward", 3), ("backward_input", 10), ("backward_weight", 10)):
         case = partial(Case, "patch_conv", direction, filters=filters)
@@ -91,6 +93,10 @@ def shipped(target: str) -> list[Case]:
     cases += [
         case(half, 64, activation) for activation in (PolyReLU(15, 0.5, False), PowerReLU(3), Power(16), Identity())
     ]
+    case = partial(Case, "pairwise_mixup_loss", dtype=single, patch_dim=20)
+    for samples in (50, 4096):
+        cases += [case(direction, activation=default, samples=samples) for direction in ("forward", "backward")]
+    cases += [case("backward", activation=activation) for activation in (PolyReLU(15, 0.5, False), Power(16), ReLU())]
     return cases
 
 
@@ -140,29 +146,47 @@ def _no_interpreter() -> None:
 
 
 def recorded_launch(case: Case) -> Any:
-    """What a case launches: its last kernel, or the one that mixes first. Sizes are large, as they are on a GPU."""
-    from mixfeat.kernels.triton import launch, patch_conv
+    """What a case launches: its last kernel, or the one that mixes first."""
+    from mixfeat.kernels.triton import launch
 
-    samples, patches, classes = 4096, 12, 10
-    options: dict[str, Any] = {"dtype": case.dtype, "device": "meta"}
-    input = torch.empty(1, samples, patches, case.patch_dim, **options)
-    weight = torch.empty(1, classes, case.filters, case.patch_dim, **options)
-    index = torch.empty(samples, dtype=torch.int64, device="meta") if case.mix else None
-    lam = torch.empty(samples, device="meta") if case.mix else None
-    arguments = (input, weight, index, lam, case.activation.polynomial)
     previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(case.matmul_precision)
     try:
         with launch.record() as launches:
-            if case.direction in ("forward", "mix"):
-                patch_conv.patch_conv(*arguments)
-            else:
-                grad = torch.empty(1, samples, classes, **options)
-                for_input = case.direction == "backward_input"
-                patch_conv.patch_conv_backward(grad, *arguments, input_grad=for_input, weight_grad=not for_input)
+            _call_pairwise_mixup_loss(case) if case.kernel == "pairwise_mixup_loss" else _call_patch_conv(case)
     finally:
         torch.set_float32_matmul_precision(previous)
     return launches[0 if case.direction == "mix" else -1]
+
+
+_PATCHES, _CLASSES = 12, 10
+
+
+def _call_patch_conv(case: Case) -> None:
+    from mixfeat.kernels.triton import patch_conv
+
+    options: dict[str, Any] = {"dtype": case.dtype, "device": "meta"}
+    input = torch.empty(1, case.samples, _PATCHES, case.patch_dim, **options)
+    weight = torch.empty(1, _CLASSES, case.filters, case.patch_dim, **options)
+    index = torch.empty(case.samples, dtype=torch.int64, device="meta") if case.mix else None
+    lam = torch.empty(case.samples, device="meta") if case.mix else None
+    arguments = (input, weight, index, lam, case.activation.polynomial)
+    if case.direction in ("forward", "mix"):
+        patch_conv.patch_conv(*arguments)
+    else:
+        grad = torch.empty(1, case.samples, _CLASSES, **options)
+        for_input = case.direction == "backward_input"
+        patch_conv.patch_conv_backward(grad, *arguments, input_grad=for_input, weight_grad=not for_input)
+
+
+def _call_pairwise_mixup_loss(case: Case) -> None:
+    from mixfeat.kernels.triton import pairwise_mixup_loss
+
+    s = torch.empty(1, case.samples, _PATCHES, _CLASSES, case.filters, dtype=case.dtype, device="meta")
+    target = torch.empty(case.samples, dtype=torch.int64, device="meta")
+    pairwise_mixup_loss.pairwise_mixup_loss(
+        s, None, target, None, [0.5], [1.0], case.activation.polynomial, case.direction == "backward"
+    )
 
 
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}

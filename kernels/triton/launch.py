@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["PATCH_CONV_TILES", "Direction", "Launch", "PatchConvConfig", "PatchConvTiles", "multiprocessors",
-           "patch_conv_tiles", "precision", "record", "run"]  # fmt: skip
+__all__ = ["PAIRWISE_CONFIGS", "PATCH_CONV_TILES", "Direction", "Launch", "PairwiseConfig", "PatchConvConfig",
+           "PatchConvTiles", "multiprocessors", "pairwise_config", "patch_conv_tiles", "precision", "record",
+           "run"]  # fmt: skip
 
 Direction = Literal["forward", "backward_input", "backward_weight"]
 
@@ -159,6 +160,34 @@ def patch_conv_tiles(dtype: torch.dtype, input_precision: str, patch_dim: int) -
     """The configurations that serve patches of ``patch_dim`` entries."""
     kind = input_precision if dtype == torch.float32 else "half"
     return next(tiles for tiles in PATCH_CONV_TILES[kind] if patch_dim <= tiles.patch_dim)
+
+
+@dataclass(frozen=True)
+class PairwiseConfig:
+    """Tile sizes of the all-pairs Mixup loss.
+
+    Attributes:
+        block: samples on each side of a tile. A warp's threads lie along one side.
+        chunk: samples of the other side that a thread works on at once, each with a register per sample along it.
+        strip: the same in the softmax, which holds several numbers per pair.
+        programs_per_multiprocessor: warps that share the tiles; more only add workspace.
+        workspace_bytes: the most that the logits of the tiles in work may take, unless runs are too many.
+    """
+
+    block: int
+    chunk: int
+    strip: int = 8
+    programs_per_multiprocessor: int = 16
+    workspace_bytes: int = 256 << 20
+
+
+# A thread with two rows has half the loads per evaluation of one with one row; but few samples would mostly be padding.
+PAIRWISE_CONFIGS = {"small": PairwiseConfig(block=32, chunk=32), "large": PairwiseConfig(block=64, chunk=32)}
+
+
+def pairwise_config(num_samples: int) -> PairwiseConfig:
+    """The configuration for so many samples on the longer side."""
+    return PAIRWISE_CONFIGS["small" if num_samples <= 512 else "large"]
 
 
 def precision(dtype: torch.dtype) -> str:
