@@ -7,13 +7,14 @@ cannot be served (one line on stderr), 130 for Ctrl-C.
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,8 +22,9 @@ from typing import Any, NoReturn
 import torch
 
 import mixfeat
+from mixfeat.experiments import sweep
 from mixfeat.experiments.store import Store, StoreError
-from mixfeat.experiments.theory import METHODS, DivergedError, Settings, summarise, train
+from mixfeat.experiments.theory import METHODS, DivergedError, Settings, identity, summarise, train
 
 __all__ = ["environment", "main"]
 
@@ -70,21 +72,39 @@ def _parser() -> argparse.ArgumentParser:
         description="Train ERM, Uniform Mixup and Midpoint Mixup on multi-view data by full-batch gradient descent and "
         "count the features that each has learned (arXiv 2210.13512, Theorems 4.6 and 4.7).",
     )
-    _theory_options(theory)
-    for command, run in ((info, _info), (theory, _reproduce_theory)):
+    _experiment_options(theory, Path("results/theory"))
+    diagram = commands.add_parser(
+        "sweep",
+        allow_abbrev=False,
+        help="what the methods learn over a grid of two settings",
+        description="Run the experiment of `mixfeat reproduce theory` at every point of a grid of two of its settings, "
+        "and draw heat maps of what each method has learned there. A grid can grow: with --resume more values of the "
+        "same two settings are added to those that the output folder holds.",
+    )
+    for name, axis in (("x", ("degree", 2, 4, 6, 8)), ("y", ("init_scale", 0.3, 0.5, 0.7))):
+        default = [str(word) for word in axis]
+        diagram.add_argument(
+            f"--{name}", nargs="+", default=default, metavar=("SETTING", "VALUE"),
+            help=f"a numeric setting and its values (default: {' '.join(default)})",
+        )  # fmt: skip
+    _experiment_options(diagram, Path("results/sweep"), sweep.DEFAULTS)
+    for command, run in ((info, _info), (theory, _reproduce_theory), (diagram, _sweep)):
         command.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
         command.set_defaults(run=run, prog=command.prog)
     return parser
 
 
-def _theory_options(parser: argparse.ArgumentParser) -> None:
+def _experiment_options(
+    parser: argparse.ArgumentParser, folder: Path, defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Options for the methods, the output folder and all settings; a setting that is not given is no attribute."""
     methods = list(METHODS)
     parser.add_argument(
         "--methods", nargs="+", choices=methods, default=methods, metavar="METHOD",
         help=f"of {', '.join(methods)} (default: all)",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, default=Path("results/theory"), metavar="FOLDER",
+        "--out", type=Path, default=folder, metavar="FOLDER",
         help="for the store and the figure (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on with what the output folder holds")
@@ -92,11 +112,11 @@ def _theory_options(parser: argparse.ArgumentParser) -> None:
         pair = isinstance(setting.default, tuple)
         kind: Any = float if pair else setting.type
         shape: dict[str, Any] = {"nargs": 2, "metavar": ("LOW", "HIGH")} if pair else {"metavar": kind.__name__.upper()}
-        text = setting.metadata["help"]
-        if setting.default is not None:
-            text += f" (default: {str(setting.default).strip('()')})"
+        text, default = setting.metadata["help"], (defaults or {}).get(setting.name, setting.default)
+        if default is not None:
+            text += f" (default: {str(default).strip('()')})"
         parser.add_argument(
-            "--" + setting.name.replace("_", "-"), type=kind, default=setting.default, help=text, **shape
+            "--" + setting.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, help=text, **shape
         )
 
 
@@ -164,36 +184,39 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     return lines
 
 
-def _reproduce_theory(args: argparse.Namespace) -> int:
+def _prepare(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], Any]:
+    """The settings that were given, the methods, and the module of figures: what it needs is not missed at the end."""
     try:
-        import tqdm
+        import tqdm  # noqa: F401
 
         from mixfeat.experiments import plots
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         raise RefusedError(f"{package} is missing: pip install 'mixfeat[experiments]'") from None
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a GPU's matrix products repeat only with this
-    values: dict[str, Any] = {setting.name: getattr(args, setting.name) for setting in fields(Settings)}
+    given = {setting.name: getattr(args, setting.name) for setting in fields(Settings) if hasattr(args, setting.name)}
+    return given, [method for method in METHODS if method in args.methods], plots
+
+
+def _reproduce_theory(args: argparse.Namespace) -> int:
+    given, methods, plots = _prepare(args)
     try:
-        settings = Settings(**values)
+        settings = Settings(**given)
+        key = identity(settings)
     except (TypeError, ValueError) as error:
         raise RefusedError(str(error)) from None
-    methods = [method for method in METHODS if method in args.methods]
     json_file = _writable_file(args.json)
     figure = _writable_folder(args.out) / "theory.png"
 
     records = {}
     try:
-        with Store(args.out / "theory.sqlite", "theory", settings.to_dict(), resume=args.resume) as store:
+        with Store(args.out / "theory.sqlite", "theory", key, resume=args.resume) as store:
             done = sum(record.step for record in map(store.get, methods) if record)
-            terminal = sys.stderr.isatty()
-            with tqdm.tqdm(
-                total=len(methods) * settings.steps, initial=done, unit=" steps", unit_scale=True, disable=not terminal
-            ) as bar:
+            with _progress(len(methods) * settings.steps, done) as bar:
                 for method in methods:
                     bar.set_description(METHODS[method])
                     records[method] = train(settings, method, store, bar.update)
-                    if not terminal:
+                    if bar.disable:
                         print(f"{METHODS[method]}: {settings.steps} steps, {settings.seeds} seeds at once, on "
                               f"{settings.device}: {records[method].seconds:.1f} s", file=sys.stderr)  # fmt: skip
     except StoreError as error:
@@ -211,6 +234,73 @@ def _reproduce_theory(args: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep(args: argparse.Namespace) -> int:
+    given, methods, plots = _prepare(args)
+    try:
+        x, y = (sweep.Axis.of(f"--{name}", words[0], words[1:]) for name, words in (("x", args.x), ("y", args.y)))
+        grid = sweep.Sweep(x, y, given)
+        key = grid.identity()
+    except (TypeError, ValueError) as error:
+        raise RefusedError(str(error)) from None
+    json_file = _writable_file(args.json)
+    figure = _writable_folder(args.out) / "sweep.png"
+
+    cells = grid.cells(methods)
+    records = {}
+    try:
+        with Store(args.out / "sweep.sqlite", "sweep", key, resume=args.resume) as store:
+            done = sum(record.step for record in (store.get(cell.name) for cell in cells) if record)
+            with _progress(sum(cell.settings.steps for cell in cells), done) as bar:
+                for cell in cells:
+                    bar.set_description(cell.name)
+                    record = records[cell] = sweep.run_cell(cell, store, bar.update)
+                    if bar.disable:
+                        end = f"{record.seconds:.1f} s" if record.state else "diverged"
+                        print(f"{len(records)} of {len(cells)}: {cell.name}: {end}", file=sys.stderr)
+    except StoreError as error:
+        raise RefusedError(str(error)) from None
+
+    tables = sweep.tables(grid, records)
+    print("\n\n".join(_grid_table(grid, method, of_method) for method, of_method in tables.items()))
+    plots.plot_sweep(grid, tables, figure)
+    print(f"\nfigure: {figure}")
+    facts = {"settings": key, "x": x._asdict(), "y": y._asdict(), "environment": environment()}
+    _write_json(json_file, {**facts, "tables": _without_nan(tables), "cells": sweep.summarise(grid, records)})
+    return 0
+
+
+def _progress(total: int, done: int) -> Any:
+    """A bar on a terminal, with the time left; elsewhere one that is disabled."""
+    import tqdm
+
+    return tqdm.tqdm(
+        total=total, initial=done, unit=" steps", unit_scale=True, smoothing=0, disable=not sys.stderr.isatty()
+    )
+
+
+def _grid_table(grid: sweep.Sweep, method: str, tables: Mapping[str, Sequence[Sequence[float]]]) -> str:
+    both, ratio = tables.values()
+    rows = [[f"{grid.y.name} \\ {grid.x.name}", *(f"{x:g}" for x in grid.x.values)]]
+    for i, y in enumerate(grid.y.values):
+        rows.append([f"{y:g}", *(f"{a:.1f} ({b:.2f})" for a, b in zip(both[i], ratio[i], strict=True))])
+    return f"{METHODS[method]}: classes with both features (alignment ratio)\n\n" + "\n".join(_aligned(rows))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "-" * len(lines[-1]), *lines[1:]]
+
+
 def _table(settings: Settings, results: dict[str, dict[str, Any]]) -> str:
     columns = {
         "train accuracy": "train_accuracy",
@@ -224,11 +314,8 @@ def _table(settings: Settings, results: dict[str, dict[str, Any]]) -> str:
     for method, result in results.items():
         cells = [_mean_spread(result[key], 1 if key.startswith("classes") else 3) for key in columns.values()]
         rows.append([METHODS[method], *cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "-" * len(lines[-1]))
     spread = f"mean ± standard deviation over {settings.seeds} seeds" if settings.seeds > 1 else "one seed"
-    return "\n".join([f"features: number of the {settings.num_classes} classes; {spread}", "", *lines])
+    return "\n".join([f"features: number of the {settings.num_classes} classes; {spread}", "", *_aligned(rows)])
 
 
 def _mean_spread(values: list[float], digits: int) -> str:

@@ -72,6 +72,15 @@ class CompiledKernel:
     matrix_instructions: dict[str, int]
     assembly: str = field(repr=False)
 
+    def evaluation_loops(self) -> list[tuple[int, int]]:
+        """Instructions and evaluations of PolyReLU in one iteration of each innermost loop that evaluates it (NVIDIA).
+
+        In the all-pairs loss: first the logits' loop, then in "backward" the rows' and the columns' gradient. There
+        every evaluation clamps the sum of two pre-activations, in one instruction.
+        """
+        loops = [(len(loop), loop.count("FADD.SAT")) for loop in _innermost_loops(self.assembly)]
+        return [loop for loop in loops if loop[1]]
+
 
 def shipped(target: str) -> list[Case]:
     """Cases that cover every configuration that ships for a target, and every way in which a kernel is specialised."""
@@ -242,6 +251,23 @@ def _amd(compiled: Any) -> dict[str, Any]:
         "matrix_instructions": {"MFMA": _count(r"\bv_mfma", assembly)},
         "assembly": assembly,
     }
+
+
+def _innermost_loops(sass: str) -> list[list[str]]:
+    """The opcodes of each loop without a loop inside, as nvdisasm prints them."""
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    loops = []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(opcodes)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
+            opcodes.append(instruction[1])
+            target = re.search(r"\.L_x_\d+", instruction[2])
+            if instruction[1].startswith("BRA") and target and target[0] in labels:  # backwards: its label came before
+                loops.append((labels[target[0]], len(opcodes)))
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return [opcodes[begin:end] for begin, end in inner]
 
 
 def _count(pattern: str, text: str) -> int:

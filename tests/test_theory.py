@@ -4,6 +4,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def settings_of(**changes):
 
 
 def run(path, settings, method, **options):
-    with Store(path, "theory", settings.to_dict(), **options) as store:
+    with Store(path, "theory", theory.identity(settings), **options) as store:
         return theory.train(settings, method, store)
 
 
@@ -85,6 +86,7 @@ def test_hash_is_stable_and_tells_settings_apart():
         ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ({"steps": 5}, ValueError, "steps must be at least evaluations = 6, got 5"),
         ({"seeds": 0}, ValueError, "seeds must be at least 1, got 0"),
+        ({"nodes": 0}, ValueError, "nodes must be at least 1, got 0"),
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
         ({"device": "abacus"}, ValueError, "device must be a torch device of this machine, got 'abacus'"),
         ({"dtype": "int8"}, ValueError, "dtype must be float32 or float64, got 'int8'"),
@@ -108,55 +110,71 @@ def test_a_seed_does_not_depend_on_the_others():
     assert not torch.equal(two.data.input[0], two.data.input[1])
 
 
+def all_pairs(settings, data, weight, lam):
+    """(R,) the loss of all ordered pairs, pair by pair and in plain PyTorch."""
+    activation = mf.PolyReLU(settings.degree, settings.rho)
+    target = F.one_hot(data.target, settings.num_classes).double()
+    loss = torch.zeros(settings.seeds, dtype=torch.float64)
+    for j in range(settings.num_samples):
+        mixed = lam * data.input + (1 - lam) * data.input[:, j : j + 1]
+        logits = activation(torch.einsum("rnpd,rcmd->rnpcm", mixed, weight)).sum((2, 4))
+        wanted = lam * target + (1 - lam) * target[:, j : j + 1]
+        loss = loss - (wanted * logits.log_softmax(-1)).sum(-1).mean(-1) / settings.num_samples
+    return loss
+
+
+def loss_of(settings, method, data, weight):
+    if method == "uniform":
+        nodes = zip(*mf.beta_quadrature(1, settings.nodes), strict=True)
+        return sum(share * all_pairs(settings, data, weight, lam) for lam, share in nodes)
+    return all_pairs(settings, data, weight, {"erm": 1.0, "midpoint": 0.5}[method])
+
+
 @pytest.mark.parametrize("method", theory.METHODS)
-def test_steps_descend_on_the_methods_cross_entropy(method, tmp_path):
-    """Against autograd through the reference, run by run, with the experiment's own partners."""
-    settings = settings_of(steps=4, evaluations=2, dtype="float64")
-    result = run(tmp_path / "s", settings, method)
+def test_steps_descend_on_the_methods_objective(method, tmp_path):
+    settings = settings_of(steps=4, evaluations=2, init_scale=2.0, lr=8.0, dtype="float64")
+    state = run(tmp_path / "s", settings, method).state
     problem = theory.make_problem(settings)
-    activation = mf.PolyReLU(settings.degree, settings.rho)
-    n = settings.num_samples
-    generator = theory._generator(method, settings.seed, 0)
-    index = torch.randint(n, (theory._BLOCK, n), generator=generator)
-    lam = torch.rand(theory._BLOCK, n, generator=generator, dtype=torch.float64)
-    lam = {"erm": torch.ones_like(lam), "uniform": lam, "midpoint": torch.full_like(lam, 0.5)}[method]
-    for r in range(settings.seeds):
-        weight = problem.weight[r].clone().requires_grad_()
-        input, target = problem.data.input[r], problem.data.target[r]
-        for i, w in zip(index[:4], lam[:4], strict=True):
-            logits = mf.reference.patch_conv(input, weight, activation.polynomial, index=i, lam=w)
-            own, partner = (F.cross_entropy(logits, t, reduction="none") for t in (target, target[i]))
-            (gradient,) = torch.autograd.grad((w * own + (1 - w) * partner).mean(), weight)
-            weight = (weight - settings.lr * gradient).detach().requires_grad_()
-        torch.testing.assert_close(result.state["weight"][r], weight.detach(), rtol=1e-9, atol=1e-12)
+    weight = problem.weight
+    for _ in range(4):
+        weight.requires_grad_()
+        (gradient,) = torch.autograd.grad(loss_of(settings, method, problem.data, weight).sum(), weight)
+        weight = (weight - settings.lr * gradient).detach()
+    moved = (weight - problem.weight).norm()
+    assert moved > 0.01 * problem.weight.norm()
+    assert (state["weight"] - weight).norm() <= 1e-9 * moved
+    torch.testing.assert_close(state["loss"], loss_of(settings, method, problem.data, state["weight"]))
 
 
-def test_loss_is_that_of_all_pairs(tmp_path):
-    settings = settings_of(steps=200, dtype="float64")
+def test_nodes_suffice(tmp_path):
+    """The default number of them, on a trained network."""
+    settings = settings_of(dtype="float64")
+    weight = run(tmp_path / "s", settings, "uniform").state["weight"]
+    data = theory.make_problem(settings).data
+    few, many = (theory.objective(settings_of(nodes=n), "uniform", data)(weight) for n in (settings.nodes, 64))
+    torch.testing.assert_close(few, many, rtol=1e-3, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", theory.METHODS)
+def test_captured_step_is_the_step(method):
+    settings = settings_of(device="cuda")
     problem = theory.make_problem(settings)
-    target = F.one_hot(problem.data.target, settings.num_classes).double()
-    activation = mf.PolyReLU(settings.degree, settings.rho)
+    loss = theory.objective(settings, method, problem.data)
+    weights = [problem.weight.clone().requires_grad_() for _ in range(2)]
 
-    def all_pairs(weight, lam):
-        loss = torch.zeros(settings.seeds, dtype=torch.float64)
-        for j in range(settings.num_samples):
-            mixed = lam * problem.data.input + (1 - lam) * problem.data.input[:, j : j + 1]
-            logits = mf.reference.patch_conv(mixed, weight, activation.polynomial)
-            wanted = lam * target + (1 - lam) * target[:, j : j + 1]
-            loss -= (wanted * logits.log_softmax(-1)).sum(-1).mean(-1) / settings.num_samples
-        return loss
+    def descend(weight):
+        (gradient,) = torch.autograd.grad(loss(weight).sum(), weight)
+        weight.detach().sub_(gradient, alpha=settings.lr)
 
-    for method in theory.METHODS:
-        state = run(tmp_path / method, settings, method).state
-        if method == "erm":
-            expected, tolerance = all_pairs(state["weight"], 1.0), 1e-9
-            torch.testing.assert_close(state["cross_entropy"][-1], expected)
-        elif method == "midpoint":
-            expected, tolerance = all_pairs(state["weight"], 0.5), 1e-9
-        else:  # a fine midpoint rule over lam
-            nodes = (torch.arange(200) + 0.5) / 200
-            expected, tolerance = sum(all_pairs(state["weight"], lam.item()) for lam in nodes) / 200, 1e-3
-        torch.testing.assert_close(state["loss"], expected, rtol=tolerance, atol=0)
+    with theory._deterministic("cuda"):
+        captured = theory._captured(lambda: descend(weights[1]), problem.weight.device)
+        weights[1].detach().copy_(problem.weight)
+        for _ in range(10):
+            descend(weights[0])
+            captured()
+    assert not torch.equal(weights[0], problem.weight)
+    assert torch.equal(*weights)
 
 
 def test_curves_and_summary(tmp_path):
@@ -181,7 +199,7 @@ def test_curves_and_summary(tmp_path):
 
 def test_erm_leaves_features_that_midpoint_mixup_learns(tmp_path):
     """The separation itself, in seconds; its full size is that of ``mixfeat reproduce theory``."""
-    settings = theory.Settings(seeds=4, steps=5000, evaluations=1, device="cpu")
+    settings = theory.Settings(seeds=4, steps=1000, evaluations=1, device="cpu")
     both = {}
     for method in ("erm", "midpoint"):
         both[method] = theory.summarise(settings, run(tmp_path / method, settings, method))["classes_with_both"]
@@ -226,14 +244,14 @@ def test_killed_run_goes_on_to_the_same_numbers(tmp_path):
     settings, path = settings_of(), tmp_path / "killed"
     in_child(f"""
 settings = theory.Settings(**{SMALL})
-with store.Store(Path({str(path)!r}), "theory", settings.to_dict()) as opened:
+with store.Store(Path({str(path)!r}), "theory", theory.identity(settings)) as opened:
     for method in theory.METHODS:
         saves = []
         if method == "midpoint":  # SQLite calls this before it runs a statement
             opened._db.set_trace_callback(lambda statement: saves.append(statement) or len(saves) < 4 or die())
         theory.train(settings, method, opened)
 """)
-    with Store(path, "theory", settings.to_dict(), resume=True) as store:
+    with Store(path, "theory", theory.identity(settings), resume=True) as store:
         assert store.get("erm").finished
         assert not store.get("midpoint").finished
         assert 0 < store.get("midpoint").step < settings.steps
@@ -246,7 +264,7 @@ with store.Store(Path({str(path)!r}), "theory", settings.to_dict()) as opened:
 def test_interrupted_run_goes_on_to_the_same_numbers(method, tmp_path, monkeypatch):
     """At every checkpoint that there is: each attempt is stopped after one more of them."""
     monkeypatch.setattr(theory, "_CHECKPOINT_SECONDS", 0)
-    settings = settings_of()
+    settings = settings_of(steps=12)
 
     class Interrupted(Store):
         def save(self, name, record):
@@ -256,14 +274,26 @@ def test_interrupted_run_goes_on_to_the_same_numbers(method, tmp_path, monkeypat
 
     steps = []
     while True:
-        with Interrupted(tmp_path / "s", "theory", settings.to_dict(), resume=True) as store:
+        with Interrupted(tmp_path / "s", "theory", theory.identity(settings), resume=True) as store:
             try:
                 record = theory.train(settings, method, store)
                 break
             except KeyboardInterrupt:
                 steps.append(store.get(method).step)
-    assert steps == [100, 200, 256, 300, 400, 500, 512, 600]
+    assert steps == list(range(1, 13))
     assert_same(record, run(tmp_path / "unbroken", settings, method))
+
+
+@pytest.mark.parametrize(("change", "listed"), [("backend", "backend cpu there"), ("torch", "torch 2.0 there")])
+def test_run_is_not_resumed_by_other_software(change, listed, tmp_path, monkeypatch):
+    settings = settings_of(steps=6)
+    if change == "torch":
+        monkeypatch.setattr(torch, "__version__", "2.0")
+    run(tmp_path / "s", settings, "erm")
+    monkeypatch.undo()
+    other = mf.backend("reference") if change == "backend" else nullcontext()
+    with other, pytest.raises(StoreError, match=f"holds a run with other settings \\({listed} and .* asked"):
+        run(tmp_path / "s", settings, "erm", resume=True)
 
 
 # the store

@@ -4,12 +4,14 @@ import re
 
 import pytest
 
-from mixfeat import report
+from mixfeat import PolyReLU, report
 
 launch = pytest.importorskip("mixfeat.kernels.triton.launch")
 
 CASES = [(target, case) for target in report.TARGETS for case in report.shipped(target)]
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+# instructions per evaluation on sm_90, by samples: logits, gradient of the rows, gradient of the columns
+PAIRWISE_INSTRUCTIONS = {50: (7.0, 8.0, 8.0), 4096: (6.6, 7.3, 7.3)}
 MATRIX_UNIT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCMMA", "gfx942": "MFMA"}
 
 
@@ -31,7 +33,17 @@ def test_kernel(compiled, key):
     assert row.registers > 0
     assert row.shared_bytes <= SHARED_KIB[target] * 1024
     assert not re.search(r"_f64|\.F64|\bD(ADD|MUL|FMA|SETP)\b", row.assembly), "float64 instructions"
-    if case.direction != "mix" and (case.dtype.itemsize == 2 or case.matmul_precision == "high"):
+    if case.kernel == "pairwise_mixup_loss" and case.activation == PolyReLU() and target == "sm_90":
+        limits = PAIRWISE_INSTRUCTIONS[case.samples]
+        loops = row.evaluation_loops()
+        assert len(loops) == (1 if case.direction == "forward" else 3)
+        for (instructions, evaluations), limit in zip(loops, limits, strict=False):
+            assert instructions / evaluations <= limit
+    if (
+        case.kernel == "patch_conv"
+        and case.direction != "mix"
+        and (case.dtype.itemsize == 2 or case.matmul_precision == "high")
+    ):
         assert row.matrix_instructions[MATRIX_UNIT[target]] > 0
 
 
@@ -44,9 +56,18 @@ def test_every_configuration_is_compiled():
         for config in [getattr(tiles, direction)]
     }
     compiled = set()
-    for case in (case for case in report.shipped("sm_90") if case.direction != "mix" and not case.mix):
+    cases = (case for case in report.shipped("sm_90") if case.kernel == "patch_conv")
+    for case in (case for case in cases if case.direction != "mix" and not case.mix):
         recorded = report.recorded_launch(case)
         blocks = [recorded.constants[f"BLOCK_{side}"] for side in "NQD"]
         options = (recorded.num_warps, recorded.num_stages, recorded.max_registers)
         compiled.add((case.direction, recorded.constants["WHOLE_D"], launch.PatchConvConfig(*blocks, *options)))
     assert shipped <= compiled
+
+
+def test_every_configuration_of_the_pairwise_loss_is_compiled():
+    cases = [case for case in report.shipped("sm_90") if case.kernel == "pairwise_mixup_loss"]
+    for gradient in (False, True):
+        recorded = [report.recorded_launch(case) for case in cases]
+        blocks = {one.constants["BLOCK"] for one in recorded if one.constants["GRAD"] == gradient}
+        assert blocks == {config.block for config in launch.PAIRWISE_CONFIGS.values()}

@@ -1,17 +1,18 @@
 """Figures of the experiments. Needs matplotlib, which nothing else here does."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import EngFormatter
 
-from mixfeat.experiments import theory
+from mixfeat.experiments import sweep, theory
 from mixfeat.experiments.store import Record
 
-__all__ = ["plot_theory"]
+__all__ = ["plot_sweep", "plot_theory"]
 
 _INK, _MUTED, _LARGER, _SMALLER = "#1f2430", "#6b7280", "#94a3b8", "#d9480f"
 
@@ -52,6 +53,51 @@ def plot_theory(settings: theory.Settings, records: Mapping[str, Record], path: 
     band = Patch(color=_MUTED, alpha=0.18, linewidth=0, label="middle 80% of classes and seeds")
     handles = [*panels[0].lines, band]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5, labelcolor=_INK)
+    _save(figure, path)
+
+
+def plot_sweep(grid: sweep.Sweep, tables: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path: Path) -> None:
+    """Write a figure of :func:`mixfeat.experiments.sweep.tables`: a column per method, a row of heat maps per quantity.
+
+    Cells that diverged are hatched. Numbers of classes are coloured by their share of the cell's classes.
+    """
+    x, y = grid.x, grid.y
+    classes = [[grid.points[a, b].num_classes for a in x.values] for b in y.values]
+    size = (max(3.0, 0.62 * len(x.values) + 1.2), max(2.2, 0.46 * len(y.values) + 1.2))
+    figure = Figure(
+        figsize=(size[0] * len(tables) + 0.6, size[1] * len(sweep.QUANTITIES)), layout="constrained", facecolor="white"
+    )
+    panels = figure.subplots(len(sweep.QUANTITIES), len(tables), sharex=True, sharey=True, squeeze=False)
+    for row, (quantity, title) in zip(panels, sweep.QUANTITIES.items(), strict=True):
+        for axes, (method, of_method) in zip(row, tables.items(), strict=True):
+            values = torch.tensor(of_method[quantity], dtype=torch.float64)
+            share = values / torch.tensor(classes) if quantity == "classes_with_both" else values
+            axes.set_facecolor("#d1d5db")
+            axes.imshow(share.numpy(), cmap="YlGnBu", vmin=0, vmax=1, origin="lower", aspect="auto")
+            for i, j in itertools.product(range(len(y.values)), range(len(x.values))):
+                if values[i, j].isnan():
+                    corner = (j - 0.5, i - 0.5)
+                    axes.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="///", edgecolor=_MUTED, linewidth=0))
+                    continue
+                text = f"{values[i, j]:.1f}" if quantity == "classes_with_both" else f"{values[i, j]:.2f}"
+                axes.text(
+                    j, i, text, ha="center", va="center", fontsize=9, color="white" if share[i, j] > 0.6 else _INK
+                )
+            if axes in panels[0]:
+                axes.set_title(theory.METHODS[method], loc="left", fontsize=13, fontweight="bold", color=_INK, pad=24)
+            axes.text(0, 1.035, title, transform=axes.transAxes, fontsize=9.5, color=_SMALLER)
+            axes.set_xticks(range(len(x.values)), [f"{value:g}" for value in x.values])
+            axes.set_yticks(range(len(y.values)), [f"{value:g}" for value in y.values])
+            axes.tick_params(colors=_MUTED, length=0)
+            axes.spines[:].set_visible(False)
+    for axes in panels[-1]:
+        axes.set_xlabel(x.name, color=_MUTED)
+    for axes in panels[:, 0]:
+        axes.set_ylabel(y.name, color=_MUTED)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.part")  # so that a figure is never half there
     figure.savefig(temporary, dpi=160, format="png")
     temporary.replace(path)

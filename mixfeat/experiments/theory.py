@@ -4,17 +4,17 @@ Chidambaram, Wang, Wu, Ge: "Provably Learning Diverse Features in Multi-View Dat
 (arXiv 2210.13512), Theorems 4.6 and 4.7. Full-batch gradient descent on multi-view data; several seeds, each with its
 own data and initialisation, are trained at once as the runs of one model.
 
-A Mixup step mixes every sample n with a fresh partner, drawn uniformly from all samples (n itself included): its
-gradient is an unbiased estimate of that of the objective over all ordered pairs. Midpoint Mixup has lam = 1/2, Uniform
-Mixup draws a fresh lam ~ U[0, 1] for every sample. A mixed point's loss is lam CE(y_n) + (1 - lam) CE(y_partner).
+Every method descends on its objective itself, not on a sample of it. ERM: the mean cross-entropy of the training
+samples. Midpoint Mixup: that of all ordered pairs of samples, mixed at lam = 1/2, with the labels of both (the paper's
+eq. 2.2, :func:`mixfeat.pairwise_mixup_loss`). Uniform Mixup: its mean over lam ~ U[0, 1], by Gauss-Legendre nodes.
 """
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,13 +24,14 @@ from torch import Tensor
 import mixfeat as mf
 from mixfeat.experiments.store import Record, Store
 
-__all__ = ["METHODS", "DivergedError", "Problem", "Settings", "evaluation_steps", "make_problem", "summarise", "train"]
+__all__ = [
+    "METHODS", "DivergedError", "Problem", "Settings", "evaluation_steps", "identity", "make_problem", "objective",
+    "summarise", "train",
+]  # fmt: skip
 
 METHODS = {"erm": "ERM", "uniform": "Uniform Mixup", "midpoint": "Midpoint Mixup"}
 
-_BLOCK = 256  # steps whose partners are drawn together, from a generator of the block's own: so any step can be resumed
 _CHECKPOINT_SECONDS = 2.0  # at most about this much work is lost to a kill
-_PAIR_OFFSETS = 256  # the objective is evaluated over all pairs up to this many samples
 
 
 class DivergedError(Exception):
@@ -60,8 +61,9 @@ class Settings:
     noise: tuple[float, float] = _setting((0.25, 0.75), "range of the feature noise coefficients (gamma), unscaled")
     noise_scale: float = _setting(0.02, "scale of the feature noise")
     init_scale: float = _setting(0.5, "standard deviation of the initial weights, in units of rho (sigma_0 / rho)")
-    lr: float = _setting(64.0, "step size of gradient descent (eta)")
-    steps: int = _setting(50_000, "gradient steps (T)")
+    nodes: int = _setting(8, "values of lam by which Uniform Mixup's mean over lam is computed")
+    lr: float = _setting(256.0, "step size of gradient descent (eta)")
+    steps: int = _setting(12_000, "gradient steps (T)")
     seeds: int = _setting(5, "number of seeds, trained at once, each with its own data and initialisation")
     seed: int = _setting(0, "the first seed; the same seed repeats a run exactly")
     test_samples: int = _setting(1000, "test points per feature (view)")
@@ -113,7 +115,7 @@ class Settings:
 
 _LEAST = {
     "num_classes": 2, "filters_per_class": 1, "num_patches": 2, "num_samples": 1, "degree": 1, "steps": 1, "seeds": 1,
-    "seed": 0, "test_samples": 1, "evaluations": 1,
+    "seed": 0, "test_samples": 1, "evaluations": 1, "nodes": 1,
 }  # fmt: skip
 
 
@@ -154,167 +156,139 @@ def evaluation_steps(settings: Settings) -> list[int]:
     return [settings.steps * i // settings.evaluations for i in range(settings.evaluations + 1)]
 
 
-def train(settings: Settings, method: str, store: Store, progress: Callable[[int], Any] = lambda steps: None) -> Record:
+def identity(settings: Settings) -> dict[str, Any]:
+    """What a store's records depend on, to the last bit: the settings and the software that computes.
+
+    Raises:
+        ValueError: the backend that was chosen does not serve the settings' device and dtype.
+    """
+    backend = mf.backends.serving(torch.device(settings.device).type, getattr(torch, settings.dtype))
+    return {**settings.to_dict(), "backend": backend, "mixfeat": mf.__version__, "torch": torch.__version__}
+
+
+def objective(settings: Settings, method: str, data: mf.data.MultiViewData) -> Callable[[Tensor], Tensor]:
+    """The method's loss, from weights (R,C,M,D) to (R,)."""
+    activation = mf.PolyReLU(settings.degree, settings.rho)
+    if method == "erm":
+        return lambda weight: _cross_entropy(mf.patch_conv(data.input, weight, activation), data.target)
+    lam, lam_weight = mf.beta_quadrature(1, 1 if method == "midpoint" else settings.nodes)  # one node: lam = 1/2
+    return lambda weight: mf.pairwise_mixup_loss(
+        data.input, weight, data.target, activation, lam=lam, lam_weight=lam_weight
+    )
+
+
+def train(
+    settings: Settings, method: str, store: Store, progress: Callable[[int], Any] = lambda steps: None,
+    name: str | None = None,
+) -> Record:  # fmt: skip
     """Train all seeds by one method, going on from the store's record, and leave the finished record there.
 
     The state of a record holds, for R runs and E + 1 evaluations, ``weight`` (R,C,M,D); the curves ``alignment``
     (E+1,R,C,2) (:func:`mixfeat.features.alignment`), ``train_accuracy`` and ``cross_entropy`` (E+1,R), both on the
-    training samples; and once finished ``learned`` (R,C,2) and ``loss`` (R,), the method's objective over all pairs.
+    training samples; and once finished ``learned`` (R,C,2) and ``loss`` (R,), the method's :func:`objective`.
 
     Args:
         settings: of the experiment.
         method: a key of ``METHODS``.
         store: where records are kept; a checkpoint is saved every few seconds.
         progress: called with the number of steps just done.
+        name: of the record in the store; by default the method.
 
     Raises:
         DivergedError: when weights or logits are no longer finite.
         StoreError: when the store cannot be written.
     """
-    record = store.get(method)
+    name = method if name is None else name
+    record = store.get(name)
     if record is not None and record.finished:
         return record
     with _deterministic(settings.device):
-        return _train(settings, method, store, record, progress)
+        return _train(settings, method, store, progress, name, record)
 
 
 def _train(
-    settings: Settings, method: str, store: Store, record: Record | None, progress: Callable[[int], Any]
+    settings: Settings, method: str, store: Store, progress: Callable[[int], Any], name: str, record: Record | None
 ) -> Record:
     problem = make_problem(settings)
-    activation = mf.PolyReLU(settings.degree, settings.rho)
-    num_runs, num_classes, filters, patch_dim = problem.weight.shape
-    model = mf.TwoLayerPatchCNN(
-        num_classes,
-        filters,
-        patch_dim,
-        activation,
-        num_runs=num_runs,
-        device=settings.device,
-        dtype=problem.weight.dtype,
-    )
-    weight = model.weight.detach()  # the same memory: updated in place, outside autograd
+    loss = objective(settings, method, problem.data)
+    weight = torch.zeros_like(problem.weight, requires_grad=True)
+
+    def descend() -> None:
+        (gradient,) = torch.autograd.grad(loss(weight).sum(), weight)  # the sum: no run influences another
+        weight.detach().sub_(gradient, alpha=settings.lr)
+
+    take_step = _captured(descend, weight.device)
     points = evaluation_steps(settings)
     if record is None:
         step, seconds = 0, 0.0
-        weight.copy_(problem.weight)
         curves = _empty_curves(settings, len(points))
+        start = problem.weight
     else:
         step, seconds = record.step, record.seconds
         curves = dict(record.state)
-        weight.copy_(curves.pop("weight"))
-    one_hot = F.one_hot(problem.data.target, settings.num_classes).to(weight.dtype)
-    longest = max(1, 2**22 // one_hot.numel())  # steps whose mixed targets stay below 16 MiB
-
+        start = curves.pop("weight")
+    weight.detach().copy_(start)
     started = saved = time.monotonic()
 
     def reached(**more: Tensor) -> Record:
-        state = {"weight": weight.cpu().clone(), **curves, **more}
+        state = {"weight": weight.detach().cpu().clone(), **curves, **more}
         return Record(bool(more), step, seconds + time.monotonic() - started, state)
 
     for point, stop in enumerate(points):
         while step < stop:
-            end = min(stop, (step // _BLOCK + 1) * _BLOCK, step + longest)
-            _descend(model, weight, problem.data.input, one_hot, settings, method, step, end)
-            progress(end - step)
-            step = end
+            take_step()
+            step += 1
+            progress(1)
             if time.monotonic() - saved > _CHECKPOINT_SECONDS:
-                store.save(method, reached())
+                store.save(name, reached())
                 saved = time.monotonic()
         if step == stop:
-            _evaluate(model, problem.data, curves, point, settings, method, step)
+            _evaluate(weight, problem.data, curves, point, settings, method, step)
 
-    learned = mf.features.learned(model, problem.tests)
-    loss = _objective(model, problem.data.input, one_hot, method)
-    record = reached(learned=learned.cpu(), loss=loss.cpu())
-    store.save(method, record)
+    with torch.no_grad():
+        model = partial(mf.patch_conv, weight=weight, activation=mf.PolyReLU(settings.degree, settings.rho))
+        more = {"learned": mf.features.learned(model, problem.tests).cpu(), "loss": loss(weight).cpu()}
+    record = reached(**more)
+    store.save(name, record)
     return record
 
 
-def _descend(
-    model: mf.TwoLayerPatchCNN, weight: Tensor, input: Tensor, one_hot: Tensor,
-    settings: Settings, method: str, begin: int, end: int,
-) -> None:  # fmt: skip
-    """Gradient steps begin to end - 1, all of one block.
+def _captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """A step that only reads and writes tensors in place, as one launch: a CUDA graph. On a CPU the step itself.
 
-    The cross-entropy enters by its gradient with respect to the logits, (softmax - target) / N, and the runs' losses
-    are summed: no run influences another.
+    Capturing takes a few steps.
     """
-    steps = end - begin
-    indices: Any = [None] * steps
-    lams: Any = [None] * steps
-    targets: Any = [one_hot] * steps
-    if method != "erm":
-        generator = _generator(method, settings.seed, begin // _BLOCK)
-        chosen = slice(begin % _BLOCK, begin % _BLOCK + steps)
-        index = torch.randint(settings.num_samples, (_BLOCK, settings.num_samples), generator=generator)[chosen]
-        lam = torch.full(index.shape, 0.5, dtype=weight.dtype)
-        if method == "uniform":
-            lam = torch.rand((_BLOCK, settings.num_samples), generator=generator, dtype=torch.float64)[chosen].to(lam)
-        index, lam = index.to(weight.device), lam.to(weight.device)
-        partner = one_hot[:, index]  # (R, steps, N, C)
-        targets = torch.lerp(partner, one_hot.unsqueeze(1), lam.unsqueeze(-1)).unbind(1)
-        indices = index.unbind()
-        lams = lam.unbind() if method == "uniform" else [0.5] * steps
-    size = settings.lr / settings.num_samples
-    for index, lam, target in zip(indices, lams, targets, strict=True):
-        logits = model(input, index, lam)
-        error = _softmax(logits.detach()).sub_(target)
-        (gradient,) = torch.autograd.grad(logits, model.weight, error)
-        weight.sub_(gradient, alpha=size)
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    """torch.softmax without threads: it and exp use them from 2000 numbers on, where waiting for them takes longer."""
-    power = (logits - logits.amax(-1, keepdim=True)).mul_(math.log2(math.e)).exp2_()
-    return power.div_(power.sum(-1, keepdim=True))
+    if device.type != "cuda":
+        return step
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels are compiled and workspaces allocated before the capture
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            step()
+    return graph.replay
 
 
 def _evaluate(
-    model: mf.TwoLayerPatchCNN, data: mf.data.MultiViewData, curves: dict[str, Tensor],
+    weight: Tensor, data: mf.data.MultiViewData, curves: dict[str, Tensor],
     point: int, settings: Settings, method: str, step: int,
 ) -> None:  # fmt: skip
     with torch.no_grad():
-        logits = model(data.input)
-        loss = F.cross_entropy(logits.flatten(0, 1), data.target.flatten(), reduction="none").view_as(data.target)
-    curves["alignment"][point] = mf.features.alignment(model.weight, data.features)
+        logits = mf.patch_conv(data.input, weight, mf.PolyReLU(settings.degree, settings.rho))
+        curves["cross_entropy"][point] = _cross_entropy(logits, data.target)
+    curves["alignment"][point] = mf.features.alignment(weight, data.features)
     curves["train_accuracy"][point] = (logits.argmax(-1) == data.target).double().mean(-1)
-    curves["cross_entropy"][point] = loss.mean(-1)
     if not curves["cross_entropy"][point].isfinite().all():
         raise DivergedError(f"{method} left the finite numbers before step {step}: try a smaller lr than {settings.lr}")
 
 
-def _objective(model: mf.TwoLayerPatchCNN, input: Tensor, one_hot: Tensor, method: str) -> Tensor:
-    """(R,) the loss that the method descends on, over all ordered pairs: each offset pairs every n with n + offset.
-
-    lam ~ U[0, 1] by Gauss-Legendre quadrature. Above ``_PAIR_OFFSETS`` samples that many offsets, evenly spaced.
-    """
-    num = input.shape[-3]
-    if method == "erm":
-        offsets, nodes = [0], [(1.0, 1.0)]
-    else:
-        count = min(num, _PAIR_OFFSETS)
-        offsets = [num * i // count for i in range(count)]
-        nodes = [(0.5, 1.0)]
-        if method == "uniform":
-            nodes = _gauss_legendre(8)
-    total = torch.zeros(len(input), dtype=torch.float64, device=input.device)
-    with torch.no_grad():
-        for offset in offsets:
-            index = torch.arange(offset, offset + num, device=input.device) % num
-            for lam, share in nodes:
-                logits = model(input, index, lam)
-                target = lam * one_hot + (1 - lam) * one_hot[:, index]
-                total += share * -(target * logits.log_softmax(-1)).sum(-1).double().mean(-1)
-    return total / len(offsets)
-
-
-def _gauss_legendre(count: int) -> list[tuple[float, float]]:
-    """Nodes in [0, 1] and their weights, from the Jacobi matrix's eigenvectors (Golub and Welsch 1969)."""
-    i = torch.arange(1, count, dtype=torch.float64)
-    beside = (i / (4 * i**2 - 1).sqrt()).diag(1)
-    x, vectors = torch.linalg.eigh(beside + beside.T)
-    return list(zip(((x + 1) / 2).tolist(), vectors[0].square().tolist(), strict=True))
+def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """(R,) means over the samples."""
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target).mean(-1)
 
 
 def summarise(settings: Settings, record: Record) -> dict[str, Any]:
@@ -356,7 +330,7 @@ def _stack(runs: Any) -> mf.data.MultiViewData:
 
 
 def _generator(*key: Any) -> torch.Generator:
-    """A CPU generator of its own for every key: draws are the same on every device and at whatever step one resumes."""
+    """A CPU generator of its own for every key: its draws are the same on every device."""
     return torch.Generator().manual_seed(int.from_bytes(_digest(key)[:4], "big"))  # the CPU's uses 32 bits of a seed
 
 

@@ -1,0 +1,165 @@
+"""A phase diagram: what each method learns over a grid of two of the theory experiment's settings.
+
+Every cell, a point of the grid and a method, is a run of :func:`mixfeat.experiments.theory.train` with all its seeds at
+once. A cell that leaves the finite numbers is recorded as diverged, and the sweep goes on.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+from mixfeat.experiments import theory
+from mixfeat.experiments.store import Record, Store
+from mixfeat.experiments.theory import METHODS, DivergedError, Settings
+
+__all__ = ["DEFAULTS", "QUANTITIES", "Axis", "Cell", "Sweep", "run_cell", "summarise", "tables"]
+
+DEFAULTS = {"steps": 3000, "seeds": 3, "evaluations": 10}  # where they differ from those of Settings
+QUANTITIES = {
+    "classes_with_both": "classes with both features",
+    "alignment_ratio": "alignment, weaker / stronger",
+}
+
+_NUMERIC = {setting.name: setting.type for setting in fields(Settings) if setting.type in (int, float)}
+
+
+class Axis(NamedTuple):
+    """A setting and the values that it takes."""
+
+    name: str
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, axis: str, name: str, values: Sequence[Any]) -> "Axis":
+        """The ``axis``, x or y, from numbers or their texts.
+
+        Raises:
+            ValueError: no numeric setting of that name, a value that is no number of its type, values that repeat.
+        """
+        kind = _NUMERIC.get(name)
+        if kind is None:
+            raise ValueError(f"{axis} must be one of {', '.join(_NUMERIC)}, got {name!r}")
+        numbers: list[float] = []
+        for value in values:
+            try:
+                number = kind(value)
+                if isinstance(value, bool) or number != float(value) or not math.isfinite(number):
+                    raise ValueError
+            except (TypeError, ValueError, OverflowError):
+                wanted = "an integer" if kind is int else "a finite number"
+                raise ValueError(f"{axis}: a value of {name} must be {wanted}, got {value!r}") from None
+            if number in numbers:
+                raise ValueError(f"{axis}: the values of {name} must differ, got {number:g} twice")
+            numbers.append(number)
+        if not numbers:
+            raise ValueError(f"{axis}: {name} needs at least one value, got none")
+        return cls(name, tuple(numbers))
+
+
+class Cell(NamedTuple):
+    """A point of the grid and a method."""
+
+    x: float
+    y: float
+    method: str
+    settings: Settings
+    name: str  # of its record
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A grid of settings.
+
+    Args:
+        x, y: the settings that vary.
+        others: the settings that do not; those left out are as in ``DEFAULTS``, and else as ``Settings`` has them.
+
+    Raises:
+        TypeError, ValueError: x and y of the same setting, one that ``others`` has too, or settings that ``Settings``
+            refuses; the message names the point.
+    """
+
+    x: Axis
+    y: Axis
+    others: Mapping[str, Any] = field(default_factory=dict)
+    points: dict[tuple[float, float], Settings] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.x.name == self.y.name:
+            raise ValueError(f"x and y must be different settings, got {self.x.name} for both")
+        for axis in (self.x, self.y):
+            if axis.name in self.others:
+                raise ValueError(f"{axis.name} varies, so it cannot be set to {self.others[axis.name]} as well")
+        points = {}
+        for y in self.y.values:
+            for x in self.x.values:
+                try:
+                    values: dict[str, Any] = {**DEFAULTS, **self.others, self.x.name: x, self.y.name: y}
+                    points[x, y] = Settings(**values)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"{self._point(x, y)}: {error}") from None
+        object.__setattr__(self, "points", points)
+
+    def identity(self) -> dict[str, Any]:
+        """What a store's records have in common: :func:`theory.identity` but for the grid, which may grow."""
+        first = theory.identity(next(iter(self.points.values())))
+        defaults = {setting.name: setting.default for setting in fields(Settings)}
+        asked = {**defaults, **DEFAULTS, **self.others, "x": self.x.name, "y": self.y.name}
+        del asked[self.x.name], asked[self.y.name]
+        return {**asked, **{name: first[name] for name in ("device", "backend", "mixfeat", "torch")}}
+
+    def cells(self, methods: Iterable[str] = METHODS) -> list[Cell]:
+        """All cells, in the order in which they are run: method by method at one point after the other."""
+        return [
+            Cell(x, y, method, settings, f"{method}: {self._point(x, y)}")
+            for (x, y), settings in self.points.items()
+            for method in methods
+        ]
+
+    def _point(self, x: float, y: float) -> str:
+        return f"{self.x.name} {x!r}, {self.y.name} {y!r}"
+
+
+def run_cell(cell: Cell, store: Store, progress: Callable[[int], Any] = lambda steps: None) -> Record:
+    """Train the cell, going on from the store's record; that of one that diverged is finished and has no state."""
+    before = store.get(cell.name)
+    done = before.step if before else 0
+
+    def count(steps: int) -> None:
+        nonlocal done
+        done += steps
+        progress(steps)
+
+    try:
+        return theory.train(cell.settings, cell.method, store, count, cell.name)
+    except DivergedError:
+        record = Record(True, cell.settings.steps, before.seconds if before else 0.0, {})
+        store.save(cell.name, record)
+        progress(cell.settings.steps - done)
+        return record
+
+
+def summarise(sweep: Sweep, records: Mapping[Cell, Record]) -> list[dict[str, Any]]:
+    """Every cell as numbers for JSON: lists over the seeds, None where it diverged."""
+    keys = ("train_accuracy", "classes_with_both", "classes_with_one", "classes_with_none", "alignment_ratio", "loss")
+    rows = []
+    for cell, record in records.items():
+        numbers = theory.summarise(cell.settings, record) if record.state else dict.fromkeys(keys)
+        point = {"method": cell.method, sweep.x.name: cell.x, sweep.y.name: cell.y, "diverged": not record.state}
+        rows.append({**point, **{key: numbers[key] for key in keys}, "seconds": record.seconds})
+    return rows
+
+
+def tables(sweep: Sweep, records: Mapping[Cell, Record]) -> dict[str, dict[str, list[list[float]]]]:
+    """Of each method each of ``QUANTITIES``, a row for each y, a column for each x; NaN where it diverged."""
+    results: dict[str, dict[str, list[list[float]]]] = {}
+    for cell, record in records.items():
+        numbers = theory.summarise(cell.settings, record) if record.state else {}
+        for quantity in QUANTITIES:
+            empty = [[math.nan] * len(sweep.x.values) for _ in sweep.y.values]
+            table = results.setdefault(cell.method, {}).setdefault(quantity, empty)
+            row, column = sweep.y.values.index(cell.y), sweep.x.values.index(cell.x)
+            table[row][column] = statistics.mean(numbers[quantity]) if numbers else math.nan
+    return results

@@ -1,0 +1,231 @@
+"""The phase diagram: its cells are runs of the theory experiment; how it refuses, is killed and goes on."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import mixfeat as mf
+from mixfeat import cli
+from mixfeat.experiments import sweep, theory
+from mixfeat.experiments.store import Store
+
+ROOT = Path(__file__).parents[1]
+FIXED = {
+    "num_classes": 3, "filters_per_class": 2, "num_patches": 4, "num_samples": 9, "steps": 60, "seeds": 2,
+    "test_samples": 30, "evaluations": 3, "lr": 4.0, "device": "cpu",
+}  # fmt: skip
+SMALL = [f"--{name.replace('_', '-')}={value}" for name, value in FIXED.items()]
+GRID = ["--x", "degree", "2", "4", "--y", "init_scale", "0.5", "1.5"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Problems this small gain nothing from threads, and lose much on a machine that is busy with other tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Run ``sweep`` small, in the test's folder; gives (exit status, stdout, stderr)."""
+
+    def run(*options, out=tmp_path / "out", grid=GRID):
+        try:
+            status = cli.main(["sweep", *grid, *SMALL, "--out", str(out), *map(str, options)])
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def assert_refused(result, message):
+    status, out, err = result
+    assert (status, out) == (2, "")
+    assert err.startswith("mixfeat sweep: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def numbers(path):
+    """What a sweep's JSON file holds but for how long it took."""
+    document = json.loads(path.read_text())
+    for cell in document["cells"]:
+        assert cell.pop("seconds") >= 0
+    return {key: document[key] for key in ("settings", "x", "y", "tables", "cells")}
+
+
+def test_cells_are_runs_of_the_theory_experiment(run, tmp_path):
+    target = tmp_path / "deep" / "sweep.json"
+    status, out, err = run("--json", target)
+    assert status == 0, err
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["sweep.png", "sweep.sqlite"]
+    assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert f"figure: {tmp_path / 'out' / 'sweep.png'}" in out
+    assert out.count("init_scale \\ degree") == 3
+    assert "12 of 12: midpoint: degree 4, init_scale 1.5: " in err
+
+    document = json.loads(target.read_text())
+    assert document["x"] == {"name": "degree", "values": [2, 4]}
+    assert document["y"] == {"name": "init_scale", "values": [0.5, 1.5]}
+    assert document["environment"]["torch"] == document["settings"]["torch"] == torch.__version__
+    assert len(document["cells"]) == 12
+    for cell in document["cells"]:
+        settings = theory.Settings(**{**FIXED, "degree": cell["degree"], "init_scale": cell["init_scale"]})
+        with Store(tmp_path / str(len(os.listdir(tmp_path))), "theory", {}) as store:
+            expected = theory.summarise(settings, theory.train(settings, cell["method"], store))
+        assert not cell["diverged"]
+        for key in ("train_accuracy", "classes_with_both", "alignment_ratio", "loss"):
+            assert cell[key] == expected[key]
+        row, column = [0.5, 1.5].index(cell["init_scale"]), [2, 4].index(cell["degree"])
+        for quantity in sweep.QUANTITIES:
+            mean = sum(expected[quantity]) / len(expected[quantity])
+            assert document["tables"][cell["method"]][quantity][row][column] == pytest.approx(mean)
+
+
+def test_grid_can_grow(run, tmp_path, monkeypatch):
+    assert run("--methods", "erm")[0] == 0
+    trained, train = [], theory._train
+    monkeypatch.setattr(theory, "_train", lambda *args: trained.append(args[4]) or train(*args))
+    wider = ["--x", "degree", "4", "3", "2", "--y", "init_scale", "1.5", "0.5"]
+    status, out, _ = run("--methods", "midpoint", "erm", "--resume", grid=wider)
+    assert status == 0
+    assert trained == [
+        f"{method}: degree {x}, init_scale {y}"
+        for y in (1.5, 0.5) for x in (4, 3, 2) for method in ("erm", "midpoint")
+        if method == "midpoint" or x == 3
+    ]  # fmt: skip
+    assert out.index("ERM") < out.index("Midpoint")
+
+
+def test_any_two_numeric_settings():
+    """Also those on which defaults of others depend, and those that the sweep has defaults for."""
+    points = sweep.Sweep(sweep.Axis.of("x", "num_classes", [2, "4"]), sweep.Axis.of("y", "steps", ["10", 20])).points
+    assert [(s.num_classes, s.patch_dim, s.rho, s.steps) for s in points.values()] == [
+        (2, 4, 0.5, 10), (4, 8, 0.25, 10), (2, 4, 0.5, 20), (4, 8, 0.25, 20),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--x", "magic", "1"], "--x must be one of num_classes, filters_per_class, "),
+        (["--x", "device", "1"], "got 'device'"),
+        (["--x", "signal", "1"], "got 'signal'"),
+        (["--x", "degree"], "--x: degree needs at least one value, got none"),
+        (["--y"], "argument --y: expected at least one argument"),
+        (["--x", "init_scale", "0.5"], "x and y must be different settings, got init_scale for both"),
+        (["--x", "degree", "2", "4", "2"], "--x: the values of degree must differ, got 2 twice"),
+        (["--y", "init_scale", "0.5", "0.50"], "--y: the values of init_scale must differ, got 0.5 twice"),
+        (["--x", "degree", "2.5"], "--x: a value of degree must be an integer, got '2.5'"),
+        (["--y", "init_scale", "big"], "--y: a value of init_scale must be a finite number, got 'big'"),
+        (["--y", "init_scale", "nan"], "--y: a value of init_scale must be a finite number, got 'nan'"),
+        (["--y", "init_scale", "inf"], "--y: a value of init_scale must be a finite number, got 'inf'"),
+        (["--x", "degree", "2", "17"], "degree 17, init_scale 0.5: degree must be "),
+        (["--y", "init_scale", "0.5", "0"], "degree 2, init_scale 0.0: init_scale must be positive, got 0.0"),
+        (["--y", "lr", "1"], "lr varies, so it cannot be set to 4.0 as well"),
+        (["--steps", "2"], "degree 2, init_scale 0.5: steps must be at least evaluations = 3, got 2"),
+        (["--methods", "magic"], "argument --methods: invalid choice: 'magic'"),
+        (["--device", "abacus"], "device must be a torch device of this machine, got 'abacus'"),
+    ],
+)
+def test_bad_requests(run, options, message, tmp_path):
+    assert_refused(run(*options), message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_stores_that_cannot_be_used_stay_as_they_were(run, tmp_path):
+    path = tmp_path / "out" / "sweep.sqlite"
+    assert run("--methods", "erm")[0] == 0
+    content = path.read_bytes()
+    assert_refused(run("--methods", "erm"), "sweep.sqlite already holds results: go on with --resume")
+    assert_refused(run("--resume", "--seed", 5), "holds a run with other settings (seed 0 there and 5 asked)")
+    swapped = ["--x", "init_scale", "0.5", "--y", "degree", "2"]
+    assert_refused(run("--resume", grid=swapped), "(x degree there and init_scale asked, y init_scale there and degree")
+    with mf.backend("reference"):
+        assert_refused(run("--resume"), "(backend cpu there and reference asked)")
+    assert path.read_bytes() == content
+    with Store(tmp_path / "theory", "theory", {}) as store:
+        store.save("erm", theory.Record(False, 1, 0.0, {}))
+    files = {
+        "is not a mixfeat store": b"my notes",
+        "belongs to the experiment 'theory', not 'sweep'": (tmp_path / "theory").read_bytes(),
+        "is damaged": content[: len(content) // 2],
+    }
+    for message, damaged in files.items():
+        path.write_bytes(damaged)
+        assert_refused(run("--resume"), message)
+        assert path.read_bytes() == damaged
+
+
+def test_one_sweep_at_a_time(tmp_path):
+    (tmp_path / "out").mkdir()
+    with Store(tmp_path / "out" / "sweep.sqlite", "sweep", {}):
+        command = ["sweep", *SMALL, "--out", str(tmp_path / "out")]
+        code = f"import sys; from mixfeat import cli; sys.exit(cli.main({command}))"
+        process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert "is in use by another process" in process.stderr
+
+
+def test_divergence_is_recorded_and_the_sweep_goes_on(run, tmp_path, monkeypatch):
+    grid = ["--x", "degree", "2", "4", "--y", "rho", "0.1", "1e-30"]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    evaluate = theory._evaluate
+
+    def diverge(weight, data, curves, point, settings, method, step):
+        if (settings.degree, settings.rho, method, step) == (4, 1e-30, "midpoint", 40):
+            raise theory.DivergedError("midpoint left the finite numbers")
+        evaluate(weight, data, curves, point, settings, method, step)
+
+    monkeypatch.setattr(theory, "_evaluate", diverge)
+    status, out, err = run("--json", tmp_path / "a.json", "--methods", "erm", "midpoint", grid=grid)
+    assert status == 0, err
+    assert "nan (nan)" in out
+    assert "480/480" in err
+    document = json.loads((tmp_path / "a.json").read_text())
+    diverged = [(c["method"], c["degree"], c["rho"]) for c in document["cells"] if c["diverged"]]
+    assert diverged == [("midpoint", 4, 1e-30)]
+    assert document["cells"][-1]["classes_with_both"] is None
+    assert document["tables"]["midpoint"]["alignment_ratio"][1][1] is None
+    assert math.isfinite(document["tables"]["erm"]["alignment_ratio"][1][1])
+    monkeypatch.undo()
+    status, again, _ = run("--json", tmp_path / "b.json", "--methods", "erm", "midpoint", "--resume", grid=grid)
+    assert (status, again) == (0, out)
+    assert numbers(tmp_path / "a.json") == numbers(tmp_path / "b.json")
+
+
+def test_killed_sweep_goes_on_to_the_same_numbers(run, tmp_path):
+    """Killed at random moments, over and over."""
+    code = f"""
+import sys, torch
+torch.set_num_threads(1)
+from mixfeat import cli
+from mixfeat.experiments import theory
+theory._CHECKPOINT_SECONDS = 0.01
+print("ready", flush=True)
+sys.exit(cli.main(["sweep", *{[*GRID, *SMALL]}, "--resume", "--out", {str(tmp_path / "out")!r}]))
+"""
+    kills = 0
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        process.stdout.readline()
+        time.sleep(random.uniform(0.02, 0.5))
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills
+    assert run("--resume", "--json", tmp_path / "resumed.json")[0] == 0
+    assert run("--json", tmp_path / "unbroken.json", out=tmp_path / "unbroken")[0] == 0
+    assert numbers(tmp_path / "resumed.json") == numbers(tmp_path / "unbroken.json")
