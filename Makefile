@@ -5,7 +5,7 @@ PYTHON ?= python3
 OUT ?= results/theory
 BIN := .venv/bin
 
-.PHONY: install reproduce test lint bench
+.PHONY: install reproduce test test-native test-interpreted lint bench
 
 install: .venv/installed
 
@@ -19,10 +19,16 @@ install: .venv/installed
 reproduce: install
 	$(BIN)/mixfeat reproduce theory --resume --out $(OUT)
 
-# without a GPU the operators also run on Triton's kernels, in its interpreter: a process of its own, as triton decides once
+# The operators also run on Triton's kernels, in its interpreter: a process of its own, as triton decides once. Both runs share the
+# cores, so threads that wait for work must not hold on to theirs.
 test: install lint
+	OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory --jobs=2 --output-sync=target test-native test-interpreted
+
+test-native: install
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton tests/test_patch_conv.py
+
+test-interpreted: install
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m triton tests/test_patch_conv.py tests/test_pairwise_mixup_loss.py
 
 lint: install
 	$(BIN)/ruff check
