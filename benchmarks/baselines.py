@@ -57,22 +57,40 @@ def pairwise_naive(input: Tensor, weight: Tensor, target: Tensor, activation: Po
 
 
 class PairwiseRows:
-    """The best formulation known: convolve once, a few rows of pre-activations against all columns at a time.
+    """The best formulation known: convolve once, some rows of pre-activations against all columns at a time.
 
-    Each group of rows is differentiated by itself, so that no more than its activations are ever kept.
+    The gradient is written out, in the pass of the loss: so no more than the activations of these rows is ever kept,
+    and the compiler sees both directions at once. (With autograd, torch.compile takes 1.7 times as long on a CPU.)
     """
 
-    def __init__(self, rows: int = 8, mode: str | None = None, compile: bool = True) -> None:
+    def __init__(self, rows: int = 16, mode: str | None = None, compile: bool = True) -> None:
         self.rows = rows
-        self.loss = torch.compile(self._loss, mode=mode, dynamic=False) if compile else self._loss
+        self.loss, self.gradient = self._loss, self._gradient
+        if compile:
+            self.loss = torch.compile(self._loss, mode=mode, dynamic=False)
+            self.gradient = torch.compile(self._gradient, mode=mode, dynamic=False)
 
     @staticmethod
-    def _loss(rows: Tensor, columns: Tensor, row_label: Tensor, column_label: Tensor, activation: PolyReLU) -> Tensor:
-        t = (rows[:, None] + columns[None]) * (0.5 / activation.rho)
+    def _logits(t: Tensor, activation: PolyReLU) -> Tensor:
         phi = _power(t.clamp(0, 1), activation.degree) * (1 / activation.degree) + (t - 1).clamp(min=0)
-        logits = phi.sum(dim=(2, 4)) * activation.rho
-        label = (row_label[:, None] + column_label[None]) / 2
-        return -(label * logits.log_softmax(-1)).sum() / columns.shape[0] ** 2
+        return phi.sum(dim=(2, 4)) * activation.rho
+
+    @classmethod
+    def _loss(cls, rows: Tensor, columns: Tensor, row_label: Tensor, label: Tensor, activation: PolyReLU) -> Tensor:
+        logits = cls._logits((rows[:, None] + columns[None]) * (0.5 / activation.rho), activation)
+        return -((row_label[:, None] + label[None]) / 2 * logits.log_softmax(-1)).sum()
+
+    @classmethod
+    def _gradient(
+        cls, rows: Tensor, columns: Tensor, row_label: Tensor, label: Tensor, activation: PolyReLU, column_grad: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        t = (rows[:, None] + columns[None]) * (0.5 / activation.rho)
+        log_p = cls._logits(t, activation).log_softmax(-1)
+        mixed = (row_label[:, None] + label[None]) / 2
+        d = log_p.exp() - mixed
+        e = d[:, :, None, :, None] * _power(t.clamp(0, 1), activation.degree - 1)
+        column_grad += e.sum(0)
+        return -(mixed * log_p).sum(), e.sum(1)
 
     def __call__(
         self, input: Tensor, weight: Tensor, target: Tensor, activation: PolyReLU, backward: bool = True
@@ -80,18 +98,20 @@ class PairwiseRows:
         """The loss; with ``backward`` its gradient goes to ``weight.grad``."""
         samples, patches, features = input.shape
         label = F.one_hot(target, weight.shape[0]).to(input.dtype)
-        with torch.set_grad_enabled(backward):
-            product = input.reshape(-1, features) @ weight.reshape(-1, features).t()
-            s = product.view(samples, patches, *weight.shape[:2])
-        columns = s.detach().requires_grad_(backward)
-        total = torch.zeros((), device=input.device)
-        for i in range(0, samples, self.rows):
-            part = slice(i, i + self.rows)
-            with torch.set_grad_enabled(backward):
-                loss = self.loss(columns[part], columns, label[part], label, activation)
+        with torch.no_grad():
+            x, w = input.reshape(-1, features), weight.reshape(-1, features)
+            s = (x @ w.t()).view(samples, patches, *weight.shape[:2])
+            loss = torch.zeros((), device=input.device)
+            row_grads, column_grad = [], torch.zeros_like(s)
+            for i in range(0, samples, self.rows):
+                part = slice(i, i + self.rows)
+                if backward:
+                    share, row_grad = self.gradient(s[part], s, label[part], label, activation, column_grad)
+                    row_grads.append(row_grad)
+                else:
+                    share = self.loss(s[part], s, label[part], label, activation)
+                loss += share
             if backward:
-                loss.backward()
-            total += loss.detach()
-        if backward:
-            s.backward(columns.grad)
-        return total
+                grad = (torch.cat(row_grads) + column_grad) * (0.5 / samples**2)
+                weight.grad = (grad.view(x.shape[0], -1).t() @ x).view_as(weight)
+            return loss / samples**2

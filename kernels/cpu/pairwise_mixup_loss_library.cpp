@@ -114,7 +114,10 @@ struct Side {
 
   Side(const Layout<T>& layout, int64_t run, bool need_grad, T* workspace)
       : layout(layout), run(run), t(workspace), bounds(t + layout.size), slope(need_grad ? bounds + layout.bounds_size : nullptr) {
-    if (need_grad) std::fill_n(slope, layout.size, T(0));
+    if (!need_grad) return;
+    for_each_block([&](int64_t first, int64_t last) {
+      std::fill(slope + first * layout.sample_size, slope + round_up(last, kSampleGroup) * layout.sample_size, T(0));
+    });
   }
 
   const int64_t* index() const { return layout.order.index.data() + run * layout.order.stride; }
@@ -161,17 +164,17 @@ struct Side {
   }
 };
 
-// The pairs of blocks in rounds: no two of one round share a row block or a column block, so that they may run at once, and every
-// sum is formed in the same order whatever the number of threads.
+// The pairs of groups of blocks in rounds: no two of one round share a row group or a column group, so that they may run at once,
+// and every sum is formed in the same order whatever the number of threads.
 struct Schedule {
-  int64_t rows, columns;
-  bool symmetric;  // rows and columns are the same blocks: each unordered pair once, a block with itself in round 0
+  int64_t rows, columns;  // groups on either side
+  bool symmetric;         // rows are the columns: each unordered pair once, a group with itself in round 0
 
   int64_t even() const { return round_up(rows, 2); }
   int64_t rounds() const { return symmetric ? even() : std::max(rows, columns); }
   int64_t tasks(int64_t round) const { return symmetric && round ? even() / 2 : rows; }
 
-  // The pair of blocks of a task, or {-1, -1}: the circle method, in which one block stays and the others go round.
+  // The pair of groups of a task, or {-1, -1}: the circle method, in which one group stays and the others go round.
   std::array<int64_t, 2> operator()(int64_t round, int64_t task) const {
     std::array<int64_t, 2> none = {-1, -1};
     if (!symmetric) {
@@ -215,7 +218,11 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
   const int64_t row_size = rows.workspace_size(need_grad);
   const int64_t workspace_size = row_size + (columns ? columns->workspace_size(column_slope) : 0);
 
-  const Schedule schedule{rows.blocks, columns ? columns->blocks : rows.blocks, symmetric};
+  // Threads wait for each other after a round, so a task should be worth it: 2^20 evaluations, a tenth of a millisecond.
+  int64_t group = 1;
+  while (group * group * block * block * rows.sample_size < (1 << 20) && 8 * group * block < most) group *= 2;
+  const auto groups = [&](const Layout<T>& side) { return (side.blocks + group - 1) / group; };
+  const Schedule schedule{groups(rows), groups(columns ? *columns : rows), symmetric};
   const int64_t pairs = row.size(1) * (symmetric ? row.size(1) / 2 : column->size(1));
   const int64_t work = pairs * rows.sample_size * 8 * int64_t(lam.size());
   const PairwiseMixup<T> sizes{classes, features, length, block, {}, {}, 0, activation, skip};
@@ -227,7 +234,8 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
     const Side<T> row_side(rows, r, need_grad, workspace);
     std::optional<Side<T>> column_side;
     if (columns) column_side.emplace(*columns, r, column_slope, workspace + row_size);
-    std::vector<double> losses(rows.blocks, 0.0);
+    const int64_t row_blocks = rows.blocks, column_blocks = columns ? columns->blocks : rows.blocks;
+    std::vector<double> losses(schedule.rows, 0.0);
     for (size_t k = 0; k < lam.size(); ++k) {
       row_side.pack(T(lam[k] / activation.threshold), skip);
       if (column_side) column_side->pack(T((1 - lam[k]) / activation.threshold), skip);
@@ -239,12 +247,17 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
       for (int64_t round = 0; round < schedule.rounds(); ++round) {
         const int64_t round_work = work / int64_t(lam.size()) / schedule.rounds();
         for_each_task<T>(schedule.tasks(round), round_work, kernel.scratch_size(sizes), [&](int64_t task, T* scratch) {
-          const auto [i, j] = schedule(round, task);
-          if (i < 0) return;
+          const auto [row_group, column_group] = schedule(round, task);
+          if (row_group < 0) return;
           PairwiseMixup<T> b = a;
-          b.pair_weight = lam_weight[k] * (mirrored && i != j ? 2 : 1);
-          losses[task] += kernel.block_pair(b, i, j, mirrored && i == j, scratch);
-          if (symmetric && !mirrored && i != j) losses[task] += kernel.block_pair(b, j, i, false, scratch);
+          for (int64_t i = row_group * group; i < std::min((row_group + 1) * group, row_blocks); ++i) {
+            const int64_t first = symmetric && row_group == column_group ? i : column_group * group;
+            for (int64_t j = first; j < std::min((column_group + 1) * group, column_blocks); ++j) {
+              b.pair_weight = lam_weight[k] * (mirrored && i != j ? 2 : 1);
+              losses[task] += kernel.block_pair(b, i, j, mirrored && i == j, scratch);
+              if (symmetric && !mirrored && i != j) losses[task] += kernel.block_pair(b, j, i, false, scratch);
+            }
+          }
         });
       }
     }
