@@ -123,6 +123,8 @@ def test_accuracy_of_activations(backend, device, activation, dtype, nodes):
 
 @pytest.mark.parametrize("degree", range(1, 17))
 def test_accuracy_of_degrees(backend, device, degree):
+    if small_only(backend) and degree not in (2, 7, 16):
+        pytest.skip("long in the interpreter")
     check(draws((5, 3, 8, 3, 4), torch.float32, device), mf.PolyReLU(degree, 0.1))
     check(draws((5, 3, 8, 3, 4), torch.float32, device, gain=8), mf.PowerReLU(degree))
 
@@ -277,7 +279,7 @@ def test_poisoned_scratch(backend, device):
     """Nothing is read that was not written: all new memory starts as NaN."""
     torch.use_deterministic_algorithms(True)
     try:
-        for shape in SMALL if small_only(backend) else SHAPES:
+        for shape in SMALL[1:3] if small_only(backend) else SHAPES:
             for nodes in ("midpoint", "any"):
                 check(draws(shape, torch.float32, device), kwargs=NODES[nodes])
     finally:
@@ -358,7 +360,7 @@ def test_differentiating_twice_raises(backend, device):
 @pytest.mark.parametrize("nodes", ["midpoint", "any"])
 def test_opcheck(backend, device, nodes, runs):
     x, w, y = make_inputs((5, 2, 4, 2, 3), torch.float32, device, runs=runs)
-    if small_only(backend) and runs in ("x", "w"):
+    if small_only(backend) and (runs in ("x", "w") or nodes != "midpoint"):
         pytest.skip("long in the interpreter")
     lam, weight = (torch.tensor([0.5]), torch.ones(1)) if nodes == "midpoint" else NODES[nodes].values()
     for requires_grad in (False, True):
@@ -372,7 +374,7 @@ def test_opcheck(backend, device, nodes, runs):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("nodes", ["midpoint", "any"])
 def test_compile(device, backend, nodes, dynamic):
-    if small_only(backend) and dynamic:
+    if small_only(backend) and (dynamic or nodes != "midpoint"):
         pytest.skip("long in the interpreter")
     torch._dynamo.reset()
     compiled = torch.compile(mf.pairwise_mixup_loss, fullgraph=True, dynamic=dynamic)
@@ -559,7 +561,7 @@ class TestModule:
     def test_is_the_function(self, backend, device):
         x, _, y = make_inputs((6, 4, 10, 3, 4), torch.float32, device)
         model = mf.TwoLayerPatchCNN(3, 4, 10, POLY, num_runs=2, device=device)
-        for kwargs in NODES.values():
+        for kwargs in [NODES["any"]] if small_only(backend) else NODES.values():
             module = mf.PairwiseMixupLoss(**kwargs).to(device)
             assert torch.equal(module(model, x, y), mf.pairwise_mixup_loss(x, model.weight, y, POLY, **kwargs))
 

@@ -171,23 +171,23 @@ class PairwiseConfig:
         chunk: samples of the other side that a thread works on at once, each with a register per sample along it.
         strip: the same in the softmax, which holds several numbers per pair.
         programs_per_multiprocessor: warps that share the tiles; more only add workspace.
-        workspace_bytes: the most that the logits of the tiles in work may take, unless runs are too many.
+        workspace_bytes: the most that the logits of the tiles in work may take; a smaller tile lets more be in work.
     """
 
     block: int
     chunk: int
     strip: int = 8
     programs_per_multiprocessor: int = 16
-    workspace_bytes: int = 256 << 20
+    workspace_bytes: int = 512 << 20
 
 
 # A thread with two rows has half the loads per evaluation of one with one row; but few samples would mostly be padding.
 PAIRWISE_CONFIGS = {"small": PairwiseConfig(block=32, chunk=32), "large": PairwiseConfig(block=64, chunk=32)}
 
 
-def pairwise_config(num_samples: int) -> PairwiseConfig:
+def pairwise_config(num_samples: int, num_classes: int) -> PairwiseConfig:
     """The configuration for so many samples on the longer side."""
-    return PAIRWISE_CONFIGS["small" if num_samples <= 512 else "large"]
+    return PAIRWISE_CONFIGS["small" if num_samples <= 512 or num_classes > 16 else "large"]
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -33,7 +33,7 @@ from .activation import add_phi_of_sum, mul_slope_of_sum, normal_form
 __all__ = ["pairwise_mixup_loss"]
 
 # Integers that must not give every size of problem a compilation of its own.
-_SIZES = ["N", "columns", "C", "F", "workers", "first_task", "last_task", "num_tasks", "row_blocks", "column_blocks"]
+_SIZES = ["N", "columns", "C", "F", "runs", "first_task", "last_task", "num_tasks", "row_blocks", "column_blocks"]
 
 
 @triton.jit
@@ -75,41 +75,38 @@ def _add(pointers, values, ATOMIC: tl.constexpr):
 @triton.jit(do_not_specialize=_SIZES)
 def _kernel(
     a, b, row_target, column_target, row_mark, column_mark, row_grad, column_grad, workspace, loss,
-    lam, weight, scale, N, columns, C, F, workers, first_task, last_task, num_tasks, row_blocks, column_blocks,
+    lam, weight, scale, N, columns, C, F, runs, first_task, last_task, num_tasks, row_blocks, column_blocks,
     DEGREE: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr, SYMMETRIC: tl.constexpr, GRAD: tl.constexpr,
-    ATOMIC: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    STRIP: tl.constexpr,
+    ATOMIC: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
-    """Tasks first_task to last_task - 1 of each run, shared among the ``workers`` programs of the run.
+    """Tasks first_task to last_task - 1 of each run, shared among all programs.
 
     a (R,C,F,rows), b (R,C,F,columns), the samples padded with zeros to whole blocks; row_grad and column_grad likewise,
     added to; row_target, row_mark (R,rows), mark 1 or NaN, and of the columns likewise; workspace
     (programs,2 (1 without GRAD),C,BLOCK,BLOCK); loss (R,num_tasks).
     """
-    run = (tl.program_id(0) // workers).to(tl.int64)
-    worker = tl.program_id(0) % workers
     rows_padded, columns_padded = row_blocks * BLOCK, column_blocks * BLOCK
     row_class, column_class = F.to(tl.int64) * rows_padded, F.to(tl.int64) * columns_padded
-    a += run * C * row_class
-    b += run * C * column_class
-    row_grad += run * C * row_class
-    column_grad += run * C * column_class
     tile_size = C.to(tl.int64) * BLOCK * BLOCK
     logits = workspace + tl.program_id(0).to(tl.int64) * (2 if GRAD else 1) * tile_size  # (C, j, i); then D
     transposed = logits + tile_size  # D as (C, i, j)
     along = tl.arange(0, BLOCK)
     across = tl.arange(0, CHUNK)
     few = tl.arange(0, STRIP)
-    for task in range(first_task + worker, last_task, workers):
+    tasks = last_task - first_task
+    for item in range(tl.program_id(0).to(tl.int64), tasks.to(tl.int64) * runs, tl.num_programs(0)):
+        run = item // tasks
+        task = first_task + (item % tasks).to(tl.int32)
         row_block, column_block, exists = _tile_of(task, row_blocks, column_blocks, SYMMETRIC)
         if exists:
             i = row_block * BLOCK + along
+            row_start, column_start = run * C * row_class, run * C * column_class
             for first in range(0, BLOCK, CHUNK):
                 j = column_block * BLOCK + first + across
                 here = logits + (first + across)[:, None] * BLOCK + along[None, :]
                 for c in range(C):
-                    a_c = a + c * row_class + i
-                    b_c = b + c * column_class + j
+                    a_c = a + row_start + c * row_class + i
+                    b_c = b + column_start + c * column_class + j
                     g = tl.zeros((CHUNK, BLOCK), tl.float32)
                     for _ in range(F):
                         g = add_phi_of_sum(g, tl.load(a_c)[None, :], tl.load(b_c)[:, None], DEGREE, LOWER, UPPER)
@@ -158,9 +155,9 @@ def _kernel(
                     for first in range(0, BLOCK, CHUNK):
                         j = column_block * BLOCK + first + across
                         d = tl.load(logits + c * BLOCK * BLOCK + (first + across)[:, None] * BLOCK + along[None, :])
-                        a_c = a + c * row_class + i
-                        b_c = b + c * column_class + j
-                        grad_c = row_grad + c * row_class + i
+                        a_c = a + row_start + c * row_class + i
+                        b_c = b + column_start + c * column_class + j
+                        grad_c = row_grad + row_start + c * row_class + i
                         for _ in range(F):
                             e = mul_slope_of_sum(d, tl.load(a_c)[None, :], tl.load(b_c)[:, None], DEGREE, LOWER, UPPER)
                             _add(grad_c, lam * tl.sum(e, 0), ATOMIC)
@@ -173,9 +170,9 @@ def _kernel(
                     for first in range(0, BLOCK, CHUNK):
                         i_across = row_block * BLOCK + first + across
                         d = tl.load(transposed + c * BLOCK * BLOCK + (first + across)[:, None] * BLOCK + along[None, :])
-                        a_c = a + c * row_class + i_across
-                        b_c = b + c * column_class + j_along
-                        grad_c = column_grad + c * column_class + j_along
+                        a_c = a + row_start + c * row_class + i_across
+                        b_c = b + column_start + c * column_class + j_along
+                        grad_c = column_grad + column_start + c * column_class + j_along
                         for _ in range(F):
                             e = mul_slope_of_sum(d, tl.load(b_c)[None, :], tl.load(a_c)[:, None], DEGREE, LOWER, UPPER)
                             _add(grad_c, (1.0 - lam) * tl.sum(e, 0), ATOMIC)
@@ -235,7 +232,7 @@ def pairwise_mixup_loss(
     def zeros(samples: int) -> Tensor:
         return torch.zeros(num_runs, *sizes, samples if need_grad else 0, device=row.device)
 
-    config = launch.pairwise_config(max(num_samples, num_columns))
+    config = launch.pairwise_config(max(num_samples, num_columns), num_classes)
     row_blocks, column_blocks = (triton.cdiv(n, config.block) for n in (num_samples, num_columns))
     row_grad = zeros(row_blocks * config.block)
     # rows and columns of one problem have one gradient, if no two programs that run at once may write the same samples
@@ -253,15 +250,14 @@ def pairwise_mixup_loss(
         num_tasks = rounds[-1][1]
         parts = torch.zeros(num_runs, num_tasks, device=row.device)
         for first, last in rounds if rounds_alone else [(0, num_tasks)]:
-            wanted = triton.cdiv(config.programs_per_multiprocessor * launch.multiprocessors(row), num_runs)
+            wanted = config.programs_per_multiprocessor * launch.multiprocessors(row)
             slot = (2 if need_grad else 1) * num_classes * config.block**2
-            fitting = config.workspace_bytes // (4 * slot * num_runs)
-            workers = max(1, min(last - first, wanted, fitting))
-            workspace = torch.empty(num_runs * workers * slot, device=row.device)
+            programs = max(1, min(num_runs * (last - first), wanted, config.workspace_bytes // (4 * slot)))
+            workspace = torch.empty(programs * slot, device=row.device)
             arguments = (
                 rows.t, columns.t, rows.target, columns.target, rows.mark, columns.mark, row_grad, column_grad,
                 workspace, parts, node, weight, activation.scale / activation.degree, num_samples, num_columns, *sizes,
-                workers, first, last, num_tasks, row_blocks, column_blocks,
+                num_runs, first, last, num_tasks, row_blocks, column_blocks,
             )  # fmt: skip
             constants = {
                 "DEGREE": activation.degree,
@@ -274,7 +270,7 @@ def pairwise_mixup_loss(
                 "CHUNK": config.chunk,
                 "STRIP": config.strip,
             }
-            launch.run(launch.Launch(_kernel, num_runs * workers, arguments, constants, num_warps=1))
+            launch.run(launch.Launch(_kernel, programs, arguments, constants, num_warps=1))
         loss += parts.sum(1, dtype=torch.float64)
     if not need_grad:
         return loss.float(), None, None
