@@ -153,6 +153,20 @@ def check_far_from_zero(dtype):
         assert max(errors(run(*arguments), expected(*arguments))) <= 1e-5
 
 
+def check_whole_tiles(columns):
+    """Samples that need no padding, their pre-activations and targets in every layout."""
+    for patches, filters in ((1, 1), (2, 1), (1, 2)):
+        row, column, *_, activation = problem((2, 32, columns, patches, 2, filters), PolyReLU(8, 0.3))
+        targets = torch.randint(2, (32, 2), device=DEVICE).T
+        rest = (targets, None if column is None else targets[:, :columns], (0.3,), (1e-3,), activation)
+        results = run(row, column, *rest)
+        for r in range(2):
+            one = [None if t is None else t[r : r + 1] for t in (row, column)]
+            one_rest = [None if t is None else t[r] for t in rest[:2]]
+            truth = expected(*one, *one_rest, *rest[2:])
+            assert max(errors([result[r : r + 1] for result in results], truth)) <= 1e-5
+
+
 def check_tiles(sizes, columns, lam):
     """Tiles of another size than so few samples get."""
     from mixfeat.kernels.triton import launch
@@ -216,7 +230,7 @@ ACTIVATIONS = [
     Identity(),
 ]
 SHAPES = [  # R, N, N', P, C, M
-    (1, 1, None, 1, 2, 1),
+    (16, 1, None, 1, 2, 1),
     (3, 2, None, 3, 3, 1),
     (1, 33, None, 1, 17, 1),
     (1, 70, None, 1, 3, 2),
@@ -255,6 +269,7 @@ CHECKS = {
         for a in (PolyReLU(8, 0.3), PolyReLU(3, 0.3, clamp=False), Power(2))
     },
     **{f"far-from-zero-{d}": partial(check_far_from_zero, d) for d in (torch.float32, *HALF)},
+    **{f"whole-tiles-{columns}": partial(check_whole_tiles, columns) for columns in (None, 16)},
     **{
         f"tiles-{sizes}-{columns}": partial(check_tiles, sizes, columns, lam)
         for sizes, columns, lam in (((64, 32), None, (0.5, 0.3)), ((16, 8), 40, (0.3,)), ((16, 8), None, (0.5,)))

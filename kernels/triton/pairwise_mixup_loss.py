@@ -193,8 +193,9 @@ class _Side(NamedTuple):
 def _pack(s: Tensor, target: Tensor, factor: float, block: int) -> _Side:
     num_runs, num_samples, _, num_classes, _ = s.shape
     padding = (0, -num_samples % block)
-    t = torch.nn.functional.pad(s.permute(0, 3, 2, 4, 1).float() * factor, padding).flatten(2, 3)
-    target = torch.nn.functional.pad(target.expand(num_runs, num_samples), padding)
+    # what needs no padding keeps its strides
+    t = torch.nn.functional.pad(s.permute(0, 3, 2, 4, 1).float() * factor, padding).flatten(2, 3).contiguous()
+    target = torch.nn.functional.pad(target.expand(num_runs, num_samples), padding).contiguous()
     mark = (t * 0).sum(dim=(1, 2)) + 1
     return _Side(t, target, mark.where((target >= 0) & (target < num_classes), torch.nan))
 
