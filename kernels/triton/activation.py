@@ -36,6 +36,19 @@ def _power(u, EXPONENT: tl.constexpr):
 
 
 @triton.jit
+def _add_power(total, u, EXPONENT: tl.constexpr):
+    """``total + u^EXPONENT``, the last multiplication and the addition being one instruction."""
+    if EXPONENT == 1:
+        total += u
+    elif EXPONENT % 2 == 0:
+        half = _power(u, EXPONENT // 2)
+        total = tl.fma(half, half, total)
+    else:
+        total = tl.fma(_power(u, EXPONENT - 1), u, total)
+    return total
+
+
+@triton.jit
 def _clip(z, inverse, LOWER: tl.constexpr, UPPER: tl.constexpr):
     """u: z / threshold, at least 0 if LOWER, at most 1 if UPPER. Both make one instruction, and NaN 0."""
     if LOWER and UPPER:
@@ -55,13 +68,7 @@ def add_phi(total, z, inverse, DEGREE: tl.constexpr, LOWER: tl.constexpr, UPPER:
     NaN in z comes through: what :func:`_clip` may lose, the maximum below keeps, in one instruction from sm_80 on.
     """
     u = _clip(z, inverse, LOWER, UPPER)
-    if DEGREE == 1:
-        total += u
-    elif DEGREE % 2 == 0:
-        half = _power(u, DEGREE // 2)
-        total = tl.fma(half, half, total)
-    else:
-        total = tl.fma(_power(u, DEGREE - 1), u, total)
+    total = _add_power(total, u, DEGREE)
     if UPPER:
         excess = tl.fma(z, DEGREE * inverse, -1.0 * DEGREE)  # degree * (t - 1)
         total += tl.maximum(excess, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -104,13 +111,7 @@ def add_phi_of_sum(total, a, b, DEGREE: tl.constexpr, LOWER: tl.constexpr, UPPER
     ``a`` and ``b`` broadcast against each other; what is done to ``a`` alone costs little. NaN may become 0.
     """
     u = _clip_of_sum(a, b, LOWER, UPPER)
-    if DEGREE == 1:
-        total += u
-    elif DEGREE % 2 == 0:
-        half = _power(u, DEGREE // 2)
-        total = tl.fma(half, half, total)
-    else:
-        total = tl.fma(_power(u, DEGREE - 1), u, total)
+    total = _add_power(total, u, DEGREE)
     if UPPER:
         excess = tl.clamp(b * _SHRINK + (a - 1.0) * _SHRINK, 0.0, 1.0)
         total = excess * (DEGREE / _SHRINK) + total
