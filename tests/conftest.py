@@ -43,6 +43,15 @@ def device(backend: str) -> torch.device:
 
 
 @pytest.fixture
+def one_thread():
+    """Problems this small gain nothing from threads, and lose much on a machine that is busy with other tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def run_python():
     """Run code in a fresh interpreter, from the repository's root; fails with its output. Returns its stdout."""
 

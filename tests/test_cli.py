@@ -6,29 +6,20 @@ import shlex
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import mixfeat as mf
 from mixfeat import cli
 from mixfeat.experiments import theory
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = [
     "--num-classes=3", "--filters-per-class=2", "--num-patches=4", "--num-samples=12", "--steps=300", "--seeds=2",
     "--test-samples=30", "--evaluations=5", "--lr=4", "--device=cpu",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Problems this small gain nothing from threads, and lose much on a machine that is busy with other tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -8,32 +8,23 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import mixfeat as mf
 from mixfeat import cli
 from mixfeat.experiments import sweep, theory
 from mixfeat.experiments.store import Store
 
-ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("one_thread")
 FIXED = {
     "num_classes": 3, "filters_per_class": 2, "num_patches": 4, "num_samples": 9, "steps": 60, "seeds": 2,
     "test_samples": 30, "evaluations": 3, "lr": 4.0, "device": "cpu",
 }  # fmt: skip
 SMALL = [f"--{name.replace('_', '-')}={value}" for name, value in FIXED.items()]
 GRID = ["--x", "degree", "2", "4", "--y", "init_scale", "0.5", "1.5"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Problems this small gain nothing from threads, and lose much on a machine that is busy with other tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -5,32 +5,22 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 import mixfeat as mf
 from mixfeat.experiments import theory
 from mixfeat.experiments.store import Record, Store, StoreError
 
-ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.usefixtures("_one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = {
     "num_classes": 3, "filters_per_class": 2, "num_patches": 4, "num_samples": 12, "steps": 600, "seeds": 2,
     "test_samples": 30, "evaluations": 6, "lr": 4.0, "device": "cpu",
 }  # fmt: skip
-
-
-@pytest.fixture
-def _one_thread():
-    """Problems this small gain nothing from threads, and lose much on a machine that is busy with other tests."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def settings_of(**changes):
@@ -229,7 +219,6 @@ def in_child(code):
     """Run code that is to kill its own process."""
     setup = """
 import os, signal
-from pathlib import Path
 import torch
 from mixfeat.experiments import store, theory
 torch.set_num_threads(1)
@@ -360,7 +349,6 @@ def test_store_refuses_what_it_would_overwrite_or_mix(tmp_path):
 def test_store_is_locked_while_open(tmp_path):
     path = tmp_path / "store"
     code = f"""
-from pathlib import Path
 from mixfeat.experiments.store import Store, StoreError
 try:
     Store(Path({str(path)!r}), "theory", {{}}, resume=True)
