@@ -219,6 +219,7 @@ def in_child(code):
     """Run code that is to kill its own process."""
     setup = """
 import os, signal
+from pathlib import Path
 import torch
 from mixfeat.experiments import store, theory
 torch.set_num_threads(1)
@@ -349,6 +350,7 @@ def test_store_refuses_what_it_would_overwrite_or_mix(tmp_path):
 def test_store_is_locked_while_open(tmp_path):
     path = tmp_path / "store"
     code = f"""
+from pathlib import Path
 from mixfeat.experiments.store import Store, StoreError
 try:
     Store(Path({str(path)!r}), "theory", {{}}, resume=True)
