@@ -3,13 +3,23 @@
 from mixfeat import backends, data, features, functional, nn, reference
 from mixfeat.activations import Identity, PolyReLU, Power, PowerReLU, ReLU
 from mixfeat.backends import backend
-from mixfeat.functional import beta_quadrature, pairwise_mixup_loss, patch_conv
-from mixfeat.nn import PairwiseMixupLoss, TwoLayerPatchCNN
+from mixfeat.functional import (
+    beta_quadrature,
+    mixup,
+    mixup_cross_entropy,
+    pairwise_mixup_loss,
+    patch_conv,
+    sample_mixup,
+    soft_target_cross_entropy,
+)
+from mixfeat.nn import Mixup, MixupCrossEntropyLoss, PairwiseMixupLoss, TwoLayerPatchCNN
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Identity",
+    "Mixup",
+    "MixupCrossEntropyLoss",
     "PairwiseMixupLoss",
     "PolyReLU",
     "Power",
@@ -23,8 +33,12 @@ __all__ = [
     "data",
     "features",
     "functional",
+    "mixup",
+    "mixup_cross_entropy",
     "nn",
     "pairwise_mixup_loss",
     "patch_conv",
     "reference",
+    "sample_mixup",
+    "soft_target_cross_entropy",
 ]

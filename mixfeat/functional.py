@@ -8,7 +8,10 @@ from torch import Tensor
 from mixfeat import ops
 from mixfeat.activations import Activation
 
-__all__ = ["beta_quadrature", "pairwise_mixup_loss", "patch_conv"]
+__all__ = [
+    "beta_quadrature", "mixup", "mixup_cross_entropy", "pairwise_mixup_loss", "patch_conv", "sample_mixup",
+    "soft_target_cross_entropy",
+]  # fmt: skip
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -55,7 +58,7 @@ def patch_conv(
     """
     input, weight = _check_network(input, weight, activation)
     if index is not None or lam is not None:
-        lam = _check_mixing(index, lam, input.shape[-3], input)
+        lam = _check_mixing(index, lam, input.shape[-3], input.device, input.dtype)
     return ops.patch_conv(input, weight, index, lam, activation.polynomial)
 
 
@@ -137,10 +140,7 @@ def beta_quadrature(
         TypeError, ValueError: an alpha that is not a positive finite number, a num_nodes that is no positive integer, a
             dtype that is not floating-point.
     """
-    if isinstance(alpha, bool) or not isinstance(alpha, Real):
-        raise TypeError(f"alpha must be a number, got {alpha!r}")
-    if not 0 < alpha < float("inf"):
-        raise ValueError(f"alpha must be finite and positive, got {alpha} (for Midpoint Mixup pass lam=0.5 instead)")
+    _check_alpha(alpha)
     if isinstance(num_nodes, bool) or not isinstance(num_nodes, int):
         raise TypeError(f"num_nodes must be an integer, got {num_nodes!r}")
     if num_nodes < 1:
@@ -155,6 +155,181 @@ def beta_quadrature(
     nodes, weights = (nodes - nodes.flip(0)) / 2, (weights + weights.flip(0)) / 2  # exactly symmetric
     lam, lam_weight = (0.5 + 0.5 * nodes).clamp(0, 1), weights / weights.sum()
     return lam.to(device, dtype), lam_weight.to(device, dtype)
+
+
+def sample_mixup(
+    num_samples: int,
+    alpha: float = 1.0,
+    *,
+    lam: float | None = None,
+    per_sample: bool = False,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw a partner for each sample of a batch, and how much of itself each keeps: what :func:`mixup` takes.
+
+    Everything is drawn on the device, and nothing waits for it.
+
+    Args:
+        num_samples: N >= 0, odd numbers included.
+        alpha: lam ~ Beta(alpha, alpha), alpha > 0; 1 is uniform. Small alpha leaves most samples almost as they are.
+        lam: this number in [0, 1] instead of a draw; 0.5 is Midpoint Mixup.
+        per_sample: a lam for each sample instead of one for all.
+        generator: source of all randomness. Draws are made on its device, so that a CPU generator gives the same on
+            every device.
+        device: of the results; by default that of ``generator``, else torch's default.
+
+    Returns:
+        (index, lam): partners (N,) int64, a random permutation; lam (), or (N,) if ``per_sample``, float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it needs.
+    """
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int):
+        raise TypeError(f"num_samples must be an integer, got {num_samples!r}")
+    if num_samples < 0:
+        raise ValueError(f"num_samples must be at least 0, got {num_samples}")
+    _check_sampling(alpha, lam, generator)
+    if device is None:
+        device = torch.get_default_device() if generator is None else generator.device
+    source = torch.device(device) if generator is None else generator.device
+    index = torch.randperm(num_samples, generator=generator, device=source)
+    shape = (num_samples,) if per_sample else ()
+    if lam is None:
+        # Gamma(a) is Gamma(a + 1) U^(1/a): logarithms stay finite where, for small a, most draws would be 0
+        concentration = torch.full((2, *shape), alpha + 1.0, dtype=torch.float64, device=source)
+        uniform = torch.rand(concentration.shape, generator=generator, dtype=torch.float64, device=source)
+        gamma = torch._standard_gamma(concentration, generator=generator)
+        first, second = (gamma.log() + (1 - uniform).log() / alpha).unbind()
+        weight = torch.sigmoid(first - second).float()
+    else:
+        weight = torch.full(shape, float(lam), dtype=torch.float32, device=device)
+    return index.to(device), weight.to(device)
+
+
+def mixup(input: Tensor, index: Tensor, lam: float | Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Interpolate each sample of a batch with its partner, in one pass over memory::
+
+        z_n = lam_n x_n + (1 - lam_n) x_{index_n}
+
+    Zhang et al., "mixup: Beyond Empirical Risk Minimization" (ICLR 2018). On hidden activations, inside a network's
+    forward, it is Manifold Mixup.
+
+    Args:
+        input: x, (N, ...): float32, bfloat16, float16, float64, or uint8, as images are stored. Any strides; the result
+            has the memory format of the samples (channels_last stays channels_last).
+        index: partner of each sample, (N,) int64, any map into [0, N).
+        lam: weight of the sample itself; its partner has 1 - lam. A number in [0, 1], or a floating-point tensor of
+            shape () or (N,), which must not require grad and is not rounded to a half-precision input's dtype.
+        dtype: of the result, floating; by default input's, for uint8 torch's default. Values are not scaled: those of
+            uint8 stay in [0, 255].
+
+    Returns:
+        z, of input's shape. Gradients flow to ``input``; differentiating twice raises.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit, lam outside [0, 1].
+        IndexError: an index outside [0, N) on a CPU. On CUDA, where it cannot be read without waiting for the device,
+            it makes that sample NaN.
+    """
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a tensor, got {type(input).__name__}")
+    if input.dtype not in (*_DTYPES, torch.uint8):
+        raise TypeError(f"input must be float32, bfloat16, float16, float64 or uint8, got {input.dtype}")
+    if input.dim() == 0:
+        raise ValueError("input must have shape (N, ...), got ()")
+    if dtype is None:
+        dtype = torch.get_default_dtype() if input.dtype == torch.uint8 else input.dtype
+    if dtype not in _DTYPES:
+        raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+    if dtype != input.dtype and input.dtype != torch.uint8:
+        raise TypeError(f"dtype must be input's, {input.dtype}, unless input is uint8; got {dtype}")
+    lam = _check_mixing(index, lam, input.shape[0], input.device, dtype)
+    return ops.mixup(input, index, lam, dtype)
+
+
+def mixup_cross_entropy(
+    input: Tensor,
+    target_a: Tensor,
+    target_b: Tensor,
+    lam: float | Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of mixed samples, with the labels of both: no dense target, and the gradient in the same pass::
+
+        lam CE(input, target_a) + (1 - lam) CE(input, target_b)
+
+    with CE that of :func:`torch.nn.functional.cross_entropy`. With ``reduction="mean"`` each of the two is the mean
+    over its own targets that are not ``ignore_index``, a per-sample lam being inside it.
+
+    Args:
+        input: logits, (N,C).
+        target_a: classes of the samples themselves, (N,) int64, in [0, C) or ``ignore_index``.
+        target_b: classes of their partners, likewise.
+        lam: weight of ``target_a``; ``target_b`` has 1 - lam. A number in [0, 1], or a floating-point tensor of shape
+            () or (N,), which must not require grad.
+        label_smoothing: in [0, 1]; this much of each target goes to all classes alike.
+        ignore_index: a target that does not count.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        The loss, () or, without reduction, (N,); float32, also for half-precision logits, or float64 for float64. The
+        mean over no targets is NaN. Gradients flow to ``input``; differentiating twice raises.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit; lam or label_smoothing outside [0, 1]; no such reduction.
+        IndexError: a target out of range on a CPU. On CUDA, where it cannot be read without waiting for the device, it
+            makes that row's loss and gradient NaN.
+    """
+    _check_logits(input)
+    _check_loss_options(label_smoothing, ignore_index, reduction)
+    for name, target in (("target_a", target_a), ("target_b", target_b)):
+        _check_target(target, input.shape[:1], input.device, name)
+    lam = _check_lam(lam, input.shape[0], input.device, input.dtype)
+    return ops.mixup_cross_entropy(input, target_a, target_b, lam, float(label_smoothing), ignore_index, reduction)
+
+
+def soft_target_cross_entropy(
+    input: Tensor, target: Tensor, *, label_smoothing: float = 0.0, reduction: str = "mean"
+) -> Tensor:
+    """Cross-entropy to a distribution over the classes for each sample, with the gradient in the same pass::
+
+        - sum_c t_nc log softmax(input_n)_c,    t = (1 - label_smoothing) target + label_smoothing / C
+
+    as :func:`torch.nn.functional.cross_entropy` of dense targets, the mean being over N. What dense targets say of a
+    mixed pair :func:`mixup_cross_entropy` takes as two labels, without reading N*C numbers.
+
+    Args:
+        input: logits, (N,C).
+        target: (N,C), floating, of any sum; must not require grad.
+        label_smoothing: in [0, 1].
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        The loss, () or, without reduction, (N,); float32, also for half-precision logits, or float64 for float64.
+        Gradients flow to ``input``; differentiating twice raises.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit, label_smoothing outside [0, 1], no such reduction.
+    """
+    _check_logits(input)
+    _check_loss_options(label_smoothing, -100, reduction)
+    if not isinstance(target, Tensor) or target.dtype not in _DTYPES:
+        got = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"target must be a floating-point tensor of probabilities, got {got}")
+    if target.shape != input.shape:
+        raise ValueError(f"target must have input's shape {tuple(input.shape)}, got {tuple(target.shape)}")
+    if target.device != input.device:
+        raise ValueError(f"target must be on input's device {input.device}, got {target.device}")
+    if target.requires_grad:
+        raise ValueError("target must not require grad: gradients flow to input only (detach it)")
+    return ops.soft_target_cross_entropy(input, target, float(label_smoothing), reduction)
 
 
 def _check_network(input: Tensor, weight: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
@@ -190,7 +365,9 @@ def _check_tensor(name: str, value: Tensor, shape: str) -> None:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
 
 
-def _check_mixing(index: Tensor | None, lam: float | Tensor | None, samples: int, input: Tensor) -> Tensor:
+def _check_mixing(
+    index: Tensor | None, lam: float | Tensor | None, samples: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
     """Check partners and their weights for ``samples`` samples; returns lam as kernels take it."""
     if index is None:
         raise ValueError(f"index is needed where lam is given (lam = {lam})")
@@ -201,35 +378,78 @@ def _check_mixing(index: Tensor | None, lam: float | Tensor | None, samples: int
         raise TypeError(f"index must be an int64 tensor, got {got}")
     if index.shape != (samples,):
         raise ValueError(f"index must have shape ({samples},), one partner for each sample, got {tuple(index.shape)}")
-    if index.device != input.device:
-        raise ValueError(f"index must be on input's device {input.device}, got {index.device}")
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    if index.device != device:
+        raise ValueError(f"index must be on input's device {device}, got {index.device}")
+    return _check_lam(lam, samples, device, dtype)
+
+
+def _check_lam(lam: float | Tensor, samples: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Check the weights of ``samples`` samples; returns them in float32, or float64 for float64."""
+    dtype = torch.float64 if dtype == torch.float64 else torch.float32
     if not isinstance(lam, Tensor):
         if isinstance(lam, bool) or not isinstance(lam, Real):
             raise TypeError(f"lam must be a number or a tensor, got {lam!r}")
         if not 0 <= lam <= 1:
             raise ValueError(f"lam must be in [0, 1], got {lam}")
-        return torch.full((), float(lam), dtype=dtype, device=input.device)
+        return torch.full((), float(lam), dtype=dtype, device=device)
     if not lam.is_floating_point():
         raise TypeError(f"lam must be a floating-point tensor, got {lam.dtype}")
     if lam.shape != () and lam.shape != (samples,):
         raise ValueError(f"lam must have shape () or ({samples},), got {tuple(lam.shape)}")
-    if lam.device != input.device:
-        raise ValueError(f"lam must be on input's device {input.device}, got {lam.device}")
+    if lam.device != device:
+        raise ValueError(f"lam must be on input's device {device}, got {lam.device}")
     if lam.requires_grad:
-        raise ValueError("lam must not require grad: gradients flow to input and weight only")
+        raise ValueError("lam must not require grad: it is a constant of the loss")
     return lam.to(dtype)
 
 
-def _check_target(target: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+def _check_alpha(alpha: float) -> None:
+    if isinstance(alpha, bool) or not isinstance(alpha, Real):
+        raise TypeError(f"alpha must be a number, got {alpha!r}")
+    if not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha must be finite and positive, got {alpha} (for Midpoint Mixup pass lam=0.5 instead)")
+
+
+def _check_sampling(alpha: float, lam: float | None, generator: torch.Generator | None) -> None:
+    _check_alpha(alpha)
+    if lam is not None:
+        if isinstance(lam, bool) or not isinstance(lam, Real):
+            raise TypeError(f"lam must be a number, got {lam!r}")
+        if not 0 <= lam <= 1:
+            raise ValueError(f"lam must be in [0, 1], got {lam}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+
+
+def _check_logits(input: Tensor) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a tensor, got {type(input).__name__}")
+    if input.dtype not in _DTYPES:
+        raise TypeError(f"input must be float32, bfloat16, float16 or float64, got {input.dtype}")
+    if input.dim() != 2 or input.shape[1] == 0:
+        raise ValueError(f"input must have shape (N,C) with C at least 1, got {tuple(input.shape)}")
+
+
+def _check_loss_options(label_smoothing: float, ignore_index: int, reduction: str) -> None:
+    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, Real):
+        raise TypeError(f"label_smoothing must be a number, got {label_smoothing!r}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+
+
+def _check_target(target: Tensor, shape: tuple[int, ...], device: torch.device, name: str = "target") -> None:
     if not isinstance(target, Tensor) or target.dtype != torch.int64:
         got = target.dtype if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"target must be an int64 tensor of classes, got {got}")
+        raise TypeError(f"{name} must be an int64 tensor of classes, got {got}")
     if target.shape != shape and target.shape != shape[-1:]:
         shapes = " or ".join(str(tuple(s)) for s in dict.fromkeys((shape[-1:], shape)))
-        raise ValueError(f"target must have shape {shapes}, one class for each sample, got {tuple(target.shape)}")
+        raise ValueError(f"{name} must have shape {shapes}, one class for each sample, got {tuple(target.shape)}")
     if target.device != device:
-        raise ValueError(f"target must be on input's device {device}, got {target.device}")
+        raise ValueError(f"{name} must be on input's device {device}, got {target.device}")
 
 
 def _check_nodes(lam: float | Tensor, lam_weight: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from mixfeat import functional, ops
 from mixfeat.activations import Activation, PolyReLU
 
-__all__ = ["PairwiseMixupLoss", "TwoLayerPatchCNN"]
+__all__ = ["Mixup", "MixupCrossEntropyLoss", "PairwiseMixupLoss", "TwoLayerPatchCNN"]
 
 
 class TwoLayerPatchCNN(nn.Module):
@@ -115,3 +115,112 @@ class PairwiseMixupLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"lam={self.lam.tolist()}, lam_weight={self.lam_weight.tolist()}"
+
+
+class Mixup(nn.Module):
+    """Mix each sample of a batch with a randomly drawn partner (:func:`mixfeat.sample_mixup`, :func:`mixfeat.mixup`).
+
+    Partner and lam are drawn on the batch's device. In eval mode nothing is mixed: lam is 1.
+
+    Args:
+        alpha: lam ~ Beta(alpha, alpha), alpha > 0.
+        lam: this number in [0, 1] instead of a draw; 0.5 is Midpoint Mixup.
+        per_sample: a lam for each sample instead of one for all.
+        num_classes: C; if given, targets are returned dense.
+        generator: source of all randomness.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it needs.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        *,
+        lam: float | None = None,
+        per_sample: bool = False,
+        num_classes: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        functional._check_sampling(alpha, lam, generator)
+        if num_classes is not None:
+            if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+                raise TypeError(f"num_classes must be an integer, got {num_classes!r}")
+            if num_classes < 1:
+                raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        self.alpha, self.lam, self.per_sample = alpha, lam, per_sample
+        self.num_classes, self.generator = num_classes, generator
+
+    def forward(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor, Tensor]]:
+        """Mix a batch.
+
+        Args:
+            input: (N, ...), as :func:`mixfeat.mixup` takes it.
+            target: classes, (N,) int64.
+
+        Returns:
+            (mixed, (target_a, target_b, lam)), the classes of each sample and of its partner and the sample's weight,
+            for :class:`MixupCrossEntropyLoss`; with ``num_classes`` (mixed, target), the latter (N,C) float32, of which
+            a target outside [0, C) gives nothing.
+
+        Raises:
+            TypeError, ValueError: as :func:`mixfeat.mixup`, and for a target of the wrong type, shape or device.
+        """
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a tensor, got {type(input).__name__}")
+        functional._check_target(target, tuple(input.shape[:1]), input.device)
+        if self.training:
+            index, lam = functional.sample_mixup(
+                len(input), self.alpha, lam=self.lam, per_sample=self.per_sample, generator=self.generator,
+                device=input.device,
+            )  # fmt: skip
+            mixed, partner = functional.mixup(input, index, lam), target[index]
+        else:
+            mixed, partner, lam = input, target, torch.ones((), device=input.device)
+        if self.num_classes is None:
+            return mixed, (target, partner, lam)
+        classes = torch.arange(self.num_classes, device=input.device)
+        a, b = ((labels[:, None] == classes).float() for labels in (target, partner))
+        return mixed, torch.lerp(b, a, lam.view(-1, 1))
+
+    def extra_repr(self) -> str:
+        text = f"alpha={self.alpha}" if self.lam is None else f"lam={self.lam}"
+        text += ", per_sample=True" if self.per_sample else ""
+        return text if self.num_classes is None else f"{text}, num_classes={self.num_classes}"
+
+
+class MixupCrossEntropyLoss(nn.Module):
+    """Cross-entropy of the logits of mixed samples with the labels of both (:func:`mixfeat.mixup_cross_entropy`).
+
+    Args:
+        label_smoothing: in [0, 1].
+        ignore_index: a target that does not count.
+        reduction: "mean", "sum" or "none".
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it needs.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0, ignore_index: int = -100, reduction: str = "mean") -> None:
+        super().__init__()
+        functional._check_loss_options(label_smoothing, ignore_index, reduction)
+        self.label_smoothing, self.ignore_index, self.reduction = label_smoothing, ignore_index, reduction
+
+    def forward(self, logits: Tensor, target: tuple[Tensor, Tensor, float | Tensor]) -> Tensor:
+        """The loss of ``logits`` (N,C); ``target`` is (target_a, target_b, lam) as :class:`Mixup` returns it.
+
+        Raises:
+            TypeError: a target that is no such triple.
+        """
+        if not isinstance(target, tuple | list) or len(target) != 3:
+            got = f"{len(target)} entries" if isinstance(target, tuple | list) else type(target).__name__
+            raise TypeError(f"target must be (target_a, target_b, lam), as Mixup returns it, got {got}")
+        target_a, target_b, lam = target
+        return functional.mixup_cross_entropy(
+            logits, target_a, target_b, lam,
+            label_smoothing=self.label_smoothing, ignore_index=self.ignore_index, reduction=self.reduction,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"

@@ -12,17 +12,28 @@ from torch import Tensor
 
 from mixfeat.activations import Activation, Polynomial
 
-__all__ = ["mixup", "pairwise_mixup_block", "pairwise_mixup_loss", "patch_conv", "patch_conv_backward"]
+__all__ = [
+    "cross_entropy_rows", "mixup", "mixup_backward", "mixup_cross_entropy", "pairwise_mixup_block",
+    "pairwise_mixup_loss", "patch_conv", "patch_conv_backward", "soft_target_cross_entropy",
+]  # fmt: skip
 
 
-def mixup(input: Tensor, index: Tensor, lam: float | Tensor, dim: int = 0) -> Tensor:
+def mixup(
+    input: Tensor, index: Tensor, lam: float | Tensor, dim: int = 0, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """``lam_n x_n + (1 - lam_n) x_{index_n}``, samples n along ``dim``; ``lam`` a float, () or (N,).
 
-    A tensor ``lam`` is not rounded to a half-precision input's dtype; the mixed samples are.
+    A tensor ``lam`` is not rounded to a half-precision input's dtype; the mixed samples are, or to ``dtype``.
     """
     if isinstance(lam, Tensor):
         lam = lam.view(-1, *[1] * (input.dim() - dim % input.dim() - 1))
-    return (lam * input + (1 - lam) * input.index_select(dim, index)).to(input.dtype)
+    return (lam * input + (1 - lam) * input.index_select(dim, index)).to(dtype or input.dtype)
+
+
+def mixup_backward(grad: Tensor, index: Tensor, lam: Tensor) -> Tensor:
+    """Gradient of :func:`mixup` to input: ``dL/dx_i = lam_i grad_i + sum_{n: index_n = i} (1 - lam_n) grad_n``."""
+    lam = lam.view(-1, *[1] * (grad.dim() - 1))
+    return (lam * grad).index_add(0, index, (1 - lam) * grad)
 
 
 def patch_conv(
@@ -156,3 +167,52 @@ def pairwise_mixup_block(
     if not need_grad:
         return loss, None, None
     return loss, row_grad, None if column is None else column_grad
+
+
+def mixup_cross_entropy(
+    input: Tensor,
+    target_a: Tensor,
+    target_b: Tensor,
+    lam: float | Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """``lam CE(input, target_a) + (1 - lam) CE(input, target_b)``; a mean is over the targets that are not ignored.
+
+    ``input`` (N,C), targets (N,), ``lam`` a float, () or (N,); result () or, without reduction, (N,).
+    """
+    loss = torch.zeros((), dtype=input.dtype, device=input.device)
+    for target, share in ((target_a, lam), (target_b, 1 - lam)):
+        rows = share * F.cross_entropy(
+            input, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
+        )
+        loss = loss + (rows if reduction == "none" else rows.sum() / _count(target, ignore_index, reduction))
+    return loss
+
+
+def _count(target: Tensor, ignore_index: int, reduction: str) -> Tensor | int:
+    return (target != ignore_index).sum() if reduction == "mean" else 1
+
+
+def soft_target_cross_entropy(
+    input: Tensor, target: Tensor, *, label_smoothing: float = 0.0, reduction: str = "mean"
+) -> Tensor:
+    """``- sum_c t_nc log softmax(input_n)_c``, t the smoothed target; ``input`` and ``target`` (N,C)."""
+    return F.cross_entropy(input, target, label_smoothing=label_smoothing, reduction=reduction)
+
+
+def cross_entropy_rows(input: Tensor, label: Tensor, need_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Loss (N,) of each row, and its gradient to ``input``, given what each class counts for::
+
+    loss_n  = - sum_c label_nc log softmax(x_n)_c
+    grad_nc = softmax(x_n)_c sum_k label_nk - label_nc
+
+    ``input`` and ``label`` (N,C). A row whose label is 0 throughout has loss 0 and gradient 0, whatever its logits.
+    """
+    log_p = input.log_softmax(1)
+    total = label.sum(1, keepdim=True)
+    counts = total != 0
+    loss = -(label * log_p).where(counts, 0).sum(1)
+    return loss, (total * log_p.exp() - label).where(counts, 0) if need_grad else None

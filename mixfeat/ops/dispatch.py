@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["accumulation", "may_go_direct"]
+__all__ = ["accumulation", "check_lam", "check_partners", "may_go_direct"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -24,3 +24,26 @@ def may_go_direct(*tensors: Tensor) -> bool:
 def accumulation(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums are formed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_partners(index: Tensor, lam: Tensor, samples: int, backend: str) -> tuple[Tensor, Tensor]:
+    """Refuse partners and weights out of range where they can be read without waiting; elsewhere let them give NaN."""
+    if index.device.type == "cpu":
+        check_lam(lam)
+        if index.numel():
+            low, high = (int(bound) for bound in index.aminmax())
+            if low < 0 or high >= samples:
+                raise IndexError(f"index must lie in [0, {samples}), got {low if low < 0 else high}")
+        return index.contiguous(), lam
+    if backend == "triton":
+        return index, lam  # its kernels see to it
+    valid = (index >= 0) & (index < samples)
+    return index.where(valid, 0), lam.where(valid, torch.nan)
+
+
+def check_lam(lam: Tensor) -> None:
+    """Refuse weights outside [0, 1], NaN among them, on a CPU."""
+    if lam.device.type == "cpu" and lam.numel():
+        low, high = (float(bound) for bound in lam.aminmax())
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"lam must be in [0, 1], got {low if not low >= 0 else high}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mixfeat import backends, reference
 from mixfeat.activations import Polynomial
-from mixfeat.ops.dispatch import accumulation, may_go_direct
+from mixfeat.ops.dispatch import accumulation, check_partners, may_go_direct
 
 __all__ = ["patch_conv"]
 
@@ -72,7 +72,7 @@ def _forward(
     polynomial = fields if isinstance(fields, Polynomial) else Polynomial.of(fields)
     name = backends.serving(input.device.type, input.dtype)
     if index is not None and lam is not None:
-        index, lam = _checked_index(index, lam, input.shape[-3], name)
+        index, lam = check_partners(index, lam, input.shape[-3], name)
     if name == "cpu":
         logits, slope = torch.ops.mixfeat_cpu.patch_conv.default(
             *_native(input, weight), index, lam, *polynomial, saved
@@ -103,7 +103,7 @@ def _backward(
     polynomial = fields if isinstance(fields, Polynomial) else Polynomial.of(fields)
     name = backends.serving(input.device.type, input.dtype)
     if index is not None and lam is not None:
-        index, lam = _checked_index(index, lam, input.shape[-3], name)
+        index, lam = check_partners(index, lam, input.shape[-3], name)
     input_grad, weight_grad = input.new_empty(0), weight.new_empty(0)
     if name == "cpu":
         input_grad, weight_grad = torch.ops.mixfeat_cpu.patch_conv_backward.default(
@@ -150,20 +150,6 @@ def _as_networks(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     if input.dim() == 3:
         return input[None], weight.flatten(0, -3)[None]
     return input, weight if weight.dim() == 4 else weight.expand(input.shape[0], *weight.shape)
-
-
-def _checked_index(index: Tensor, lam: Tensor, samples: int, name: str) -> tuple[Tensor, Tensor]:
-    """Refuse an index out of range where it can be read without waiting; elsewhere let it give NaN."""
-    if index.device.type == "cpu":
-        if index.numel():
-            low, high = (int(bound) for bound in index.aminmax())
-            if low < 0 or high >= samples:
-                raise IndexError(f"index must lie in [0, {samples}), got {low if low < 0 else high}")
-        return index.contiguous(), lam
-    if name == "triton":
-        return index, lam  # its kernels see to it
-    valid = (index >= 0) & (index < samples)
-    return index.where(valid, 0), lam.where(valid, torch.nan)
 
 
 def _slope(

@@ -1,0 +1,237 @@
+"""``torch.ops.mixfeat.mixup_cross_entropy`` and ``soft_target_cross_entropy``: losses of logits, with gradients.
+
+Each is one pass over the logits, which also yields the gradient; backward only scales it by the loss's upstream
+gradient, and where that is 1, as in the usual training step, has nothing left to do.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mixfeat import backends, reference
+from mixfeat.ops.dispatch import accumulation, check_lam, may_go_direct
+
+__all__ = ["mixup_cross_entropy", "soft_target_cross_entropy"]
+
+torch.library.define(
+    "mixfeat::mixup_cross_entropy",
+    "(Tensor input, Tensor target_a, Tensor target_b, Tensor lam, float label_smoothing, int ignore_index, "
+    "str reduction, bool need_grad) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "mixfeat::soft_target_cross_entropy",
+    "(Tensor input, Tensor target, float label_smoothing, str reduction, bool need_grad) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_mixup_op = torch.ops.mixfeat.mixup_cross_entropy.default
+_soft_target_op = torch.ops.mixfeat.soft_target_cross_entropy.default
+
+
+def mixup_cross_entropy(
+    input: Tensor,
+    target_a: Tensor,
+    target_b: Tensor,
+    lam: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """The loss, () or (N,); lam of the loss's dtype."""
+    options = (label_smoothing, ignore_index, reduction)
+    return _call(_mixup_op, _mixup_forward, input, target_a, target_b, lam, *options)
+
+
+def soft_target_cross_entropy(input: Tensor, target: Tensor, label_smoothing: float, reduction: str) -> Tensor:
+    """The loss, () or (N,)."""
+    return _call(_soft_target_op, _soft_target_forward, input, target, label_smoothing, reduction)
+
+
+def _call(op: Any, forward: Any, input: Tensor, *rest: Any) -> Tensor:
+    """By the operator where somebody watches, else by what it would call."""
+    if not may_go_direct(input):
+        return op(input, *rest, False)[0]
+    if torch.is_grad_enabled() and input.requires_grad:
+        return _apply(forward, True, input, *rest)
+    return forward(input, *rest, False)[0]
+
+
+def _folds_mean(dtype: torch.dtype) -> bool:
+    """Whether the gradient that forward yields has the mean's 1/N in it: float16 would lose small numbers to it."""
+    return dtype != torch.float16
+
+
+def _mixup_forward(
+    input: Tensor,
+    target_a: Tensor,
+    target_b: Tensor,
+    lam: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    num_samples, num_classes = input.shape
+    name = backends.serving(input.device.type, input.dtype)
+    check_lam(lam)
+    weights, counts = [], []
+    for key, target, share in (("target_a", target_a, lam), ("target_b", target_b, 1 - lam)):
+        counted = target != ignore_index
+        _check_target(key, target, counted, num_classes, ignore_index)
+        count = counted.sum()
+        if reduction == "mean":
+            share = share / count if _folds_mean(input.dtype) else share * (num_samples / count)
+        weights.append(torch.where(counted, share, 0.0))
+        counts.append(count)
+    loss, grad = _empty(input, need_grad)
+    if num_samples:
+        if name == "triton":
+            from mixfeat.kernels.triton.cross_entropy import cross_entropy as launch
+
+            launch(_rows(input), target_a, target_b, *weights, label_smoothing, loss, grad if need_grad else None)
+        else:
+            _by_reference(input, _label(target_a, target_b, weights, num_classes, label_smoothing), loss, grad)
+    loss = _reduce(loss, reduction, input.dtype)
+    if reduction == "mean":  # of no targets
+        loss = loss.masked_fill(torch.minimum(*counts) == 0, torch.nan)
+    return loss, grad
+
+
+def _soft_target_forward(
+    input: Tensor, target: Tensor, label_smoothing: float, reduction: str, need_grad: bool
+) -> tuple[Tensor, Tensor]:
+    num_samples, num_classes = input.shape
+    name = backends.serving(input.device.type, input.dtype)
+    loss, grad = _empty(input, need_grad)
+    weight = 1 / num_samples if num_samples and reduction == "mean" and _folds_mean(input.dtype) else 1.0
+    if num_samples:
+        if name == "triton":
+            from mixfeat.kernels.triton.cross_entropy import soft_target_cross_entropy as launch
+
+            launch(_rows(input), _rows(target), weight, label_smoothing, loss, grad if need_grad else None)
+        else:
+            label = (target.to(loss.dtype) * (1 - label_smoothing) + label_smoothing / num_classes) * weight
+            _by_reference(input, label, loss, grad)
+    loss = _reduce(loss, reduction, input.dtype)
+    return (loss if num_samples or reduction != "mean" else loss * torch.nan), grad
+
+
+def _empty(input: Tensor, need_grad: bool) -> tuple[Tensor, Tensor]:
+    """Memory for the loss of each row and for the gradient, if there is to be one."""
+    loss = input.new_empty(input.shape[0], dtype=accumulation(input.dtype))
+    return loss, input.new_empty(input.shape if need_grad else 0)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """With the classes of a row side by side."""
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+
+
+def _reduce(loss: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" or _folds_mean(dtype) else loss.mean()
+
+
+def _check_target(name: str, target: Tensor, counted: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Refuse a target out of range where it can be read without waiting; elsewhere it gives NaN."""
+    if target.device.type == "cpu" and target.numel():
+        low, high = (int(bound) for bound in torch.where(counted, target, 0).aminmax())
+        if low < 0 or high >= num_classes:
+            raise IndexError(
+                f"{name} must lie in [0, {num_classes}) or be ignore_index ({ignore_index}), got "
+                f"{low if low < 0 else high}"
+            )
+
+
+def _label(
+    target_a: Tensor, target_b: Tensor, weights: list[Tensor], num_classes: int, label_smoothing: float
+) -> Tensor:
+    """(N,C), what each class counts for in each row: NaN where a target that counts is out of range."""
+    label = weights[0].new_zeros(len(target_a), num_classes)
+    for target, weight in zip((target_a, target_b), weights, strict=True):
+        valid = (target >= 0) & (target < num_classes)
+        weight = torch.where(valid | (weight == 0), weight, torch.nan)[:, None]
+        label += weight * label_smoothing / num_classes
+        label.scatter_add_(1, target.where(valid, 0)[:, None], weight * (1 - label_smoothing))
+    return label
+
+
+def _by_reference(input: Tensor, label: Tensor, loss: Tensor, grad: Tensor) -> None:
+    row_loss, row_grad = reference.cross_entropy_rows(input.to(loss.dtype), label, grad.dim() == 2)
+    loss.copy_(row_loss)
+    if row_grad is not None:
+        grad.copy_(row_grad)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Both operators' derivative. ``direct`` says that nobody watches: then the loss alone is returned."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Any, direct: bool, input: Tensor, *rest: Any) -> Tensor | tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, grad = compute(input, *rest, True)
+        ctx.save_for_backward(grad)
+        ctx.direct = direct
+        ctx.divisor = input.shape[0] if rest[-1] == "mean" and not _folds_mean(input.dtype) else 1
+        ctx.others = len(rest)
+        if direct:
+            return loss
+        ctx.mark_non_differentiable(grad)
+        return loss, grad
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        factor = upstream if ctx.divisor == 1 else upstream / ctx.divisor
+        grad = _scaled_for_good(grad, factor) if ctx.direct and not _graph_is_kept() else _scaled(grad, factor)
+        return None, None, grad, *[None] * ctx.others
+
+
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    return (grad * (factor if factor.dim() == 0 else factor[:, None])).to(grad.dtype)
+
+
+def _scaled_for_good(grad: Tensor, factor: Tensor) -> Tensor:
+    """The same in grad's own memory, which nobody else will read."""
+    if grad.device.type == "cpu" and factor.dim() == 0 and factor.item() == 1:
+        return grad
+    if grad.is_cuda and backends.serving("cuda", grad.dtype) == "triton":
+        from mixfeat.kernels.triton.cross_entropy import scale_ as launch
+
+        launch(grad, factor)
+        return grad
+    return grad.mul_(factor if factor.dim() == 0 else factor[:, None])
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward pass may be followed by another through the same graph."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+# Function.apply without what it does for functorch's transforms
+_apply = super(torch.autograd.Function, _CrossEntropy).apply
+
+
+def _register(name: str, op: Any, forward: Any) -> None:
+    def autograd(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled() and input.requires_grad:
+            return _CrossEntropy.apply(op, False, input, *rest[:-1])
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(input, *rest)
+
+    def fake(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        *_, reduction, need_grad = rest
+        loss, grad = _empty(input, need_grad)
+        return (loss if reduction == "none" else loss.new_empty(())), grad
+
+    torch.library.impl(name, "Autograd", autograd)
+    torch.library.impl(name, "CompositeExplicitAutograd", forward)
+    torch.library.register_fake(name, fake)
+
+
+_register("mixfeat::mixup_cross_entropy", _mixup_op, _mixup_forward)
+_register("mixfeat::soft_target_cross_entropy", _soft_target_op, _soft_target_forward)
