@@ -4,6 +4,10 @@
 
 #include <cstdlib>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace mixfeat {
 namespace {
 
@@ -33,6 +37,39 @@ std::string capability_name() { return capability(); }
 const std::string& capability() {
   static const std::string name = best_capability();
   return name;
+}
+
+Tensor empty_large(const std::vector<int64_t>& size, ScalarType type) {
+  Tensor t = empty(size, type);
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + t.numel() * bytes_of(element_of(type))) / kHugePage * kHugePage;
+  if (last > first + kHugePage) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return t;
+}
+
+Element element_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return Element::kFloat;
+    case ScalarType::Double:
+      return Element::kDouble;
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    case ScalarType::Half:
+      return Element::kHalf;
+    default:
+      STD_TORCH_CHECK(type == ScalarType::Byte, "unexpected dtype");
+      return Element::kByte;
+  }
+}
+
+int64_t bytes_of(Element element) {
+  constexpr int64_t bytes[] = {4, 8, 2, 2, 1};
+  return bytes[int(element)];
 }
 
 }  // namespace mixfeat

@@ -11,6 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "element.h"
+
 namespace mixfeat {
 
 using torch::headeronly::ScalarType;
@@ -31,6 +33,13 @@ template <typename T>
 constexpr ScalarType kType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
 
 inline Tensor empty(const std::vector<int64_t>& size, ScalarType type) { return torch::stable::empty(size, type); }
+
+// The same for results of many megabytes, in huge pages where there are such: the system takes longer to find and clear
+// ordinary ones than a kernel takes to fill them.
+Tensor empty_large(const std::vector<int64_t>& size, ScalarType type);
+
+Element element_of(ScalarType type);
+int64_t bytes_of(Element element);
 
 template <typename T>
 T* data(const Tensor& t) {

@@ -299,25 +299,9 @@ void backward(const PatchConv<T>& a, const T* panels, const T* weight_rows, int6
 }
 
 template <typename T>
-void unmix(const PatchConv<T>& a, const int64_t* start, const int64_t* order, int64_t begin, int64_t end,
-           const T* mixed_grad, T* input_grad) {
-  const int64_t size = a.patches * a.features;
-  for (int64_t i = begin; i < end; ++i) {
-    T* out = input_grad + i * size;
-    const T lam = a.lam[i * a.lam_stride];
-    for (int64_t k = 0; k < size; ++k) out[k] = lam * mixed_grad[i * size + k];
-    for (int64_t member = start[i]; member < start[i + 1]; ++member) {
-      const int64_t n = order[member];
-      const T rest = T(1) - a.lam[n * a.lam_stride];
-      for (int64_t k = 0; k < size; ++k) out[k] += rest * mixed_grad[n * size + k];
-    }
-  }
-}
-
-template <typename T>
 constexpr PatchConvKernels<T> kernels() {
   return {panels_size<T>, pack_panels<T>, row_length<T>, rows_size<T>, pack_rows<T>,
-          scratch_size<T>, forward<T>, backward<T>, unmix<T>};
+          scratch_size<T>, forward<T>, backward<T>};
 }
 
 }  // namespace

@@ -39,10 +39,6 @@ struct PatchConvKernels {
   // Either may be null. panels is not read when every slope is saved, nor rows when mixed_grad is null.
   void (*backward)(const PatchConv<T>&, const T* panels, const T* rows, int64_t begin, int64_t end, const T* grad,
                    const T* slope, int64_t saved, T* weight_grad, T* mixed_grad, T* scratch);
-  // grad_input_i = lam_i mixed_grad_i + sum over n with index_n = i of (1 - lam_n) mixed_grad_n, for samples i in a range;
-  // members of i are order[start[i]] .. order[start[i + 1] - 1]
-  void (*unmix)(const PatchConv<T>&, const int64_t* start, const int64_t* order, int64_t begin, int64_t end,
-                const T* mixed_grad, T* input_grad);
 };
 
 #define MIXFEAT_DECLARE(ISA)                          \

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "library.h"
+#include "mixup_library.h"
 #include "patch_conv.h"
 
 namespace mixfeat {
@@ -127,16 +128,6 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight, co
   return {logits, slope};
 }
 
-// For each sample i, those whose partner it is, in ascending order: order[start[i]] to order[start[i + 1] - 1].
-// start has N + 2 entries.
-
-void group_by_partner(const int64_t* index, int64_t samples, int64_t* start, int64_t* order) {
-  std::fill(start, start + samples + 2, 0);
-  for (int64_t n = 0; n < samples; ++n) ++start[index[n] + 2];
-  for (int64_t i = 0; i < samples; ++i) start[i + 2] += start[i + 1];
-  for (int64_t n = 0; n < samples; ++n) order[start[index[n] + 1]++] = n;
-}
-
 template <typename T>
 std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& slope, const Tensor& input, const Tensor& weight,
                                     const std::optional<Tensor>& index, const std::optional<Tensor>& lam,
@@ -197,15 +188,11 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& slope, con
   }
 
   if (need_input && mixes) {
-    std::vector<int64_t> start(a.samples + 2), order(a.samples);
-    group_by_partner(a.index, a.samples, start.data(), order.data());
-    T* to = data<T>(input_grad);
-    torch::stable::parallel_for(0, batch.size * a.samples, (1 << 15) / sample_size + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin / a.samples; b * a.samples < end; ++b) {
-        kernels.unmix(a, start.data(), order.data(), std::max(begin - b * a.samples, int64_t(0)),
-                      std::min(end - b * a.samples, a.samples), mixed_grads + b * input_size, to + b * input_size);
-      }
-    });
+    const T* grads_of_mixed = data<T>(mixed_grad);
+    for (int64_t b = 0; b < batch.size; ++b) {
+      mixup_backward(grads_of_mixed + b * input_size, sample_size, element_of(kType<T>), a.index, a.lam, a.lam_stride, a.samples,
+                     sample_size, data<T>(input_grad) + b * input_size);
+    }
   }
   return {input_grad, weight_grad};
 }

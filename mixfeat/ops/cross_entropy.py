@@ -74,27 +74,39 @@ def _mixup_forward(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     num_samples, num_classes = input.shape
+    mean, fold = reduction == "mean", _folds_mean(input.dtype)
     name = backends.serving(input.device.type, input.dtype)
     check_lam(lam)
+    if name == "cpu":
+        targets = target_a.contiguous(), target_b.contiguous()
+        loss, grad, bad = torch.ops.mixfeat_cpu.mixup_cross_entropy.default(
+            _rows(input), *targets, lam, label_smoothing, ignore_index, mean, fold, reduction != "none", need_grad
+        )
+        if bad >= 0:
+            raise _out_of_range("ab"[bad % 2], int(targets[bad % 2][bad // 2]), num_classes, ignore_index)
+        return loss / num_samples if mean and not fold else loss, grad
+
     weights, counts = [], []
-    for key, target, share in (("target_a", target_a, lam), ("target_b", target_b, 1 - lam)):
+    for key, target, share in (("a", target_a, lam), ("b", target_b, 1 - lam)):
         counted = target != ignore_index
-        _check_target(key, target, counted, num_classes, ignore_index)
+        if target.device.type == "cpu":  # elsewhere one that is out of range gives NaN
+            bad_ones = target[counted & ((target < 0) | (target >= num_classes))]
+            if len(bad_ones):
+                raise _out_of_range(key, int(bad_ones[0]), num_classes, ignore_index)
         count = counted.sum()
-        if reduction == "mean":
-            share = share / count if _folds_mean(input.dtype) else share * (num_samples / count)
+        if mean:
+            share = share / count if fold else share * (num_samples / count)
         weights.append(torch.where(counted, share, 0.0))
         counts.append(count)
     loss, grad = _empty(input, need_grad)
-    if num_samples:
-        if name == "triton":
-            from mixfeat.kernels.triton.cross_entropy import cross_entropy as launch
+    if name == "triton":
+        from mixfeat.kernels.triton.cross_entropy import cross_entropy as launch
 
-            launch(_rows(input), target_a, target_b, *weights, label_smoothing, loss, grad if need_grad else None)
-        else:
-            _by_reference(input, _label(target_a, target_b, weights, num_classes, label_smoothing), loss, grad)
-    loss = _reduce(loss, reduction, input.dtype)
-    if reduction == "mean":  # of no targets
+        launch(_rows(input), target_a, target_b, *weights, label_smoothing, loss, grad if need_grad else None)
+    else:
+        _by_reference(input, _label(target_a, target_b, weights, num_classes, label_smoothing), loss, grad)
+    loss = _reduce(loss, reduction, fold)
+    if mean:  # of no targets
         loss = loss.masked_fill(torch.minimum(*counts) == 0, torch.nan)
     return loss, grad
 
@@ -103,10 +115,18 @@ def _soft_target_forward(
     input: Tensor, target: Tensor, label_smoothing: float, reduction: str, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
     num_samples, num_classes = input.shape
+    mean, fold = reduction == "mean", _folds_mean(input.dtype)
     name = backends.serving(input.device.type, input.dtype)
-    loss, grad = _empty(input, need_grad)
-    weight = 1 / num_samples if num_samples and reduction == "mean" and _folds_mean(input.dtype) else 1.0
-    if num_samples:
+    weight = 1 / num_samples if num_samples and mean and fold else 1.0
+    if name == "cpu":
+        if target.dtype not in (input.dtype, torch.float32) or input.dtype == torch.float64:
+            target = target.to(accumulation(input.dtype))
+        loss, grad = torch.ops.mixfeat_cpu.soft_target_cross_entropy.default(
+            _rows(input), _rows(target), weight, label_smoothing, reduction != "none", need_grad
+        )
+        loss = loss / num_samples if mean and not fold else loss
+    else:
+        loss, grad = _empty(input, need_grad)
         if name == "triton":
             from mixfeat.kernels.triton.cross_entropy import soft_target_cross_entropy as launch
 
@@ -114,8 +134,8 @@ def _soft_target_forward(
         else:
             label = (target.to(loss.dtype) * (1 - label_smoothing) + label_smoothing / num_classes) * weight
             _by_reference(input, label, loss, grad)
-    loss = _reduce(loss, reduction, input.dtype)
-    return (loss if num_samples or reduction != "mean" else loss * torch.nan), grad
+        loss = _reduce(loss, reduction, fold)
+    return (loss if num_samples or not mean else loss * torch.nan), grad
 
 
 def _empty(input: Tensor, need_grad: bool) -> tuple[Tensor, Tensor]:
@@ -129,21 +149,14 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
 
 
-def _reduce(loss: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+def _reduce(loss: Tensor, reduction: str, folded: bool) -> Tensor:
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" or _folds_mean(dtype) else loss.mean()
+    return loss.sum() if reduction == "sum" or folded else loss.mean()
 
 
-def _check_target(name: str, target: Tensor, counted: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Refuse a target out of range where it can be read without waiting; elsewhere it gives NaN."""
-    if target.device.type == "cpu" and target.numel():
-        low, high = (int(bound) for bound in torch.where(counted, target, 0).aminmax())
-        if low < 0 or high >= num_classes:
-            raise IndexError(
-                f"{name} must lie in [0, {num_classes}) or be ignore_index ({ignore_index}), got "
-                f"{low if low < 0 else high}"
-            )
+def _out_of_range(key: str, value: int, num_classes: int, ignore_index: int) -> IndexError:
+    return IndexError(f"target_{key} must lie in [0, {num_classes}) or be ignore_index ({ignore_index}), got {value}")
 
 
 def _label(

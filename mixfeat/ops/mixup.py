@@ -18,7 +18,7 @@ torch.library.define(
 )
 torch.library.define(
     "mixfeat::mixup_backward",
-    "(Tensor grad, Tensor index, Tensor lam, ScalarType dtype) -> Tensor",
+    "(Tensor grad, Tensor index, Tensor lam) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _op = torch.ops.mixfeat.mixup.default
@@ -47,47 +47,49 @@ def _sample_order(tensor: Tensor) -> list[int]:
     return [0, *order]
 
 
-def _empty(tensor: Tensor, order: list[int], dtype: torch.dtype) -> Tensor:
-    """Memory for a tensor of this shape, one sample after the other, each with its dimensions in this order."""
-    empty = tensor.new_empty([tensor.shape[d] for d in order], dtype=dtype)
-    return empty.permute([order.index(d) for d in range(tensor.dim())])
-
-
-def _rows(tensor: Tensor, order: list[int]) -> Tensor:
+def _samples(tensor: Tensor, order: list[int]) -> Tensor:
     """(N,K), a view where each sample is one run of memory in this order, else a copy."""
     return tensor.permute(order).flatten(1) if tensor.dim() > 1 else tensor[:, None]
+
+
+def _shaped(samples: Tensor, tensor: Tensor, order: list[int]) -> Tensor:
+    """The inverse: (N,K), samples in this order, in the shape of ``tensor``."""
+    shaped = samples.view([tensor.shape[d] for d in order])
+    return shaped.permute([order.index(d) for d in range(tensor.dim())])
 
 
 def _forward(input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> Tensor:
     name = backends.serving(input.device.type, dtype)
     index, lam = check_partners(index, lam, input.shape[0], name)
     order = _sample_order(input)
-    output = _empty(input, order, dtype)
-    if output.numel():
-        rows, output_rows = _rows(input, order), _rows(output, order)
-        if name == "triton":
-            from mixfeat.kernels.triton.mixup import mixup as launch
+    samples = _samples(input, order)
+    if name == "cpu":
+        mixed = torch.ops.mixfeat_cpu.mixup.default(samples, index, lam, dtype)
+    elif name == "triton":
+        from mixfeat.kernels.triton.mixup import mixup as launch
 
-            launch(rows, index, lam, output_rows)
-        else:
-            output_rows.copy_(reference.mixup(rows, index, lam, dtype=dtype))
-    return output
+        mixed = torch.empty(samples.shape, dtype=dtype, device=input.device)
+        launch(samples, index, lam, mixed)
+    else:
+        mixed = reference.mixup(samples, index, lam, dtype=dtype).contiguous()
+    return _shaped(mixed, input, order)
 
 
-def _backward(grad: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> Tensor:
+def _backward(grad: Tensor, index: Tensor, lam: Tensor) -> Tensor:
     name = backends.serving(grad.device.type, grad.dtype)
     index, lam = check_partners(index, lam, grad.shape[0], name)
     order = _sample_order(grad)
-    input_grad = _empty(grad, order, grad.dtype)
-    if input_grad.numel():
-        rows, input_rows = _rows(grad, order), _rows(input_grad, order)
-        if name == "triton":
-            from mixfeat.kernels.triton.mixup import mixup_backward as launch
+    samples = _samples(grad, order)
+    if name == "cpu":
+        input_grad = torch.ops.mixfeat_cpu.mixup_backward.default(samples, index, lam)
+    elif name == "triton":
+        from mixfeat.kernels.triton.mixup import mixup_backward as launch
 
-            launch(rows, index, lam, input_rows)
-        else:
-            input_rows.copy_(reference.mixup_backward(rows.to(lam.dtype), index, lam))
-    return input_grad.to(dtype)
+        input_grad = torch.empty(samples.shape, dtype=grad.dtype, device=grad.device)
+        launch(samples, index, lam, input_grad)
+    else:
+        input_grad = reference.mixup_backward(samples.to(lam.dtype), index, lam).to(grad.dtype).contiguous()
+    return _shaped(input_grad, grad, order)
 
 
 class _Mixup(torch.autograd.Function):
@@ -98,14 +100,14 @@ class _Mixup(torch.autograd.Function):
         ctx: Any, forward: Any, backward: Any, input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype
     ) -> Tensor:
         ctx.save_for_backward(index, lam)
-        ctx.backward, ctx.dtype = backward, input.dtype
+        ctx.backward = backward
         with torch._C._AutoDispatchBelowAutograd():
             return forward(input, index, lam, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, ctx.backward(grad, *ctx.saved_tensors, ctx.dtype), None, None, None
+        return None, None, ctx.backward(grad, *ctx.saved_tensors), None, None, None
 
 
 # Function.apply without what it does for functorch's transforms
@@ -125,6 +127,15 @@ torch.library.impl("mixfeat::mixup_backward", "CompositeExplicitAutograd", _back
 
 
 @torch.library.register_fake("mixfeat::mixup")
+def _(input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> Tensor:
+    return _like(input, dtype)
+
+
 @torch.library.register_fake("mixfeat::mixup_backward")
-def _(tensor: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> Tensor:
-    return _empty(tensor, _sample_order(tensor), dtype)
+def _(grad: Tensor, index: Tensor, lam: Tensor) -> Tensor:
+    return _like(grad, grad.dtype)
+
+
+def _like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    order = _sample_order(tensor)
+    return _shaped(tensor.new_empty([tensor.shape[d] for d in order], dtype=dtype), tensor, order)

@@ -1,0 +1,138 @@
+// torch.ops.mixfeat_cpu.mixup_cross_entropy and soft_target_cross_entropy: cut the work into tasks and own all memory. Arguments
+// were checked in Python (mixfeat/functional.py, mixfeat/ops), but for the values of targets, which are checked here.
+
+#include <limits>
+#include <tuple>
+
+#include "cross_entropy.h"
+#include "library.h"
+
+namespace mixfeat {
+namespace {
+
+constexpr Element kNoTarget = Element::kByte;
+
+CrossEntropy cross_entropy(Element logits, Element target) {
+#if defined(MIXFEAT_X86)
+  if (capability() == "avx512") return avx512::cross_entropy(logits, target);
+  if (capability() == "avx2") return avx2::cross_entropy(logits, target);
+#endif
+  return generic::cross_entropy(logits, target);
+}
+
+// Losses and gradients of all rows; label_of(n) says what the classes of a row count for, and false for a row that does not count
+// at all: its loss and gradient are 0, whatever its logits.
+template <typename T, typename F>
+std::tuple<Tensor, Tensor> rows(const Tensor& input, Element target, bool reduce, bool need_grad, const F& label_of) {
+  const int64_t samples = input.size(0), classes = input.size(1), stride = input.stride(0), width = input.element_size();
+  STD_TORCH_CHECK(input.dim() == 2 && (classes <= 1 || input.stride(1) == 1), "unexpected layout");
+  const Element element = element_of(input.scalar_type());
+  const CrossEntropy compute = cross_entropy(element, target);
+  STD_TORCH_CHECK(compute, "unexpected dtype");
+  const std::vector<int64_t> none{0};
+  const Tensor grad = empty_large(need_grad ? shape_of(input) : none, input.scalar_type());
+  const Tensor losses = empty({samples}, kType<T>);
+  const char* from = data<char>(input);
+  char* to = data<char>(grad);
+  T* loss = data<T>(losses);
+  constexpr int64_t kWorkPerLogit = 16;  // in multiply-adds
+  const bool narrow = width < int64_t(sizeof(T));
+  for_each_task<T>(samples, samples * classes * kWorkPerLogit, narrow && need_grad ? classes : 0, [&](int64_t n, T* scratch) {
+    Label label;
+    char* row_grad = need_grad ? to + n * classes * width : nullptr;
+    if (label_of(n, label)) {
+      loss[n] = compute(from + n * stride * width, classes, label, scratch, row_grad);
+    } else {
+      loss[n] = 0;
+      if (need_grad) std::fill(row_grad, row_grad + classes * width, 0);
+    }
+  });
+  if (!reduce) return {losses, grad};
+  double sum = 0;
+  for (int64_t n = 0; n < samples; ++n) sum += loss[n];
+  const Tensor total = empty({}, kType<T>);
+  *data<T>(total) = sum;
+  return {total, grad};
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor, int64_t> mixup_cross_entropy(const Tensor& input, const Tensor (&targets)[2], const Tensor& lam,
+                                                        double label_smoothing, int64_t ignore_index, bool mean, bool fold,
+                                                        bool reduce, bool need_grad) {
+  const int64_t samples = input.size(0), classes = input.size(1);
+  STD_TORCH_CHECK(lam.scalar_type() == kType<T> && (lam.dim() == 0 || lam.size(0) == samples), "unexpected lam");
+  const T* ratio = data<T>(lam);
+  const int64_t ratio_stride = lam.dim() ? lam.stride(0) : 0;
+  const int64_t* target[2];
+  int64_t counts[2] = {0, 0};
+  for (int j = 0; j < 2; ++j) {
+    STD_TORCH_CHECK(targets[j].is_contiguous() && targets[j].numel() == samples, "unexpected target");
+    target[j] = data<int64_t>(targets[j]);
+    for (int64_t n = 0; n < samples; ++n) {
+      const int64_t c = target[j][n];
+      if (c == ignore_index) continue;
+      if (c < 0 || c >= classes) return {empty({0}, kType<T>), empty({0}, kType<T>), 2 * n + j};
+      ++counts[j];
+    }
+  }
+  double scales[2];
+  for (int j = 0; j < 2; ++j) scales[j] = mean && counts[j] ? (fold ? 1.0 : double(samples)) / counts[j] : 1.0;
+  auto [loss, grad] = rows<T>(input, kNoTarget, reduce, need_grad, [&](int64_t n, Label& label) {
+    const double lam_n = ratio[n * ratio_stride], shares[] = {lam_n, 1 - lam_n};
+    label = {0, {0, 0}, {0, 0}, nullptr, 0};
+    double total = 0;
+    for (int j = 0; j < 2; ++j) {
+      if (target[j][n] == ignore_index) continue;
+      label.classes[j] = target[j][n];
+      label.values[j] = scales[j] * shares[j] * (1 - label_smoothing);
+      total += scales[j] * shares[j];
+    }
+    label.base = total * label_smoothing / classes;
+    return total != 0;
+  });
+  if (mean && !(counts[0] && counts[1])) *data<T>(loss) = std::numeric_limits<T>::quiet_NaN();
+  return {loss, grad, -1};
+}
+
+std::tuple<Tensor, Tensor, int64_t> mixup_cross_entropy_of(Tensor input, Tensor target_a, Tensor target_b, Tensor lam,
+                                                           double label_smoothing, int64_t ignore_index, bool mean, bool fold,
+                                                           bool reduce, bool need_grad) {
+  const auto f = input.scalar_type() == ScalarType::Double ? mixup_cross_entropy<double> : mixup_cross_entropy<float>;
+  return f(input, {target_a, target_b}, lam, label_smoothing, ignore_index, mean, fold, reduce, need_grad);
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor> soft_target_cross_entropy(const Tensor& input, const Tensor& target, double weight,
+                                                     double label_smoothing, bool reduce, bool need_grad) {
+  const int64_t classes = input.size(1), stride = target.stride(0), width = target.element_size();
+  STD_TORCH_CHECK(target.dim() == 2 && target.size(0) == input.size(0) && target.size(1) == classes, "unexpected target");
+  STD_TORCH_CHECK(classes <= 1 || target.stride(1) == 1, "unexpected layout");
+  const char* from = data<char>(target);
+  return rows<T>(input, element_of(target.scalar_type()), reduce, need_grad, [&](int64_t n, Label& label) {
+    label = {weight * label_smoothing / classes, {0, 0}, {0, 0}, from + n * stride * width, weight * (1 - label_smoothing)};
+    return true;
+  });
+}
+
+std::tuple<Tensor, Tensor> soft_target_cross_entropy_of(Tensor input, Tensor target, double weight, double label_smoothing,
+                                                        bool reduce, bool need_grad) {
+  const auto f = input.scalar_type() == ScalarType::Double ? soft_target_cross_entropy<double> : soft_target_cross_entropy<float>;
+  return f(input, target, weight, label_smoothing, reduce, need_grad);
+}
+
+}  // namespace
+}  // namespace mixfeat
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mixfeat_cpu, m) {
+  m.def(
+      "mixup_cross_entropy(Tensor input, Tensor target_a, Tensor target_b, Tensor lam, float label_smoothing, int ignore_index, "
+      "bool mean, bool fold, bool reduce, bool need_grad) -> (Tensor, Tensor, int)");
+  m.def(
+      "soft_target_cross_entropy(Tensor input, Tensor target, float weight, float label_smoothing, bool reduce, bool need_grad) "
+      "-> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CPU, m) {
+  m.impl("mixup_cross_entropy", TORCH_BOX(&mixfeat::mixup_cross_entropy_of));
+  m.impl("soft_target_cross_entropy", TORCH_BOX(&mixfeat::soft_target_cross_entropy_of));
+}

@@ -1,0 +1,120 @@
+// torch.ops.mixfeat_cpu.mixup and its backward pass: cut the work into tasks and own all memory. Arguments were checked in Python
+// (mixfeat/functional.py, mixfeat/ops); only what would break memory is checked again.
+
+#include "mixup_library.h"
+
+namespace mixfeat {
+namespace {
+
+// A task is so many elements of a sample; a thread is given at least so many tasks' worth.
+constexpr int64_t kElementsPerTask = 1 << 15;
+
+// f(n, begin, end) for elements [begin, end) of every sample n.
+template <typename F>
+void for_each_part(int64_t samples, int64_t size, const F& f) {
+  const int64_t parts = std::max<int64_t>(1, size / kElementsPerTask);
+  torch::stable::parallel_for(0, samples * parts, 1 + 2 * kElementsPerTask * parts / std::max<int64_t>(1, size),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t task = begin; task < end; ++task) {
+                                  const int64_t n = task / parts, part = task % parts;
+                                  f(n, size * part / parts, size * (part + 1) / parts);
+                                }
+                              });
+}
+
+WeightedSum weighted_sum(Element input, Element output) {
+#if defined(MIXFEAT_X86)
+  if (capability() == "avx512") return avx512::weighted_sum(input, output);
+  if (capability() == "avx2") return avx2::weighted_sum(input, output);
+#endif
+  return generic::weighted_sum(input, output);
+}
+
+// Two numbers per sample and no more may be read from lam; the partners themselves were checked.
+void check(const Tensor& rows, const Tensor& index, const Tensor& lam) {
+  STD_TORCH_CHECK(rows.dim() == 2 && (rows.size(1) <= 1 || rows.stride(1) == 1), "unexpected layout");
+  STD_TORCH_CHECK(index.dim() == 1 && index.size(0) == rows.size(0) && index.is_contiguous(), "unexpected index");
+  STD_TORCH_CHECK(lam.dim() == 0 || (lam.dim() == 1 && lam.size(0) == rows.size(0)), "unexpected lam");
+}
+
+// f(lam's values, its stride), whichever of float and double they are.
+template <typename F>
+void with_lam(const Tensor& lam, const F& f) {
+  const int64_t stride = lam.dim() ? lam.stride(0) : 0;
+  if (lam.scalar_type() == ScalarType::Float) {
+    f(data<float>(lam), stride);
+  } else {
+    STD_TORCH_CHECK(lam.scalar_type() == ScalarType::Double, "unexpected lam");
+    f(data<double>(lam), stride);
+  }
+}
+
+Tensor mixup(Tensor input, Tensor index, Tensor lam, ScalarType dtype) {
+  check(input, index, lam);
+  const int64_t samples = input.size(0), size = input.size(1), stride = input.stride(0);
+  const WeightedSum sum = weighted_sum(element_of(input.scalar_type()), element_of(dtype));
+  STD_TORCH_CHECK(sum, "unexpected dtype");
+  const Tensor output = empty_large({samples, size}, dtype);
+  const char* from = data<char>(input);
+  char* to = data<char>(output);
+  const int64_t *partner = data<int64_t>(index), width = input.element_size(), output_width = output.element_size();
+  with_lam(lam, [&](const auto* ratio, int64_t ratio_stride) {
+    for_each_part(samples, size, [&](int64_t n, int64_t begin, int64_t end) {
+      const int64_t rows[] = {n, partner[n]};
+      const double weights[] = {double(ratio[n * ratio_stride]), 1 - double(ratio[n * ratio_stride])};
+      sum(from + begin * width, stride, rows, weights, 2, end - begin, to + (n * size + begin) * output_width);
+    });
+  });
+  return output;
+}
+
+Tensor mixup_backward_of(Tensor grad, Tensor index, Tensor lam) {
+  check(grad, index, lam);
+  const Tensor input_grad = empty_large({grad.size(0), grad.size(1)}, grad.scalar_type());
+  with_lam(lam, [&](const auto* ratio, int64_t ratio_stride) {
+    mixup_backward(data<char>(grad), grad.stride(0), element_of(grad.scalar_type()), data<int64_t>(index), ratio, ratio_stride,
+                   grad.size(0), grad.size(1), data<char>(input_grad));
+  });
+  return input_grad;
+}
+
+}  // namespace
+
+template <typename L>
+void mixup_backward(const void* grad, int64_t stride, Element element, const int64_t* index, const L* lam, int64_t lam_stride,
+                    int64_t samples, int64_t size, void* input_grad) {
+  // the samples that each input sample is in, itself first: rows[start[i]] to rows[start[i + 1] - 1], in ascending order
+  std::vector<int64_t> start(samples + 2), rows(2 * samples);
+  std::vector<double> weights(2 * samples);
+  for (int64_t n = 0; n < samples; ++n) ++start[index[n] + 2];
+  for (int64_t i = 0; i < samples; ++i) start[i + 2] += start[i + 1] + 1;
+  const auto add = [&](int64_t i, int64_t n, double weight) {
+    rows[start[i + 1]] = n;
+    weights[start[i + 1]++] = weight;
+  };
+  for (int64_t i = 0; i < samples; ++i) add(i, i, lam[i * lam_stride]);
+  for (int64_t n = 0; n < samples; ++n) add(index[n], n, 1 - double(lam[n * lam_stride]));
+
+  const WeightedSum sum = weighted_sum(element, element);
+  STD_TORCH_CHECK(sum, "unexpected dtype");
+  const int64_t width = bytes_of(element);
+  for_each_part(samples, size, [&](int64_t i, int64_t begin, int64_t end) {
+    sum(static_cast<const char*>(grad) + begin * width, stride, rows.data() + start[i], weights.data() + start[i],
+        start[i + 1] - start[i], end - begin, static_cast<char*>(input_grad) + (i * size + begin) * width);
+  });
+}
+
+template void mixup_backward(const void*, int64_t, Element, const int64_t*, const float*, int64_t, int64_t, int64_t, void*);
+template void mixup_backward(const void*, int64_t, Element, const int64_t*, const double*, int64_t, int64_t, int64_t, void*);
+
+}  // namespace mixfeat
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mixfeat_cpu, m) {
+  m.def("mixup(Tensor input, Tensor index, Tensor lam, ScalarType dtype) -> Tensor");
+  m.def("mixup_backward(Tensor grad, Tensor index, Tensor lam) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CPU, m) {
+  m.impl("mixup", TORCH_BOX(&mixfeat::mixup));
+  m.impl("mixup_backward", TORCH_BOX(&mixfeat::mixup_backward_of));
+}
