@@ -4,6 +4,7 @@
 they are compiled but not run.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -20,6 +21,13 @@ SEED = int(os.environ.get("MIXFEAT_TEST_SEED", torch.seed() % 2**32))
 
 def pytest_report_header() -> str:
     return f"mixfeat: MIXFEAT_TEST_SEED={SEED}, backends {', '.join(mf.backends.available())}"
+
+
+def error(results, truths):
+    """Relative error in the 2-norm, over several draws; infinite where anything is not finite."""
+    square = sum((a.double() - b).square().sum().item() for a, b in zip(results, truths, strict=True))
+    scale = sum(b.square().sum().item() for b in truths)
+    return math.sqrt(square / max(scale, 1e-300)) if math.isfinite(square) else math.inf
 
 
 @pytest.fixture(autouse=True)

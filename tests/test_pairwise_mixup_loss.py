@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import SEED
+from conftest import SEED, error
 from torch.library import opcheck
 
 import mixfeat as mf
@@ -51,13 +51,6 @@ def results(f, x, w, y, activation, kwargs, grad=None):
     x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
     loss = f(x, w, y, activation, **kwargs)
     return loss.detach(), *torch.autograd.grad(loss, (x, w), torch.ones_like(loss) if grad is None else grad.to(loss))
-
-
-def error(results, truths):
-    """Relative error in the 2-norm, over several draws; infinite where anything is not finite."""
-    square = sum((a.double() - b).square().sum().item() for a, b in zip(results, truths, strict=True))
-    scale = sum(b.square().sum().item() for b in truths)
-    return math.sqrt(square / max(scale, 1e-300)) if math.isfinite(square) else math.inf
 
 
 def as_lists(kwargs):

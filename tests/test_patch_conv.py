@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import SEED
+from conftest import SEED, error
 from torch.library import opcheck
 
 import mixfeat as mf
@@ -57,13 +57,6 @@ def results(f, x, w, activation, kwargs, grad):
     x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
     logits = f(x, w, activation, **kwargs)
     return logits.detach(), *torch.autograd.grad(logits, (x, w), grad.to(logits))
-
-
-def error(results, truths):
-    """Relative error in the 2-norm, over several draws; infinite where anything is not finite."""
-    square = sum((a.double() - b).square().sum().item() for a, b in zip(results, truths, strict=True))
-    scale = sum(b.square().sum().item() for b in truths)
-    return math.sqrt(square / max(scale, 1e-300)) if math.isfinite(square) else math.inf
 
 
 def check(*draws):

@@ -32,7 +32,7 @@ WeightedSum weighted_sum(Element input, Element output) {
 
 // Two numbers per sample and no more may be read from lam; the partners themselves were checked.
 void check(const Tensor& rows, const Tensor& index, const Tensor& lam) {
-  STD_TORCH_CHECK(rows.dim() == 2 && (rows.size(1) <= 1 || rows.stride(1) == 1), "unexpected layout");
+  STD_TORCH_CHECK(rows.dim() == 2 && (rows.size(0) == 0 || rows.size(1) <= 1 || rows.stride(1) == 1), "unexpected layout");
   STD_TORCH_CHECK(index.dim() == 1 && index.size(0) == rows.size(0) && index.is_contiguous(), "unexpected index");
   STD_TORCH_CHECK(lam.dim() == 0 || (lam.dim() == 1 && lam.size(0) == rows.size(0)), "unexpected lam");
 }

@@ -49,7 +49,8 @@ def _sample_order(tensor: Tensor) -> list[int]:
 
 def _samples(tensor: Tensor, order: list[int]) -> Tensor:
     """(N,K), a view where each sample is one run of memory in this order, else a copy."""
-    return tensor.permute(order).flatten(1) if tensor.dim() > 1 else tensor[:, None]
+    samples = tensor.permute(order).flatten(1) if tensor.dim() > 1 else tensor[:, None]
+    return samples if samples.stride(1) == 1 else samples.contiguous()
 
 
 def _shaped(samples: Tensor, tensor: Tensor, order: list[int]) -> Tensor:
@@ -71,7 +72,7 @@ def _forward(input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> T
         mixed = torch.empty(samples.shape, dtype=dtype, device=input.device)
         launch(samples, index, lam, mixed)
     else:
-        mixed = reference.mixup(samples, index, lam, dtype=dtype).contiguous()
+        mixed = reference.mixup(samples.to(lam.dtype), index, lam, dtype=dtype).contiguous()
     return _shaped(mixed, input, order)
 
 
