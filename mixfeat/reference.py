@@ -203,16 +203,20 @@ def soft_target_cross_entropy(
     return F.cross_entropy(input, target, label_smoothing=label_smoothing, reduction=reduction)
 
 
-def cross_entropy_rows(input: Tensor, label: Tensor, need_grad: bool) -> tuple[Tensor, Tensor | None]:
+def cross_entropy_rows(
+    input: Tensor, label: Tensor, need_grad: bool, *, sparse: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Loss (N,) of each row, and its gradient to ``input``, given what each class counts for::
 
     loss_n  = - sum_c label_nc log softmax(x_n)_c
     grad_nc = softmax(x_n)_c sum_k label_nk - label_nc
 
     ``input`` and ``label`` (N,C). A row whose label is 0 throughout has loss 0 and gradient 0, whatever its logits.
+    With ``sparse`` a class whose label is 0 adds nothing to the loss, even where its logit is minus infinity.
     """
     log_p = input.log_softmax(1)
     total = label.sum(1, keepdim=True)
     counts = total != 0
-    loss = -(label * log_p).where(counts, 0).sum(1)
+    terms = (label * log_p).where(label != 0, 0) if sparse else label * log_p
+    loss = -terms.where(counts, 0).sum(1)
     return loss, (total * log_p.exp() - label).where(counts, 0) if need_grad else None

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mixfeat import backends, reference
-from mixfeat.ops.dispatch import accumulation, check_lam, may_go_direct
+from mixfeat.ops.dispatch import accumulation, check_lam, may_go_direct, refuse_twice
 
 __all__ = ["mixup_cross_entropy", "soft_target_cross_entropy"]
 
@@ -104,7 +103,8 @@ def _mixup_forward(
 
         launch(_rows(input), target_a, target_b, *weights, label_smoothing, loss, grad if need_grad else None)
     else:
-        _by_reference(input, _label(target_a, target_b, weights, num_classes, label_smoothing), loss, grad)
+        label = _label(target_a, target_b, weights, num_classes, label_smoothing)
+        _by_reference(input, label, loss, grad, sparse=True)
     loss = _reduce(loss, reduction, fold)
     if mean:  # of no targets
         loss = loss.masked_fill(torch.minimum(*counts) == 0, torch.nan)
@@ -172,8 +172,8 @@ def _label(
     return label
 
 
-def _by_reference(input: Tensor, label: Tensor, loss: Tensor, grad: Tensor) -> None:
-    row_loss, row_grad = reference.cross_entropy_rows(input.to(loss.dtype), label, grad.dim() == 2)
+def _by_reference(input: Tensor, label: Tensor, loss: Tensor, grad: Tensor, sparse: bool = False) -> None:
+    row_loss, row_grad = reference.cross_entropy_rows(input.to(loss.dtype), label, grad.dim() == 2, sparse=sparse)
     loss.copy_(row_loss)
     if row_grad is not None:
         grad.copy_(row_grad)
@@ -196,12 +196,11 @@ class _CrossEntropy(torch.autograd.Function):
         return loss, grad
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        factor = upstream if ctx.divisor == 1 else upstream / ctx.divisor
+        factor = upstream.detach() if ctx.divisor == 1 else upstream.detach() / ctx.divisor
         grad = _scaled_for_good(grad, factor) if ctx.direct and not _graph_is_kept() else _scaled(grad, factor)
-        return None, None, grad, *[None] * ctx.others
+        return None, None, refuse_twice("a fused cross-entropy", grad), *[None] * ctx.others
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """What the operators share in how they are called."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["accumulation", "check_lam", "check_partners", "may_go_direct"]
+__all__ = ["accumulation", "check_lam", "check_partners", "may_go_direct", "refuse_twice"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -47,3 +49,19 @@ def check_lam(lam: Tensor) -> None:
         low, high = (float(bound) for bound in lam.aminmax())
         if not (low >= 0 and high <= 1):
             raise ValueError(f"lam must be in [0, 1], got {low if not low >= 0 else high}")
+
+
+def refuse_twice(name: str, grad: Tensor) -> Tensor:
+    """A gradient that was formed in forward: differentiating it raises, instead of taking it for a constant."""
+    return _Refuse.apply(name, grad.detach().requires_grad_()) if torch.is_grad_enabled() else grad
+
+
+class _Refuse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, grad: Tensor) -> Tensor:
+        ctx.name = name
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(f"{ctx.name} cannot be differentiated twice: its gradient has no derivative")

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mixfeat import backends, reference
 from mixfeat.activations import Polynomial
-from mixfeat.ops.dispatch import accumulation, may_go_direct
+from mixfeat.ops.dispatch import accumulation, may_go_direct, refuse_twice
 
 __all__ = ["check_nodes", "pairwise_mixup_block", "pairwise_mixup_loss"]
 
@@ -180,13 +179,15 @@ class _PairwiseMixupLoss(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 9
-        scale = grad[:, None, None, None]
+        scale = grad.detach()[:, None, None, None]
         sides = (  # what all runs share gets the sum over them
-            (scale * saved).sum_to_size(shape if len(shape) == 4 else (1, *shape)).view(shape).to(ctx.dtype)
+            refuse_twice(
+                "pairwise_mixup_loss",
+                (scale * saved).sum_to_size(shape if len(shape) == 4 else (1, *shape)).view(shape).to(ctx.dtype),
+            )
             if need
             else None
             for saved, shape, need in zip(ctx.saved_tensors, ctx.shapes, ctx.needs_input_grad[1:3], strict=True)
