@@ -128,3 +128,97 @@ dist.destroy_process_group()
 def test_refuses(args, kwargs, error, message):
     with pytest.raises(error, match=message):
         mf.TwoLayerPatchCNN(*args, **kwargs)
+
+
+# mixing
+
+
+def test_mixup_module_is_its_functions():
+    x, y = torch.randn(9, 3, 4), torch.randint(5, (9,))
+    for options in ({}, {"alpha": 0.3}, {"lam": 0.5}, {"per_sample": True}):
+
+        def generator():
+            return torch.Generator().manual_seed(1)
+
+        index, lam = mf.sample_mixup(9, **options, generator=generator())
+        mixed, (first, second, weight) = mf.Mixup(**options, generator=generator())(x, y)
+        assert torch.equal(mixed, mf.mixup(x, index, lam))
+        assert torch.equal(first, y)
+        assert torch.equal(second, y[index])
+        assert torch.equal(weight, lam)
+        _, dense = mf.Mixup(**options, num_classes=5, generator=generator())(x, y)
+        one_hot = F.one_hot(y, 5).float()
+        torch.testing.assert_close(dense, torch.lerp(one_hot[index], one_hot, lam.view(-1, 1)))
+
+
+def test_mixup_module_draws_anew_each_time_and_rests_in_eval_mode():
+    x, y = torch.randn(9, 3), torch.randint(5, (9,))
+    mix = mf.Mixup()
+    assert not torch.equal(mix(x, y)[0], mix(x, y)[0])
+    mix.eval()
+    mixed, (first, second, lam) = mix(x, y)
+    assert torch.equal(mixed, x)
+    assert torch.equal(first, y)
+    assert torch.equal(second, y)
+    assert lam == 1
+
+
+def test_mixup_loss_module():
+    logits, y = torch.randn(9, 5), torch.randint(5, (9,))
+    target = (y, y.flip(0), torch.rand(9))
+    for options in ({}, {"label_smoothing": 0.1, "reduction": "none"}, {"ignore_index": 2}):
+        loss = mf.MixupCrossEntropyLoss(**options)(logits, target)
+        assert torch.equal(loss, mf.mixup_cross_entropy(logits, *target, **options))
+    assert mf.MixupCrossEntropyLoss()(logits, [y, y, 0.5]) == mf.mixup_cross_entropy(logits, y, y, 0.5)
+
+
+def test_mixing_modules_in_a_compiled_step():
+    mix, loss = mf.Mixup(lam=0.25), mf.MixupCrossEntropyLoss()
+    model = torch.nn.Linear(3, 5)
+
+    def step(x, y):
+        mixed, target = mix(x, y)
+        return loss(model(mixed), target)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True)
+    compiled(torch.randn(9, 3), torch.randint(5, (9,))).backward()
+    assert model.weight.grad.isfinite().all()
+
+
+def test_mixing_modules_round_trip():
+    for module in (mf.Mixup(0.3, per_sample=True, num_classes=4), mf.MixupCrossEntropyLoss(0.1)):
+        for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert repr(twin) == repr(module)
+        assert not module.state_dict()
+    assert repr(mf.Mixup(0.3, per_sample=True, num_classes=4)) == "Mixup(alpha=0.3, per_sample=True, num_classes=4)"
+    assert repr(mf.Mixup(lam=0.5)) == "Mixup(lam=0.5)"
+    assert repr(mf.MixupCrossEntropyLoss(0.1)) == (
+        "MixupCrossEntropyLoss(label_smoothing=0.1, ignore_index=-100, reduction='mean')"
+    )
+
+
+X, Y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: mf.Mixup(0), ValueError, r"alpha must be finite and positive, got 0 \(for Midpoint"),
+        (lambda: mf.Mixup(lam=2), ValueError, r"lam must be in \[0, 1\], got 2"),
+        (lambda: mf.Mixup(num_classes=0), ValueError, "num_classes must be at least 1, got 0"),
+        (lambda: mf.Mixup(num_classes=2.0), TypeError, "num_classes must be an integer, got 2.0"),
+        (lambda: mf.Mixup(generator=1), TypeError, "generator must be a torch.Generator, got int"),
+        (lambda: mf.Mixup()([1], Y), TypeError, "input must be a tensor, got list"),
+        (lambda: mf.Mixup()(X, X), TypeError, r"target must be an int64 tensor of classes, got torch\.float32"),
+        (lambda: mf.Mixup()(X, Y[:3]), ValueError, r"target must have shape \(4,\), .*, got \(3,\)"),
+        (lambda: mf.MixupCrossEntropyLoss(1.5), ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
+        (lambda: mf.MixupCrossEntropyLoss(reduction="max"), ValueError, "reduction must be"),
+        (lambda: mf.MixupCrossEntropyLoss(ignore_index=None), TypeError, "ignore_index must be an integer, got None"),
+        (lambda: mf.MixupCrossEntropyLoss()(X, Y), TypeError, r"target must be \(target_a, .*, got Tensor"),
+        (lambda: mf.MixupCrossEntropyLoss()(X, (Y, Y)), TypeError, "target must be .*, got 2 entries"),
+    ],
+)  # fmt: skip
+def test_mixing_modules_refuse(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
