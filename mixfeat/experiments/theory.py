@@ -9,11 +9,9 @@ samples. Midpoint Mixup: that of all ordered pairs of samples, mixed at lam = 1/
 eq. 2.2, :func:`mixfeat.pairwise_mixup_loss`). Uniform Mixup: its mean over lam ~ U[0, 1], by Gauss-Legendre nodes.
 """
 
-import hashlib
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mixfeat as mf
+from mixfeat.experiments.common import (
+    METHODS,
+    BaseSettings,
+    DivergedError,
+    _deterministic,
+    _generator,
+    _setting,
+    identity,
+)  # fmt: skip
 from mixfeat.experiments.store import Record, Store
 
 __all__ = [
@@ -29,21 +36,11 @@ __all__ = [
     "summarise", "train",
 ]  # fmt: skip
 
-METHODS = {"erm": "ERM", "uniform": "Uniform Mixup", "midpoint": "Midpoint Mixup"}
-
 _CHECKPOINT_SECONDS = 2.0  # at most about this much work is lost to a kill
 
 
-class DivergedError(Exception):
-    """Training left the finite numbers."""
-
-
-def _setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
-class Settings:
+class Settings(BaseSettings):
     """Everything that determines the numbers of the experiment; ``None`` and ``"auto"`` are resolved on creation.
 
     Raises:
@@ -72,15 +69,8 @@ class Settings:
     dtype: str = _setting("float32", "float32 or float64")
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            self._set(name, mf.data._integer(name, getattr(self, name), least))
-        for name in ("noise_scale", "init_scale", "lr"):
-            value = mf.data._number(name, getattr(self, name))
-            if value < 0 or (value == 0 and name != "noise_scale"):
-                raise ValueError(f"{name} must be {'at least 0' if name == 'noise_scale' else 'positive'}, got {value}")
-            if value > 1e30:
-                raise ValueError(f"{name} must be at most 1e30, which float32 can hold, got {value}")
-            self._set(name, value)
+        self._check_integers(_LEAST)
+        self._check_positive("noise_scale", "init_scale", "lr", or_zero="noise_scale")
         self._set("signal", mf.data._range("signal", self.signal))
         self._set("noise", mf.data._range("noise", self.noise))
         self._set("patch_dim", mf.data._patch_dim(self.patch_dim, self.num_classes, None))
@@ -90,27 +80,7 @@ class Settings:
             value, least = getattr(self, name), getattr(self, other)
             if value < least:
                 raise ValueError(f"{name} must be at least {other} = {least}, got {value}")
-        if self.dtype not in ("float32", "float64"):
-            raise ValueError(f"dtype must be float32 or float64, got {self.dtype!r}")
-        if self.device == "auto":
-            self._set("device", "cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device must be a torch device of this machine, got {self.device!r}: {reason}") from None
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON has them."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-    @property
-    def hash(self) -> str:
-        """A short name for these settings, the same on every machine and in every process."""
-        return _digest(sorted(self.to_dict().items())).hex()[:12]
+        self._check_device()
 
 
 _LEAST = {
@@ -154,16 +124,6 @@ def make_problem(settings: Settings) -> Problem:
 def evaluation_steps(settings: Settings) -> list[int]:
     """The steps at which the curves have a point: 0, then evenly spaced up to the last."""
     return [settings.steps * i // settings.evaluations for i in range(settings.evaluations + 1)]
-
-
-def identity(settings: Settings) -> dict[str, Any]:
-    """What a store's records depend on, to the last bit: the settings and the software that computes.
-
-    Raises:
-        ValueError: the backend that was chosen does not serve the settings' device and dtype.
-    """
-    backend = mf.backends.serving(torch.device(settings.device).type, getattr(torch, settings.dtype))
-    return {**settings.to_dict(), "backend": backend, "mixfeat": mf.__version__, "torch": torch.__version__}
 
 
 def objective(settings: Settings, method: str, data: mf.data.MultiViewData) -> Callable[[Tensor], Tensor]:
@@ -327,24 +287,3 @@ def _empty_curves(settings: Settings, points: int) -> dict[str, Tensor]:
 
 def _stack(runs: Any) -> mf.data.MultiViewData:
     return mf.data.MultiViewData(*(torch.stack(parts) for parts in zip(*runs, strict=True)))
-
-
-def _generator(*key: Any) -> torch.Generator:
-    """A CPU generator of its own for every key: its draws are the same on every device."""
-    return torch.Generator().manual_seed(int.from_bytes(_digest(key)[:4], "big"))  # the CPU's uses 32 bits of a seed
-
-
-def _digest(value: Any) -> bytes:
-    return hashlib.sha256(repr(value).encode()).digest()
-
-
-@contextmanager
-def _deterministic(device: str) -> Iterator[None]:
-    """Have a GPU repeat its results bit for bit, as the CPU does anyway."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(before or device != "cpu", warn_only=warn_only)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)

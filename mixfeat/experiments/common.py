@@ -1,0 +1,99 @@
+"""What the experiments share: the methods, settings that determine every number, and randomness by key."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, field
+from typing import Any
+
+import torch
+
+import mixfeat as mf
+
+__all__ = ["METHODS", "BaseSettings", "DivergedError", "identity"]
+
+METHODS = {"erm": "ERM", "uniform": "Uniform Mixup", "midpoint": "Midpoint Mixup"}
+
+
+class DivergedError(Exception):
+    """Training left the finite numbers."""
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+class BaseSettings:
+    """What the frozen dataclasses of settings have in common. They check and resolve their fields on creation."""
+
+    device: str
+    dtype: str
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_integers(self, least: Mapping[str, int]) -> None:
+        for name, bound in least.items():
+            self._set(name, mf.data._integer(name, getattr(self, name), bound))
+
+    def _check_positive(self, *names: str, or_zero: str | None = None) -> None:
+        for name in names:
+            value = mf.data._number(name, getattr(self, name))
+            if value < 0 or (value == 0 and name != or_zero):
+                raise ValueError(f"{name} must be {'at least 0' if name == or_zero else 'positive'}, got {value}")
+            if value > 1e30:
+                raise ValueError(f"{name} must be at most 1e30, which float32 can hold, got {value}")
+            self._set(name, value)
+
+    def _check_device(self) -> None:
+        if self.dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype must be float32 or float64, got {self.dtype!r}")
+        if self.device == "auto":
+            self._set("device", "cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device must be a torch device of this machine, got {self.device!r}: {reason}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON has them."""
+        values: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @property
+    def hash(self) -> str:
+        """A short name for these settings, the same on every machine and in every process."""
+        return _digest(sorted(self.to_dict().items())).hex()[:12]
+
+
+def identity(settings: BaseSettings) -> dict[str, Any]:
+    """What a store's records depend on, to the last bit: the settings and the software that computes.
+
+    Raises:
+        ValueError: the backend that was chosen does not serve the settings' device and dtype.
+    """
+    backend = mf.backends.serving(torch.device(settings.device).type, getattr(torch, settings.dtype))
+    return {**settings.to_dict(), "backend": backend, "mixfeat": mf.__version__, "torch": torch.__version__}
+
+
+def _generator(*key: Any, device: str = "cpu") -> torch.Generator:
+    """A generator of its own for every key; the draws of one on the CPU are the same for every device."""
+    seed = int.from_bytes(_digest(key)[:4], "big")  # the CPU's uses 32 bits of a seed
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _digest(value: Any) -> bytes:
+    return hashlib.sha256(repr(value).encode()).digest()
+
+
+@contextmanager
+def _deterministic(device: str) -> Iterator[None]:
+    """Have a GPU repeat its results bit for bit, as the CPU does anyway."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(before or device != "cpu", warn_only=warn_only)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
