@@ -115,3 +115,34 @@ class PairwiseRows:
                 grad = (torch.cat(row_grads) + column_grad) * (0.5 / samples**2)
                 weight.grad = (grad.view(x.shape[0], -1).t() @ x).view_as(weight)
             return loss / samples**2
+
+
+def mixup(input: Tensor, index: Tensor, lam: Tensor) -> Tensor:
+    """As users write it."""
+    return lam * input + (1 - lam) * input[index]
+
+
+def mixup_lerp(input: Tensor, index: Tensor, lam: Tensor) -> Tensor:
+    """In two passes, the fewest that eager PyTorch offers."""
+    return torch.lerp(input[index], input, lam)
+
+
+def mixup_timm(input: Tensor, index: Tensor, lam: Tensor) -> Tensor:
+    """timm's way: in the input's own memory, with the batch reversed, whatever ``index`` says."""
+    return input.mul_(lam).add_(input.flip(0).mul_(1 - lam))
+
+
+def mixup_torchvision(input: Tensor, index: Tensor, lam: Tensor) -> Tensor:
+    """torchvision's way: with the sample before, whatever ``index`` says."""
+    return input.roll(1, 0).mul_(1 - lam).add_(input.mul(lam))
+
+
+def dense_cross_entropy(input: Tensor, target_a: Tensor, target_b: Tensor, lam: Tensor) -> Tensor:
+    """The loss of timm and torchvision: dense targets are mixed, then compared."""
+    a, b = (F.one_hot(target, input.shape[1]).to(input.dtype) for target in (target_a, target_b))
+    return F.cross_entropy(input, lam * a + (1 - lam) * b)
+
+
+def two_cross_entropies(input: Tensor, target_a: Tensor, target_b: Tensor, lam: Tensor) -> Tensor:
+    """The loss of the authors' code and of mixup-cifar10."""
+    return lam * F.cross_entropy(input, target_a) + (1 - lam) * F.cross_entropy(input, target_b)

@@ -74,6 +74,14 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     return n**3 / compare({"product": lambda: a @ b}, seconds=1)["product"].p20
 
 
+def copy_rates(bytes: int, device: torch.device) -> dict[str, float]:
+    """Bytes a second, read and written, of copies that move ``bytes`` in all, into old memory and into new."""
+    source = torch.ones(bytes // 8, device=device)
+    target = torch.empty_like(source)
+    timing = compare({"old": lambda: target.copy_(source), "new": source.clone}, seconds=2)
+    return {name: bytes / time.p50 for name, time in timing.items()}
+
+
 def activation_rates(threads: int, rounds: int = 1_000_000) -> dict[str, float]:
     """Evaluations a second of PolyReLU of degree 8 with everything in registers, "forward" and "backward", on a CPU."""
     flags = ["-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", *X86.get(cpu.capability(), [])]

@@ -63,10 +63,9 @@ T greatest(const E* x, int64_t classes) {
     const int64_t count = classes - c;
     best[0] = at_least<T>(count >= lanes ? load_as<T>(x + c) : load_first<T>(x + c, count, lowest), best[0]);
   }
-  T result = lowest;
-  for (int j = 0; j < several; ++j) {
-    for (int k = 0; k < lanes; ++k) result = best[j][k] > result ? best[j][k] : result;
-  }
+  for (int j = 1; j < several; ++j) best[0] = at_least<T>(best[j], best[0]);
+  T result = best[0][0];
+  for (int k = 1; k < lanes; ++k) result = best[0][k] > result ? best[0][k] : result;
   return result;
 }
 
@@ -74,6 +73,13 @@ T greatest(const E* x, int64_t classes) {
 template <typename T>
 struct Sums {
   Vec<T> exponential{}, logit{}, target{}, product{};  // of e^x, x, target, target * x
+
+  void operator+=(const Sums& other) {
+    exponential += other.exponential;
+    logit += other.logit;
+    target += other.target;
+    product += other.product;
+  }
 };
 
 template <typename T, typename E, typename L, bool kDense>
@@ -113,18 +119,13 @@ double cross_entropy_of(const void* logits, int64_t classes, const Label& label,
     add(sums[0], remaining, e,
         !kDense ? Vec<T>{} : count >= lanes ? load_as<T>(target + c) : load_first<T>(target + c, count, T(0)));
   }
-  double sum = 0, logit_sum = 0, target_sum = 0, product_sum = 0;
-  for (const Sums<T>& part : sums) {
-    sum += sum_of_lanes<T>(part.exponential);
-    logit_sum += sum_of_lanes<T>(part.logit);
-    target_sum += sum_of_lanes<T>(part.target);
-    product_sum += sum_of_lanes<T>(part.product);
-  }
-
-  double total = classes * label.base, loss = -label.base * logit_sum;
+  for (int j = 1; j < several; ++j) sums[0] += sums[j];
+  const double sum = sum_of_lanes<T>(sums[0].exponential);
+  double total = classes * label.base, loss = 0;
+  if (label.base != 0) loss -= label.base * sum_of_lanes<T>(sums[0].logit);
   if (kDense) {
-    total += label.scale * target_sum;
-    loss -= label.scale * product_sum;
+    total += label.scale * sum_of_lanes<T>(sums[0].target);
+    loss -= label.scale * sum_of_lanes<T>(sums[0].product);
   } else {
     for (int j = 0; j < 2; ++j) {
       if (label.values[j] == 0) continue;
