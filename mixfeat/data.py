@@ -1,4 +1,4 @@
-"""Data: the multi-view distribution of the feature-learning theory, and images cut into patches."""
+"""Data: the multi-view distribution of the feature-learning theory, images of two features, images cut into patches."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["MultiViewData", "images_to_patches", "multi_view"]
+__all__ = ["MultiViewData", "TwoFeatureImages", "images_to_patches", "multi_view"]
 
 
 class MultiViewData(NamedTuple):
@@ -80,10 +80,8 @@ def multi_view(
     noise_scale = _number("noise_scale", noise_scale)
     if noise_scale < 0:
         raise ValueError(f"noise_scale must be at least 0, got {noise_scale}")
-    if views != "both" and (type(views) is not int or views not in (0, 1)):
-        raise ValueError(f'views must be "both", 0 or 1, got {views!r}')
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    _check_views(views)
+    _check_generator(generator)
     if features is not None:
         _check_features(features, num_classes)
     patch_dim = _patch_dim(patch_dim, num_classes, features)
@@ -136,10 +134,7 @@ def images_to_patches(images: Tensor, patch_size: int) -> Tensor:
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it needs.
     """
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images must be a tensor, got {type(images).__name__}")
-    if images.dim() != 4:
-        raise ValueError(f"images must have 4 dimensions (N, channels, H, W), got shape {tuple(images.shape)}")
+    _check_images(images)
     patch_size = _integer("patch_size", patch_size, 1)
     num, channels, height, width = images.shape
     if height % patch_size or width % patch_size:
@@ -149,6 +144,145 @@ def images_to_patches(images: Tensor, patch_size: int) -> Tensor:
     rows, columns = height // patch_size, width // patch_size
     grid = images.reshape(num, channels, rows, patch_size, columns, patch_size).permute(0, 2, 4, 1, 3, 5)
     return grid.reshape(num, rows * columns, channels * patch_size**2)
+
+
+class TwoFeatureImages:
+    """An image data set made to have two features per class (Chidambaram et al. 2023, section 5).
+
+    Classes are paired. Each image x of class y gets for good one image e, drawn uniformly from those of the class that
+    is paired with y; the two are concatenated along channels, and the label is y. What is x in one class is e in the
+    other, so either half alone tells the class::
+
+        views="both"    [w x, (1 - w) e],   w ~ U[0, 1] anew at every access    training
+        views=0         [x, 0]                                                  the paper's test
+        views=1         [0, e]                                                  has the second feature been learned?
+
+    ``data[index]`` is :meth:`batch`: whole batches, made on the images' device without waiting for it. With a
+    ``torch.utils.data.DataLoader`` use it as any other data set; fastest is ``batch_size=None`` with a
+    ``BatchSampler`` as sampler. Worker processes each have a copy of ``generator``, and so would draw the same:
+    with them leave it None.
+
+    Args:
+        images: (N, channels, H, W), floating, with any normalisation already done; kept, not copied.
+        target: (N,) int64 classes, on the images' device.
+        views: ``"both"``, 0 or 1.
+        partner_class: (C,) int64, the class paired with each; by default a random pairing, the first thing drawn. Test
+            data need that of the training data: ``partner_class=train.partner_class``.
+        generator: source of all randomness. Draws are made on its device; batches wait for nothing if that is the
+            images'. By default torch's own there.
+
+    Attributes:
+        images, target, views: as given.
+        partner_class: (C,) int64.
+        partner: (N,) int64, the place of e among the images; None for ``views=0``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it needs. Among them an odd number of classes,
+            and, but for ``views=0``, which needs no e, a class without images.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        target: Tensor,
+        *,
+        views: Literal["both"] | int = "both",
+        partner_class: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        _check_images(images)
+        if not images.is_floating_point():
+            raise TypeError(
+                f"images must be of a floating-point type, got {images.dtype}: normalise them first, as in images / 255"
+            )
+        _check_classes(target, images)
+        _check_views(views)
+        _check_generator(generator)
+        least = int(target.max()) + 1 if len(target) else 0
+        if partner_class is not None:
+            _check_pairing(partner_class, least)
+        elif least % 2:
+            raise ValueError(f"target must have an even number of classes, as they are paired, got {least}")
+        self.images, self.target, self.views = images, target, views
+        self._generator = generator
+        if partner_class is None:
+            partner_class = _pairing(least, generator, self._draw_device)
+        self.partner_class = partner_class.to(images.device)
+        self.partner = None if views == 0 else self._draw_partners()
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def __getitem__(self, index: int | Sequence[int] | slice | Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`batch`, or for an int one sample, (2 channels, H, W), and its class ()."""
+        if isinstance(index, Tensor) and index.dim():
+            return self.batch(index)
+        if isinstance(index, slice):
+            index = range(*index.indices(len(self)))
+        if isinstance(index, Sequence) and not isinstance(index, str):
+            return self.batch(torch.tensor([_integer("index", i, -(2**63)) for i in index], dtype=torch.int64))
+        input, target = self[[index]]  # type: ignore[list-item]
+        return input[0], target[0]
+
+    def __getitems__(self, index: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """What a DataLoader asks for: the samples of a batch, one by one."""
+        return list(zip(*self[index], strict=True))
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples with new weights w.
+
+        Args:
+            index: (B,) int64; repeated and negative ones are served as in ``images[index]``.
+
+        Returns:
+            input (B, 2 channels, H, W) of the images' dtype, target (B,) int64.
+
+        Raises:
+            TypeError, ValueError: an index of another type or shape.
+            IndexError: one out of range, as indexing a tensor raises it.
+        """
+        if not isinstance(index, Tensor) or index.dtype != torch.int64:
+            got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(f"index must be an int64 tensor, got {got}")
+        if index.dim() != 1:
+            raise ValueError(f"index must be of shape (B,), got {tuple(index.shape)}")
+        index = index.to(self.images.device)
+        own = self.images[index]
+        if self.partner is None:
+            halves = [own, torch.zeros_like(own)]
+        elif self.views == 1:
+            halves = [torch.zeros_like(own), self.images[self.partner[index]]]
+        else:
+            # in float32 at least: w is not rounded to half precision before it is used
+            dtype = torch.promote_types(own.dtype, torch.float32)
+            weight = torch.rand(len(index), 1, 1, 1, generator=self._generator, device=self._draw_device, dtype=dtype)
+            weight = weight.to(own.device)
+            halves = [weight * own, (1 - weight) * self.images[self.partner[index]]]
+        return torch.cat(halves, 1).to(own.dtype), self.target[index]
+
+    @property
+    def _draw_device(self) -> torch.device:
+        return self.images.device if self._generator is None else self._generator.device
+
+    def _draw_partners(self) -> Tensor:
+        """(N,) the place of an image of the paired class, each as likely as any other."""
+        count = self.target.bincount(minlength=len(self.partner_class))
+        if not count.all():
+            missing = int((count == 0).nonzero()[0])
+            raise ValueError(f"target must have images of every class, got none of class {missing}")
+        members = self.target.argsort()  # grouped by class
+        paired = self.partner_class[self.target]
+        uniform = torch.rand(len(self), generator=self._generator, device=self._draw_device, dtype=torch.float64)
+        within = (uniform.to(paired.device) * count[paired]).long().minimum(count[paired] - 1)
+        return members[(count.cumsum(0) - count)[paired] + within]
+
+
+def _pairing(num_classes: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """(C,) a perfect matching of the classes, all equally likely."""
+    first, second = torch.randperm(num_classes, generator=generator, device=device).view(2, num_classes // 2)
+    partner_class = torch.empty(num_classes, dtype=torch.int64, device=device)
+    partner_class[first], partner_class[second] = second, first
+    return partner_class
 
 
 def _orthonormal(count: int, dim: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -171,6 +305,47 @@ def _check_features(features: Tensor, num_classes: int) -> None:
         raise ValueError(
             f"features must be orthonormal to within {tolerance:.1g}, got an inner product off by {error:.3g}"
         )
+
+
+def _check_images(images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+    if images.dim() != 4:
+        raise ValueError(f"images must have 4 dimensions (N, channels, H, W), got shape {tuple(images.shape)}")
+
+
+def _check_classes(target: Tensor, images: Tensor) -> None:
+    if not isinstance(target, Tensor) or target.dtype != torch.int64:
+        got = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"target must be an int64 tensor, got {got}")
+    if target.shape != images.shape[:1]:
+        raise ValueError(f"target must be of shape ({len(images)},), one class per image, got {tuple(target.shape)}")
+    if target.device != images.device:
+        raise ValueError(f"target must be on images' device {images.device}, got {target.device}")
+    if len(target) and (smallest := int(target.min())) < 0:
+        raise ValueError(f"target must not be negative, got {smallest}")
+
+
+def _check_pairing(partner_class: Tensor, least: int) -> None:
+    if not isinstance(partner_class, Tensor) or partner_class.dtype != torch.int64:
+        got = partner_class.dtype if isinstance(partner_class, Tensor) else type(partner_class).__name__
+        raise TypeError(f"partner_class must be an int64 tensor, got {got}")
+    if partner_class.dim() != 1 or len(partner_class) < least:
+        raise ValueError(f"partner_class must be of shape (C,), C at least {least}, got {tuple(partner_class.shape)}")
+    pairs = partner_class.tolist()
+    for c, partner in enumerate(pairs):
+        if not 0 <= partner < len(pairs) or partner == c or pairs[partner] != c:
+            raise ValueError(f"partner_class must pair each class with another one and that one with it, got {pairs}")
+
+
+def _check_views(views: Any) -> None:
+    if views != "both" and (type(views) is not int or views not in (0, 1)):
+        raise ValueError(f'views must be "both", 0 or 1, got {views!r}')
+
+
+def _check_generator(generator: Any) -> None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
 
 
 def _patch_dim(patch_dim: int | None, num_classes: int, features: Tensor | None) -> int:

@@ -1,7 +1,10 @@
-"""The multi-view distribution, held to its definition by recovering every coefficient from the patches."""
+"""The multi-view distribution, held to its definition by recovering every coefficient from the patches; images."""
+
+import pickle
 
 import pytest
 import torch
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 import mixfeat as mf
 
@@ -186,3 +189,216 @@ def test_images_to_patches_tiles(shape, size):
 def test_images_to_patches_bad_arguments(images, size, error, message):
     with pytest.raises(error, match=message):
         mf.data.images_to_patches(images, size)
+
+
+# two features per class
+
+
+def image_set(num_classes=4, per_class=6, channels=2, dtype=torch.float64):
+    """Images that tell which one they are: image i is i + 1 everywhere; classes in random order."""
+    target = torch.arange(num_classes).repeat(per_class)[torch.randperm(num_classes * per_class)]
+    images = torch.arange(1, len(target) + 1).view(-1, 1, 1, 1).expand(-1, channels, 3, 2).to(dtype)
+    return images * torch.tensor([1.0, -1.0, 0.5])[:channels, None, None].to(dtype), target
+
+
+def test_two_features_are_those_of_the_formulas():
+    """Pairing of classes, weights w and 1 - w, label; and mixing with a partner that has a w of its own."""
+    images, target = image_set()
+    data = mf.data.TwoFeatureImages(images, target)
+    index = torch.randint(len(target), (500,))
+    input, label = data.batch(index)
+    assert input.shape == (500, 4, 3, 2)
+    assert input.dtype == torch.float64
+    weights = []
+    for n, i in enumerate(index.tolist()):
+        c = int(target[i])
+        assert label[n] == c
+        mate = int(data.partner_class[c])
+        assert mate != c
+        assert data.partner_class[mate] == c
+        w = (input[n, 0, 0, 0] / images[i, 0, 0, 0]).item()
+        extra = round((input[n, 2, 0, 0] / (1 - w)).item()) - 1  # which image the second half shows
+        assert target[extra] == mate
+        assert extra == data.partner[i]
+        expected = torch.cat([w * images[i], (1 - w) * images[extra]])
+        torch.testing.assert_close(input[n], expected)
+        weights.append(w)
+    weights = torch.tensor(weights)
+    assert 0 <= weights.min() < 0.1
+    assert 0.9 < weights.max() <= 1
+    assert len(weights.unique()) > 450  # drawn for each sample
+    assert not torch.equal(data.batch(index)[0], input)  # and at each access
+
+    partner, lam = torch.randint(len(target), (500,)), 0.3
+    other, other_label = data.batch(partner)
+    both = torch.cat([input, other])
+    mixed = mf.mixup(both, torch.arange(1000).roll(500), lam)[:500]
+    w, v = (x[:, 0, 0, 0] / images[i, 0, 0, 0] for x, i in ((input, index), (other, partner)))
+    for n in range(500):
+        i, j = index[n], partner[n]
+        first = lam * w[n] * images[i] + (1 - lam) * v[n] * images[j]
+        second = lam * (1 - w[n]) * images[data.partner[i]] + (1 - lam) * (1 - v[n]) * images[data.partner[j]]
+        torch.testing.assert_close(mixed[n], torch.cat([first, second]))
+    logits = torch.randn(500, 4, dtype=torch.float64)
+    log_probability = logits.log_softmax(1)
+    row = torch.arange(500)
+    expected = -(lam * log_probability[row, label] + (1 - lam) * log_probability[row, other_label]).mean()
+    torch.testing.assert_close(mf.mixup_cross_entropy(logits, label, other_label, lam), expected)
+
+
+def test_weights_are_uniform():
+    images, target = image_set(2, 1)
+    input, _ = mf.data.TwoFeatureImages(images, target).batch(torch.zeros(4000, dtype=torch.int64))
+    w = input[:, 0, 0, 0].sort().values
+    assert (w - torch.linspace(0, 1, 4000)).abs().max() < 2.2 / 4000**0.5  # Kolmogorov and Smirnov, p < 1e-4
+
+
+def test_every_pairing_and_every_image_of_a_class_is_as_likely():
+    images, target = image_set(4, 5)
+    pairings = torch.stack([mf.data.TwoFeatureImages(images, target, views=0).partner_class for _ in range(600)])
+    assert (pairings[:, 0].bincount(minlength=4)[1:] - 200).abs().max() < 6 * (600 * 2 / 9) ** 0.5
+    images, target = image_set(2, 5)
+    partners = torch.stack([mf.data.TwoFeatureImages(images, target).partner for _ in range(600)])
+    for i in range(10):
+        counts = partners[:, i].bincount(minlength=10)
+        assert (counts[target == target[i]] == 0).all()
+        assert (counts[target != target[i]] - 120).abs().max() < 6 * (600 * 4 / 25) ** 0.5
+
+
+def test_single_features_of_test_images():
+    train = mf.data.TwoFeatureImages(*image_set(6))
+    images, target = image_set(6, 3)
+    first = mf.data.TwoFeatureImages(images, target, views=0, partner_class=train.partner_class)
+    second = mf.data.TwoFeatureImages(images, target, views=1, partner_class=train.partner_class)
+    index = torch.arange(18)
+    input, label = first.batch(index)
+    assert torch.equal(input, torch.cat([images, torch.zeros_like(images)], 1))
+    assert torch.equal(label, target)
+    input, label = second.batch(index)
+    assert torch.equal(label, target)
+    assert torch.equal(input[:, :2], torch.zeros_like(images))
+    assert torch.equal(input[:, 2:], images[second.partner])
+    assert torch.equal(target[second.partner], train.partner_class[target])
+    # the first feature needs no other class
+    some = target < 3
+    assert len(mf.data.TwoFeatureImages(images[some], target[some], views=0, partner_class=train.partner_class)) == 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_two_features_in_the_dtype_of_the_images(dtype):
+    images, target = image_set(dtype=dtype)
+    input, _ = mf.data.TwoFeatureImages(images, target).batch(torch.zeros(1000, dtype=torch.int64))
+    assert input.dtype == dtype
+    # weights are drawn in float32: a uniform bfloat16 has 256 values
+    assert len((input[:, 0, 0, 0] / images[0, 0, 0, 0]).unique()) > 300
+
+
+def test_access_to_two_features():
+    images, target = image_set()
+    data = mf.data.TwoFeatureImages(images, target, views=1)
+    everything, labels = data.batch(torch.arange(24))
+    assert len(data) == 24
+    for index, rows in ((slice(2, 9, 3), [2, 5, 8]), ([3, 3], [3, 3]), (torch.tensor([-1]), [23]), ([], [])):
+        assert torch.equal(data[index][0], everything[rows])
+        assert torch.equal(data[index][1], labels[rows])
+    input, label = data[-2]
+    assert torch.equal(input, everything[22])
+    assert label == labels[22]
+    assert label.shape == ()
+    assert [label for _, label in data] == labels.tolist()  # iteration ends
+    assert data.batch(torch.empty(0, dtype=torch.int64))[0].shape == (0, 4, 3, 2)
+
+
+def test_two_features_through_a_data_loader():
+    images, target = image_set()
+    data = mf.data.TwoFeatureImages(images, target, views=1)
+    whole = DataLoader(data, sampler=BatchSampler(RandomSampler(data), 7, drop_last=False), batch_size=None)
+    for loader in (DataLoader(data, batch_size=7, shuffle=True), whole):
+        batches = list(loader)
+        assert [len(label) for _, label in batches] == [7, 7, 7, 3]
+        inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        assert torch.equal(labels.sort().values, target.sort().values)
+        assert torch.equal(inputs.unique(dim=0), data.batch(torch.arange(24))[0].unique(dim=0))
+
+
+def test_two_features_repeat_by_generator():
+    images, target = image_set()
+
+    def draw(seed):
+        data = mf.data.TwoFeatureImages(images, target, generator=torch.Generator().manual_seed(seed))
+        return data.partner_class, data.partner, data.batch(torch.arange(24))[0]
+
+    before = torch.get_rng_state()
+    assert all(torch.equal(a, b) for a, b in zip(draw(1), draw(1), strict=True))
+    assert not torch.equal(draw(1)[2], draw(2)[2])
+    assert torch.equal(before, torch.get_rng_state())
+    # the pairing is drawn first: a view of other images has the same one
+    data = mf.data.TwoFeatureImages(*image_set(4, 2), views=0, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(data.partner_class, draw(1)[0])
+    copied = pickle.loads(pickle.dumps(mf.data.TwoFeatureImages(images, target)))
+    assert torch.equal(copied.batch(torch.arange(24))[1], target)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_two_features_wait_for_no_gpu():
+    images, target = (x.cuda() for x in image_set(dtype=torch.float32))
+    data = mf.data.TwoFeatureImages(images, target, generator=torch.Generator("cuda").manual_seed(0))
+    index = torch.arange(24, device="cuda")
+    data.batch(index)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        input, _ = data.batch(index)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert input.is_cuda
+
+
+IMAGES, TARGET = torch.zeros(4, 1, 2, 2), torch.tensor([0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"images": [1]}, TypeError, "images must be a tensor, got list"),
+        ({"images": torch.zeros(4, 2, 2)}, ValueError, r"images must have 4 dimensions .* got shape \(4, 2, 2\)"),
+        ({"images": IMAGES.byte()}, TypeError, "images must be of a floating-point type, got torch.uint8: normalise"),
+        ({"target": [0, 1, 2, 3]}, TypeError, "target must be an int64 tensor, got list"),
+        ({"target": TARGET.float()}, TypeError, "target must be an int64 tensor, got torch.float32"),
+        ({"target": TARGET[:3]}, ValueError, r"target must be of shape \(4,\), one class per image, got \(3,\)"),
+        ({"target": TARGET - 1}, ValueError, "target must not be negative, got -1"),
+        ({"target": TARGET.to("meta")}, ValueError, "target must be on images' device cpu, got meta"),
+        ({"target": TARGET.clamp(max=2)}, ValueError, "target must have an even number of classes, .* got 3"),
+        ({"views": 2}, ValueError, 'views must be "both", 0 or 1, got 2'),
+        ({"generator": 3}, TypeError, "generator must be a torch.Generator, got int"),
+        ({"partner_class": [1, 0, 3, 2]}, TypeError, "partner_class must be an int64 tensor, got list"),
+        ({"partner_class": torch.tensor([1, 0])}, ValueError, r"partner_class must be of shape \(C,\), C at least 4"),
+        ({"partner_class": torch.tensor([1, 2, 3, 0])}, ValueError, "partner_class must pair .* got .1, 2, 3, 0."),
+        ({"partner_class": torch.tensor([0, 1, 3, 2])}, ValueError, "partner_class must pair each class with another"),
+        ({"partner_class": torch.tensor([1, 0, 4, 2])}, ValueError, "partner_class must pair"),
+        (
+            {"partner_class": torch.tensor([1, 0, 3, 2, 5, 4])},
+            ValueError,
+            "target must have images of every class, got none of class 4",
+        ),
+    ],
+)
+def test_two_features_bad_arguments(changes, error, message):
+    with pytest.raises(error, match=message):
+        mf.data.TwoFeatureImages(**{"images": IMAGES, "target": TARGET, **changes})
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        (torch.zeros(1), TypeError, "index must be an int64 tensor, got torch.float32"),
+        (torch.zeros(1, 1, dtype=torch.int64), ValueError, r"index must be of shape \(B,\), got \(1, 1\)"),
+        (torch.tensor([4]), IndexError, "4"),
+        (4, IndexError, "4"),
+        (-5, IndexError, "-5"),
+        ("a", TypeError, "index must be an integer"),
+        (1.5, TypeError, "index must be an integer, got 1.5"),
+    ],
+)
+def test_two_features_bad_index(index, error, message):
+    with pytest.raises(error, match=message):
+        mf.data.TwoFeatureImages(IMAGES, TARGET)[index]
