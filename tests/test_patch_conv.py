@@ -172,6 +172,8 @@ def test_empty_dimensions(backend, device, empty):
     assert not w.grad.any()
     index = torch.zeros(shape[0], dtype=torch.int64, device=device)
     assert mf.patch_conv(x, w, POLY, index=index, lam=0.5).shape == logits.shape
+    apart = [torch.stack([t, t], -1)[..., 0] for t in (x, w)]  # nothing, with strides of its own
+    assert torch.equal(mf.patch_conv(*apart, POLY), logits)
 
 
 def test_no_networks(backend, device):

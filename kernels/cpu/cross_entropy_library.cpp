@@ -25,7 +25,7 @@ CrossEntropy cross_entropy(Element logits, Element target) {
 template <typename T, typename F>
 std::tuple<Tensor, Tensor> rows(const Tensor& input, Element target, bool reduce, bool need_grad, const F& label_of) {
   const int64_t samples = input.size(0), classes = input.size(1), stride = input.stride(0), width = input.element_size();
-  STD_TORCH_CHECK(input.dim() == 2 && (classes <= 1 || input.stride(1) == 1), "unexpected layout");
+  STD_TORCH_CHECK(input.dim() == 2 && (samples == 0 || classes <= 1 || input.stride(1) == 1), "unexpected layout");
   const Element element = element_of(input.scalar_type());
   const CrossEntropy compute = cross_entropy(element, target);
   STD_TORCH_CHECK(compute, "unexpected dtype");
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor> soft_target_cross_entropy(const Tensor& input, const 
                                                      double label_smoothing, bool reduce, bool need_grad) {
   const int64_t classes = input.size(1), stride = target.stride(0), width = target.element_size();
   STD_TORCH_CHECK(target.dim() == 2 && target.size(0) == input.size(0) && target.size(1) == classes, "unexpected target");
-  STD_TORCH_CHECK(classes <= 1 || target.stride(1) == 1, "unexpected layout");
+  STD_TORCH_CHECK(target.numel() == 0 || classes <= 1 || target.stride(1) == 1, "unexpected layout");
   const char* from = data<char>(target);
   return rows<T>(input, element_of(target.scalar_type()), reduce, need_grad, [&](int64_t n, Label& label) {
     label = {weight * label_smoothing / classes, {0, 0}, {0, 0}, from + n * stride * width, weight * (1 - label_smoothing)};

@@ -37,7 +37,8 @@ struct Batch {
     STD_TORCH_CHECK((input_runs || x.size() == 3) && (weight_runs || w.size() == 3), "unexpected shape");
     const size_t i = input_runs, j = weight_runs;
     STD_TORCH_CHECK(x[i + 2] == w[j + 2] && (!input_runs || !weight_runs || x[0] == w[0]), "unexpected shape");
-    STD_TORCH_CHECK((x[i + 2] <= 1 || x_stride[i + 2] == 1) && weight.is_contiguous(), "unexpected layout");
+    STD_TORCH_CHECK((input.numel() == 0 || x[i + 2] <= 1 || x_stride[i + 2] == 1) && weight.is_contiguous(),
+                    "unexpected layout");
     STD_TORCH_CHECK(input.scalar_type() == kType<T> && weight.scalar_type() == kType<T>, "unexpected dtype");
     STD_TORCH_CHECK(activation.degree >= 1 && activation.degree <= 16, "degree out of range");
     STD_TORCH_CHECK(!index || (lam && lam->scalar_type() == kType<T> && index->is_contiguous()), "unexpected mixing");
