@@ -1,0 +1,92 @@
+"""mixup, against what users write, and against a copy; and what mixing adds to a training step."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mixfeat as mf
+from benchmarks import baselines, harness
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+SHAPES = {"imagenet": (256, 3, 224, 224), "cifar": (512, 3, 32, 32), "hidden": (128, 256, 14, 14)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SHAPES)
+def test_mixup(benchmark, capsys, name, dtype):
+    shape = SHAPES[name]
+    x = torch.rand(shape, device=DEVICE).to(dtype)
+    index, lam = mf.sample_mixup(shape[0], lam=0.3, device=DEVICE)
+    contenders = {
+        "mixfeat": mf.mixup,
+        "compile": torch.compile(baselines.mixup, dynamic=False),
+        "lerp": baselines.mixup_lerp,
+        "eager": baselines.mixup,
+        "torchvision": baselines.mixup_torchvision,
+        "timm": baselines.mixup_timm,
+    }
+    truth = torch.lerp(x[index].double(), x.double(), 0.3)
+    for key in ("mixfeat", "compile", "lerp", "eager"):  # the others pair in their own way
+        found = contenders[key](x, index, lam).double()
+        assert (found - truth).norm() / truth.norm() < (1e-6 if dtype == torch.float32 else 1e-2)
+    theirs = x.clone()  # overwritten by timm's
+    timing = harness.compare(
+        {k: (lambda f=f, x=theirs if k == "timm" else x: f(x, index, lam)) for k, f in contenders.items()}
+    )
+    benchmark.pedantic(lambda: mf.mixup(x, index, lam), rounds=5)
+    ours, bytes = timing["mixfeat"].p50, 3 * x.nbytes
+    copies = harness.copy_rates(bytes, DEVICE)
+    row = {
+        "shape": f"mixup {name} {shape}",
+        "dtype": str(dtype).removeprefix("torch."),
+        "ms": ours * 1e3,
+        **{f"x {key}": timing[key].p50 / ours for key in list(contenders)[1:]},
+        "GB/s": bytes / ours / 1e9,
+        "of a copy to new memory": bytes / ours / copies["new"],
+        "of a copy to old memory": bytes / ours / copies["old"],
+    }
+    harness.record(capsys, row)
+
+
+class Block(nn.Module):
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.second = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(outputs) for _ in range(2))
+        self.short = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if stride > 1 else nn.Identity()
+
+    def forward(self, x):
+        y = self.norms[1](self.second(F.relu(self.norms[0](self.first(x)))))
+        return F.relu(y + self.short(x))
+
+
+def test_training_step_of_a_small_resnet(benchmark, capsys):
+    """With Mixup and its loss, against the same step without."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 100),
+    ).to(DEVICE)  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    x, y = torch.rand(128, 3, 32, 32, device=DEVICE), torch.randint(100, (128,), device=DEVICE)
+    mix, mixed_loss = mf.Mixup(), mf.MixupCrossEntropyLoss()
+
+    def step(loss):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    def mixed():
+        images, target = mix(x, y)
+        return mixed_loss(model(images), target)
+
+    timing = harness.compare(
+        {"mixed": lambda: step(mixed), "plain": lambda: step(lambda: F.cross_entropy(model(x), y))}, seconds=30
+    )
+    benchmark.pedantic(lambda: step(mixed), rounds=3)
+    mixed_time, plain = timing["mixed"].p50, timing["plain"].p50
+    harness.record(
+        capsys, {"shape": "resnet step N=128", "ms": mixed_time * 1e3, "of the step without mixing": mixed_time / plain}
+    )
