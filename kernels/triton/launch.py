@@ -11,9 +11,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["PAIRWISE_CONFIGS", "PATCH_CONV_TILES", "Direction", "Launch", "PairwiseConfig", "PatchConvConfig",
-           "PatchConvTiles", "multiprocessors", "pairwise_config", "patch_conv_tiles", "precision", "record",
-           "run"]  # fmt: skip
+__all__ = [
+    "CROSS_ENTROPY_CONFIGS", "MIXUP_CONFIG", "PAIRWISE_CONFIGS", "PATCH_CONV_TILES", "CrossEntropyConfig", "Direction",
+    "Launch", "MixupConfig", "PairwiseConfig", "PatchConvConfig", "PatchConvTiles", "cross_entropy_config",
+    "multiprocessors", "pairwise_config", "patch_conv_tiles", "precision", "record", "rounded", "run", "vector",
+]  # fmt: skip
 
 Direction = Literal["forward", "backward_input", "backward_weight"]
 
@@ -190,6 +192,107 @@ def pairwise_config(num_samples: int, num_classes: int) -> PairwiseConfig:
     return PAIRWISE_CONFIGS["small" if num_samples <= 512 or num_classes > 16 else "large"]
 
 
+@dataclass(frozen=True)
+class MixupConfig:
+    """The tile of mixup.
+
+    Attributes:
+        vectors: how many vectors, of up to 16 bytes, of the output a program writes.
+        elements: the same in elements, at least.
+        num_warps: warps per program, 32 (AMD: 64) threads each.
+    """
+
+    vectors: int
+    elements: int
+    num_warps: int = 4
+
+    def tile(self, num_samples: int, width: int, vector: int) -> tuple[int, int]:
+        """Samples, and elements of each, that a program owns: as much of one sample as it can."""
+        return _tile(max(self.vectors * vector, self.elements), num_samples, width)
+
+
+# A thread loads 16 bytes four times from its sample and four times from the partner: few enough registers for 8 or more
+# programs on a multiprocessor, which then have 128 KiB on the way, where the memory's latency asks for some 20. Rows
+# that are not aligned load single elements, eight times.
+MIXUP_CONFIG = MixupConfig(vectors=512, elements=1024)
+
+
+@dataclass(frozen=True)
+class CrossEntropyConfig:
+    """The tile of the cross-entropies: whole rows, or a part of one row at a time.
+
+    Attributes:
+        elements: logits that a thread holds, if warps have 32 threads.
+        whole_registers: cap per thread (NVIDIA) where a program holds whole rows.
+        part_registers: cap per thread (NVIDIA) where it holds a part of a longer one.
+        min_warps: warps per program, 32 (AMD: 64) threads each: at least so many, which may share several rows,
+        max_warps: and at most.
+    """
+
+    elements: int
+    whole_registers: int
+    part_registers: int
+    min_warps: int = 1
+    max_warps: int = 8
+
+    def num_warps(self, num_classes: int) -> int:
+        """Warps of a program for such rows: one, or as many as a row needs."""
+        return min(max(_power_of_2(num_classes) // (32 * self.elements), self.min_warps), self.max_warps)
+
+    def tile(self, num_samples: int, num_classes: int) -> tuple[int, int]:
+        """Rows, and columns of each, that a program holds."""
+        elements = 32 * self.elements * self.num_warps(num_classes)
+        return _tile(elements, num_samples if self.min_warps > 1 else 1, num_classes)
+
+    def max_registers(self, num_classes: int) -> int:
+        """Cap per thread (NVIDIA) for such rows."""
+        return self.whole_registers if self.holds(num_classes) else self.part_registers
+
+    def holds(self, num_classes: int) -> bool:
+        """Whether a program holds whole rows."""
+        return num_classes <= self.tile(1, num_classes)[1]
+
+
+# A row is one warp's, which waits for no other to find its maximum, or, where that would be too much for a thread,
+# several warps'. The more logits the threads of a multiprocessor hold the more are on the way to it: the caps on
+# registers see to some 40 KiB, where the memory's latency asks for 20. Longer rows are read again from L2, which has to
+# hold all rows in work: so three programs are wanted on a multiprocessor, not more, and one for float32.
+CROSS_ENTROPY_CONFIGS = {
+    "short": CrossEntropyConfig(8, 128, 128, min_warps=4),
+    "half": CrossEntropyConfig(32, 96, 80),
+    "float32": CrossEntropyConfig(32, 128, 128, max_warps=16),
+    "other": CrossEntropyConfig(16, 96, 80),  # dense targets take as many registers again, single elements masks
+}
+
+
+def cross_entropy_config(num_classes: int, itemsize: int, vector: int, dense: bool) -> CrossEntropyConfig:
+    """The configuration for such rows, loaded ``vector`` logits at once; ``dense`` if targets are probabilities."""
+    if num_classes <= 128:
+        return CROSS_ENTROPY_CONFIGS["short"]
+    if dense or vector * itemsize < 16:
+        return CROSS_ENTROPY_CONFIGS["other"]
+    return CROSS_ENTROPY_CONFIGS["half" if itemsize == 2 else "float32"]
+
+
+def vector(itemsize: int, *sizes: int) -> int:
+    """How many elements may be loaded at once: up to 16 bytes, a divisor of all ``sizes``.
+
+    A kernel takes lengths of rows and their distances in vectors: so the compiler knows what divides them.
+    """
+    return math.gcd(16 // itemsize, *sizes)
+
+
+def _power_of_2(size: int) -> int:
+    """The smallest power of two that is no less."""
+    return 1 << (size - 1).bit_length()
+
+
+def _tile(elements: int, rows: int, columns: int) -> tuple[int, int]:
+    """Rows and columns, powers of two, of a tile of so many elements: as many columns as there are."""
+    columns = min(_power_of_2(columns), elements)
+    return min(_power_of_2(rows), elements // columns), columns
+
+
 def precision(dtype: torch.dtype) -> str:
     """``input_precision`` of tl.dot: torch.get_float32_matmul_precision(). AMD's matrix units take float32 as it is."""
     if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" or torch.version.hip:
@@ -244,3 +347,14 @@ def run(launch: Launch) -> None:
     options = launch.options("hip" if torch.version.hip else "cuda")
     with torch.cuda.device_of(launch.arguments[0]):
         launch.kernel[launch.programs,](*launch.arguments, **launch.constants, **options)
+
+
+@contextlib.contextmanager
+def rounded(result: Tensor) -> Iterator[Tensor]:
+    """Where a kernel is to write ``result``. Triton's interpreter truncates to bfloat16: there float32 stands in."""
+    if not result.is_cpu or result.dtype != torch.bfloat16:
+        yield result
+        return
+    exact = result.float()
+    yield exact
+    result.copy_(exact)

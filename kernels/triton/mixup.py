@@ -1,0 +1,133 @@
+"""Mixup of a batch, forward and backward, in Triton: memory traffic and nothing else.
+
+    mixed_n = lam_n x_n + (1 - lam_n) x_{index_n}
+    dL/dx_i = lam_i dL/dmixed_i + sum_{n: index_n = i} (1 - lam_n) dL/dmixed_n
+
+Both are computed in float32. A sample whose partner does not exist gets NaN, and nobody else a share of its gradient.
+No kernel uses atomic operations: results repeat bit for bit.
+
+A program owns a tile of samples and of their elements. Programs next to each other own the same elements of other
+samples: what those that run at once read as partners is then mostly in the L2 cache, where someone has read it as a
+sample or is about to, so that memory is read once and not twice.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+
+__all__ = ["mixup", "mixup_backward"]
+
+# Integers that must not give every batch size a compilation of its own. Those in vectors: K and the samples' strides.
+_SIZES = ["N", "K", "stride_lam", "stride_source", "stride_result"]
+
+
+@triton.jit
+def _tile(N, K, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The samples n, first element and further elements k of this program, and which of them exist.
+
+    Samples beyond the last are the last once more: they write again what has been written.
+    """
+    blocks = tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    n = tl.minimum(program % blocks * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
+    start = (program // blocks).to(tl.int64) * BLOCK_K
+    k = tl.arange(0, BLOCK_K)
+    return n, start, k[None, :], k[None, :] < K.to(tl.int64) * VECTOR - start
+
+
+@triton.jit
+def _rows(tensor, n, stride, VECTOR: tl.constexpr):
+    """Pointers to samples n, (BLOCK_N, 1), of a tensor whose samples lie ``stride`` vectors apart."""
+    return (tensor + n * (stride.to(tl.int64) * VECTOR))[:, None]
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "stride_index"])
+def mixup_kernel(
+    input, index, lam, output, N, K, stride_source, stride_index, stride_lam, stride_result,
+    VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``output_n = lam_n input_n + (1 - lam_n) input_{index_n}``
+
+    input (N,K), index (N,), lam (N,) or (), output (N,K); VECTOR elements of output are up to 16 bytes.
+    """
+    n, start, k, mask = _tile(N, K, VECTOR, BLOCK_N, BLOCK_K)
+    input += start
+    x = tl.load(_rows(input, n, stride_source, VECTOR) + k, mask=mask, other=0.0)
+    partner = tl.load(index + n * stride_index.to(tl.int64))
+    exists = (partner >= 0) & (partner < N)
+    ratio = tl.where(exists, tl.load(lam + n * stride_lam.to(tl.int64)), float("nan"))[:, None]
+    other = tl.load(_rows(input, tl.where(exists, partner, 0), stride_source, VECTOR) + k, mask=mask, other=0.0)
+    mixed = tl.fma(ratio, x.to(tl.float32), (1.0 - ratio) * other.to(tl.float32))
+    tl.store(_rows(output + start, n, stride_result, VECTOR) + k, mixed.to(output.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def mixup_backward_kernel(
+    grad, index, lam, order, first, input_grad, N, K, stride_source, stride_lam, stride_result,
+    VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``input_grad_i = lam_i grad_i + sum_{n: index_n = i} (1 - lam_n) grad_n``
+
+    grad (N,K), index (N,), lam (N,) or (), input_grad (N,K); order (N,) the samples by their partner and
+    first (N + 1,) where in it those with partner i begin.
+    """
+    i, start, k, mask = _tile(N, K, VECTOR, BLOCK_N, BLOCK_K)
+    grad += start
+    stride_lam = stride_lam.to(tl.int64)
+    own = tl.load(_rows(grad, i, stride_source, VECTOR) + k, mask=mask, other=0.0)
+    partner = tl.load(index + i)
+    ratio = tl.where((partner >= 0) & (partner < N), tl.load(lam + i * stride_lam), float("nan"))
+    total = ratio[:, None] * own.to(tl.float32)
+    begin = tl.load(first + i)
+    count = (tl.load(first + i + 1) - begin).to(tl.int32)
+    for j in range(tl.max(count, 0)):
+        n = tl.load(order + begin + j, mask=j < count, other=0)
+        share = 1.0 - tl.load(lam + n * stride_lam)
+        given = mask & (j < count)[:, None]
+        other = tl.load(_rows(grad, n, stride_source, VECTOR) + k, mask=given, other=0.0)
+        total = tl.where(given, tl.fma(share[:, None], other.to(tl.float32), total), total)
+    tl.store(_rows(input_grad + start, i, stride_result, VECTOR) + k, total.to(input_grad.dtype.element_ty), mask=mask)
+
+
+def mixup(input: Tensor, index: Tensor, lam: Tensor, output: Tensor) -> None:
+    """Mix ``input`` (N,K), float or uint8, into ``output`` (N,K), float: both of unit stride in K.
+
+    ``index`` (N,) int64 and ``lam`` (N,) or () float32, of any strides. A partner out of range gives NaN.
+    """
+    with launch.rounded(output) as result:
+        _run(mixup_kernel, (input, index, lam, result), input, result, index.stride(0), _stride(lam))
+
+
+def mixup_backward(grad: Tensor, index: Tensor, lam: Tensor, input_grad: Tensor) -> None:
+    """The gradient of :func:`mixup` in its input, given ``grad`` = dL/dmixed, both (N,K) with unit stride in K.
+
+    A partner out of range gets no share, and its sample NaN.
+    """
+    index = index.contiguous()
+    # Whose partner i is, in ascending order: so that a sum's order is always the same.
+    partners, order = index.sort(stable=True)
+    first = torch.searchsorted(partners, torch.arange(len(index) + 1, device=index.device))
+    with launch.rounded(input_grad) as result:
+        _run(mixup_backward_kernel, (grad, index, lam, order, first, result), grad, result, _stride(lam))
+
+
+def _stride(lam: Tensor) -> int:
+    return lam.stride(0) if lam.dim() else 0
+
+
+def _run(kernel: Any, tensors: tuple[Tensor, ...], source: Tensor, result: Tensor, *strides: int) -> None:
+    """Launch, with the strides of ``source``, then ``strides``, then those of ``result``."""
+    num_samples, width = result.shape
+    if not result.numel():
+        return
+    vector = launch.vector(result.itemsize, width, source.stride(0), result.stride(0))
+    tile = launch.MIXUP_CONFIG.tile(num_samples, width, vector)
+    programs = triton.cdiv(num_samples, tile[0]) * triton.cdiv(width, tile[1])
+    sizes = (num_samples, width // vector, source.stride(0) // vector, *strides, result.stride(0) // vector)
+    constants = {"VECTOR": vector, "BLOCK_N": tile[0], "BLOCK_K": tile[1]}
+    launch.run(launch.Launch(kernel, programs, (*tensors, *sizes), constants, launch.MIXUP_CONFIG.num_warps))

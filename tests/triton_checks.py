@@ -1,0 +1,75 @@
+"""Checks of Triton kernels, called as the operators call them, on a GPU or in Triton's interpreter.
+
+Without a GPU the interpreter must be chosen before triton is imported: so all checks run in other processes, one per
+core, whatever this one has imported. A test module names its checks in ``CHECKS``, and has::
+
+    @pytest.fixture(scope="module")
+    def checks(request):
+        with running(request) as checks:
+            yield checks
+
+    @pytest.mark.parametrize("name", CHECKS)
+    def test_kernel(checks, name):
+        checks(name)
+"""
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from unittest import mock
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAN = float("nan")
+HALF = (torch.bfloat16, torch.float16)
+
+
+def poisoned():
+    """Within, the memory that torch.empty gives is NaN, so that whatever a kernel leaves unwritten shows."""
+
+    def poisoned_empty(*args, empty=torch.empty, **kwargs):
+        return empty(*args, **kwargs).fill_(NAN)
+
+    return mock.patch("torch.empty", poisoned_empty)
+
+
+def error(result, truth):
+    """Relative error in the 2-norm; the absolute one of what ought to be 0."""
+    norm = truth.norm()
+    return ((result.double() - truth).norm() / (norm if norm > 0 else 1)).item()
+
+
+@contextmanager
+def running(request) -> Iterator[Callable[[str], None]]:
+    """Within, the selected checks of a test module are under way, all at once: call with a name to wait for one."""
+    module = request.module.__name__
+    items = [item for item in request.session.items if getattr(item, "module", None) is request.module]
+    names = [item.callspec.params["name"] for item in items if item.originalname == "test_kernel"]
+    seed = torch.seed() % 2**32
+    with ProcessPoolExecutor(
+        os.cpu_count() if DEVICE == "cpu" else 1, get_context("spawn"), initializer=_use_interpreter
+    ) as pool:
+        futures = {name: pool.submit(check, module, name, seed) for name in names}
+
+        def result(name: str) -> None:
+            print(f"triton_checks.check({module!r}, {name!r}, seed={seed})")
+            futures[name].result()
+
+        yield result
+        pool.shutdown(cancel_futures=True)
+
+
+def check(module: str, name: str, seed: int) -> None:
+    """One check of a test module, in a process where Triton interprets its kernels unless there is a GPU."""
+    torch.manual_seed(seed)
+    importlib.import_module(module).CHECKS[name]()
+
+
+def _use_interpreter() -> None:
+    torch.set_num_threads(1)
+    if DEVICE == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
