@@ -15,16 +15,18 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 import mixfeat
-from mixfeat.experiments import sweep
+from mixfeat import validate
+from mixfeat.experiments import datasets, images, sweep
+from mixfeat.experiments.common import METHODS, DivergedError, identity
 from mixfeat.experiments.store import Store, StoreError
-from mixfeat.experiments.theory import METHODS, DivergedError, Settings, identity, summarise, train
+from mixfeat.experiments.theory import Settings, summarise, train
 
 __all__ = ["environment", "main"]
 
@@ -72,7 +74,20 @@ def _parser() -> argparse.ArgumentParser:
         description="Train ERM, Uniform Mixup and Midpoint Mixup on multi-view data by full-batch gradient descent and "
         "count the features that each has learned (arXiv 2210.13512, Theorems 4.6 and 4.7).",
     )
-    _experiment_options(theory, Path("results/theory"))
+    _experiment_options(theory, Settings, Path("results/theory"))
+    pictures = results.add_parser(
+        "images",
+        allow_abbrev=False,
+        help="test error on images with two features per class",
+        description="Train ERM, Uniform Mixup and Midpoint Mixup on images that are concatenated along channels with "
+        "an image of a paired class (arXiv 2210.13512, section 5), and take the test error with the second half zero "
+        "(view 0, the paper's test) and with the first half zero (view 1: has the second feature been learned?).",
+    )
+    pictures.add_argument(
+        "--data-dir", type=Path, default=Path("data"), metavar="FOLDER",
+        help="with the official files of fashion-mnist, cifar10 or cifar100 (default: %(default)s)",
+    )  # fmt: skip
+    _experiment_options(pictures, images.Settings, Path("results/images"))
     diagram = commands.add_parser(
         "sweep",
         allow_abbrev=False,
@@ -87,15 +102,45 @@ def _parser() -> argparse.ArgumentParser:
             f"--{name}", nargs="+", default=default, metavar=("SETTING", "VALUE"),
             help=f"a numeric setting and its values (default: {' '.join(default)})",
         )  # fmt: skip
-    _experiment_options(diagram, Path("results/sweep"), sweep.DEFAULTS)
-    for command, run in ((info, _info), (theory, _reproduce_theory), (diagram, _sweep)):
+    _experiment_options(diagram, Settings, Path("results/sweep"), sweep.DEFAULTS)
+    checking = commands.add_parser(
+        "check",
+        allow_abbrev=False,
+        help="are the kernels right on this machine?",
+        description="Hold every operator, on every backend that runs here, to the reference in float64: values and "
+        "gradients of random inputs, contiguous and strided, and the same bits from a second call. The exit status is 1 "
+        "if anything fails.",
+    )
+    for name, choices in (
+        ("operator", list(validate.OPERATORS)), ("backend", list(mixfeat.backends.NAMES)), ("dtype", list(validate.DTYPES)),
+    ):  # fmt: skip
+        checking.add_argument(
+            f"--{name}",
+            nargs="+",
+            choices=choices,
+            metavar=name.upper(),
+            help=f"of {', '.join(choices)} (default: all)",
+        )
+    checking.add_argument("--seed", type=int, default=0, metavar="INT", help="of the inputs (default: 0)")
+    checking.add_argument("--quick", action="store_true", help="small shapes only")
+    runs = (
+        (info, _info),
+        (checking, _check),
+        (theory, _reproduce_theory),
+        (pictures, _reproduce_images),
+        (diagram, _sweep),
+    )
+    for command, run in runs:
         command.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
         command.set_defaults(run=run, prog=command.prog)
     return parser
 
 
 def _experiment_options(
-    parser: argparse.ArgumentParser, folder: Path, defaults: Mapping[str, Any] | None = None
+    parser: argparse.ArgumentParser,
+    kind_of_settings: type[Settings] | type[images.Settings],
+    folder: Path,
+    defaults: Mapping[str, Any] | None = None,
 ) -> None:
     """Options for the methods, the output folder and all settings; a setting that is not given is no attribute."""
     methods = list(METHODS)
@@ -108,7 +153,7 @@ def _experiment_options(
         help="for the store and the figure (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on with what the output folder holds")
-    for setting in fields(Settings):
+    for setting in fields(kind_of_settings):
         pair = isinstance(setting.default, tuple)
         kind: Any = float if pair else setting.type
         shape: dict[str, Any] = {"nargs": 2, "metavar": ("LOW", "HIGH")} if pair else {"metavar": kind.__name__.upper()}
@@ -129,7 +174,7 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    packages = ("triton", "numpy", "matplotlib", "tqdm")
+    packages = ("triton", "numpy", "matplotlib", "tqdm", "scikit-learn", "torchvision")
     gpus = []
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
@@ -172,6 +217,42 @@ def _info(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> int:
+    wanted = args.backend or []
+    if "triton" in wanted and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first needed, below
+        print("No GPU here: triton means Triton's interpreter, on small shapes.\n")
+    json_file = _writable_file(args.json)
+    available = mixfeat.backends.available()
+    for name in wanted:
+        if name not in available:
+            raise RefusedError(
+                f"--backend {name} is not available here: {mixfeat.backends.describe()['backends'][name]}"
+            )
+    chosen = [name for name in available if name in wanted or not wanted]
+    cells = validate.checks(chosen, args.operator or validate.OPERATORS, args.dtype or validate.DTYPES)
+    if not cells:
+        raise RefusedError("nothing to check: triton has no float64")
+    form = "{:<26}  {:<10}  {:<9}  {:>6}  {:<22}  {:>9}  {:>9}  {:>9}  {}"
+    print(form.format("operator", "backend", "dtype", "shapes", "worst of", "error", "PyTorch's", "budget", ""))
+    outcomes = []
+    for cell in cells:
+        outcome = validate.check(*cell, seed=args.seed, quick=args.quick)
+        outcomes.append(outcome)
+        numbers = ["", "", "", ""]
+        if outcome.worst:
+            name, worst = max(outcome.worst.items(), key=lambda item: item[1]["of budget"])
+            numbers = [name, *(f"{worst[key]:.1e}" for key in ("error", "plain", "budget"))]
+        print(form.format(*cell, outcome.cases, *numbers, "PASS" if outcome.passed else "FAIL"), flush=True)
+        for failure in outcome.failures:
+            print(f"    {failure}")
+    failed = sum(not outcome.passed for outcome in outcomes)
+    print(f"\n{failed} of {len(outcomes)} checks FAILED" if failed else f"\nall {len(outcomes)} checks passed")
+    rows = [asdict(outcome) | {"passed": outcome.passed} for outcome in outcomes]
+    _write_json(json_file, {"seed": args.seed, "quick": args.quick, "environment": environment(), "checks": rows})
+    return 1 if failed else 0
+
+
 def _lines(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     lines: list[tuple[str, Any]] = []
     for name, value in facts.items():
@@ -184,7 +265,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, Any]]:
     return lines
 
 
-def _prepare(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], Any]:
+def _prepare(args: argparse.Namespace, kind_of_settings: Any) -> tuple[dict[str, Any], list[str], Any]:
     """The settings that were given, the methods, and the module of figures: what it needs is not missed at the end."""
     try:
         import tqdm  # noqa: F401
@@ -194,12 +275,13 @@ def _prepare(args: argparse.Namespace) -> tuple[dict[str, Any], list[str], Any]:
         package = (error.name or "").partition(".")[0]
         raise RefusedError(f"{package} is missing: pip install 'mixfeat[experiments]'") from None
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a GPU's matrix products repeat only with this
-    given = {setting.name: getattr(args, setting.name) for setting in fields(Settings) if hasattr(args, setting.name)}
+    names = [setting.name for setting in fields(kind_of_settings)]
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
     return given, [method for method in METHODS if method in args.methods], plots
 
 
 def _reproduce_theory(args: argparse.Namespace) -> int:
-    given, methods, plots = _prepare(args)
+    given, methods, plots = _prepare(args, Settings)
     try:
         settings = Settings(**given)
         key = identity(settings)
@@ -234,8 +316,48 @@ def _reproduce_theory(args: argparse.Namespace) -> int:
     return 0
 
 
+def _reproduce_images(args: argparse.Namespace) -> int:
+    given, methods, plots = _prepare(args, images.Settings)
+    try:
+        settings = images.Settings(**given)
+        key = identity(settings)
+        data = datasets.load(settings.dataset, args.data_dir)
+    except (TypeError, ValueError, datasets.DatasetError) as error:
+        raise RefusedError(str(error)) from None
+    json_file = _writable_file(args.json)
+    figure = _writable_folder(args.out) / "images.png"
+
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    records: dict[str, dict[int, Any]] = {method: {} for method in methods}
+    runs = [(method, seed) for method in methods for seed in seeds]
+    steps = settings.epochs * images.steps_of_epoch(settings, data)
+    try:
+        with Store(args.out / "images.sqlite", "images", key, resume=args.resume) as store:
+            done = sum(record.step for record in (store.get(images.name_of(*run)) for run in runs) if record)
+            with _progress(len(runs) * steps, done) as bar:
+                for method, seed in runs:
+                    bar.set_description(f"{METHODS[method]}, seed {seed}")
+                    record = records[method][seed] = images.train(settings, method, seed, data, store, bar.update)
+                    if bar.disable:
+                        print(f"{METHODS[method]}, seed {seed}: {settings.epochs} epochs on {settings.device}: "
+                              f"{record.seconds:.1f} s", file=sys.stderr)  # fmt: skip
+    except StoreError as error:
+        raise RefusedError(str(error)) from None
+    except DivergedError as error:
+        print(f"{args.prog}: error: {error}", file=sys.stderr)
+        return 1
+
+    results = {method: images.summarise(of_method) for method, of_method in records.items()}
+    print(_images_table(settings, results))
+    plots.plot_images(settings, results, figure)
+    print(f"\nfigure: {figure}")
+    facts = {"settings": settings.to_dict(), "settings_hash": settings.hash, "environment": environment()}
+    _write_json(json_file, {**facts, "results": results})
+    return 0
+
+
 def _sweep(args: argparse.Namespace) -> int:
-    given, methods, plots = _prepare(args)
+    given, methods, plots = _prepare(args, Settings)
     try:
         x, y = (sweep.Axis.of(f"--{name}", words[0], words[1:]) for name, words in (("x", args.x), ("y", args.y)))
         grid = sweep.Sweep(x, y, given)
@@ -298,7 +420,23 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table whose first row is its head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [lines[0], "-" * len(lines[-1]), *lines[1:]]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+def _images_table(settings: images.Settings, results: dict[str, dict[str, Any]]) -> str:
+    columns = {
+        "train accuracy": "train_accuracy", "test error, view 0": "test_error_view_0",
+        "test error, view 1": "test_error_view_1",
+    }  # fmt: skip
+    rows = [["", *columns]]
+    for method, result in results.items():
+        rows.append([METHODS[method], *(_mean_spread([100 * x for x in result[key]], 2) for key in columns.values())])
+    title = f"{settings.dataset}, {settings.model}, after {settings.epochs} epochs, in percent; {_spread(settings)}"
+    return "\n".join([title, "", *_aligned(rows)])
+
+
+def _spread(settings: Settings | images.Settings) -> str:
+    return f"mean ± standard deviation over {settings.seeds} seeds" if settings.seeds > 1 else "one seed"
 
 
 def _table(settings: Settings, results: dict[str, dict[str, Any]]) -> str:
@@ -314,8 +452,8 @@ def _table(settings: Settings, results: dict[str, dict[str, Any]]) -> str:
     for method, result in results.items():
         cells = [_mean_spread(result[key], 1 if key.startswith("classes") else 3) for key in columns.values()]
         rows.append([METHODS[method], *cells])
-    spread = f"mean ± standard deviation over {settings.seeds} seeds" if settings.seeds > 1 else "one seed"
-    return "\n".join([f"features: number of the {settings.num_classes} classes; {spread}", "", *_aligned(rows)])
+    title = f"features: number of the {settings.num_classes} classes; {_spread(settings)}"
+    return "\n".join([title, "", *_aligned(rows)])
 
 
 def _mean_spread(values: list[float], digits: int) -> str:

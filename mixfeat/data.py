@@ -270,7 +270,7 @@ class TwoFeatureImages:
         if not count.all():
             missing = int((count == 0).nonzero()[0])
             raise ValueError(f"target must have images of every class, got none of class {missing}")
-        members = self.target.argsort()  # grouped by class
+        members = self.target.argsort(stable=True)  # grouped by class
         paired = self.partner_class[self.target]
         uniform = torch.rand(len(self), generator=self._generator, device=self._draw_device, dtype=torch.float64)
         within = (uniform.to(paired.device) * count[paired]).long().minimum(count[paired] - 1)

@@ -3,18 +3,20 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-from mixfeat.experiments import sweep, theory
+from mixfeat.experiments import images, sweep, theory
 from mixfeat.experiments.store import Record
 
-__all__ = ["plot_sweep", "plot_theory"]
+__all__ = ["plot_images", "plot_sweep", "plot_theory"]
 
 _INK, _MUTED, _LARGER, _SMALLER = "#1f2430", "#6b7280", "#94a3b8", "#d9480f"
+_OF_METHOD = {"erm": "#64748b", "uniform": "#2a78b8", "midpoint": "#d9480f"}
 
 
 def plot_theory(settings: theory.Settings, records: Mapping[str, Record], path: Path) -> None:
@@ -43,12 +45,7 @@ def plot_theory(settings: theory.Settings, records: Mapping[str, Record], path: 
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel("gradient steps", color=_MUTED)
-        axes.tick_params(colors=_MUTED, length=3)
-        axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
-        axes.set_axisbelow(True)
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-        axes.spines["bottom"].set_color("#cbd5e1")
+        _plain(axes)
     panels[0].set_ylabel("alignment  max$_m$ ⟨w$_{c,m}$, v$_{c,l}$⟩", color=_MUTED)
     band = Patch(color=_MUTED, alpha=0.18, linewidth=0, label="middle 80% of classes and seeds")
     handles = [*panels[0].lines, band]
@@ -95,6 +92,46 @@ def plot_sweep(grid: sweep.Sweep, tables: Mapping[str, Mapping[str, Sequence[Seq
     for axes in panels[:, 0]:
         axes.set_ylabel(y.name, color=_MUTED)
     _save(figure, path)
+
+
+def plot_images(settings: images.Settings, results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Write a figure of :func:`mixfeat.experiments.images.summarise`: for either view the test error over epochs.
+
+    Lines are means over seeds; the band reaches one standard deviation to either side.
+    """
+    figure = Figure(figsize=(9.2, 4.1), layout="constrained", facecolor="white")
+    panels = figure.subplots(1, 2, sharey=True)
+    views = ("First feature: second half zero", "Second feature: first half zero")
+    for view, (axes, title) in enumerate(zip(panels, views, strict=True)):
+        for method, result in results.items():
+            epochs = result["curves"]["epoch"]
+            errors = 100 * torch.tensor(result["curves"][f"test_error_view_{view}"], dtype=torch.float64)  # (E, R)
+            mean, spread = errors.mean(1), errors.std(1, correction=min(1, errors.shape[1] - 1))
+            colour = _OF_METHOD[method]
+            axes.fill_between(epochs, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(epochs, mean, color=colour, linewidth=1.8, label=theory.METHODS[method])
+        axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}%")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("epochs", color=_MUTED)
+        _plain(axes)
+    panels[0].set_ylabel("test error", color=_MUTED)
+    figure.legend(
+        handles=panels[0].lines, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5, labelcolor=_INK
+    )
+    _save(figure, path)
+
+
+def _plain(axes: Any) -> None:
+    """Take away of the frame what says nothing."""
+    axes.tick_params(colors=_MUTED, length=3)
+    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#cbd5e1")
 
 
 def _save(figure: Figure, path: Path) -> None:

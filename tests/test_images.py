@@ -1,0 +1,400 @@
+"""The image experiment: what it computes, held to a plain restatement of the formulas; stopped in every way."""
+
+import json
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+import mixfeat as mf
+from mixfeat import cli
+from mixfeat.experiments import common, datasets, images
+from mixfeat.experiments.datasets import Split
+from mixfeat.experiments.images import name_of
+from mixfeat.experiments.store import Store
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = {"filters_per_class": 3, "epochs": 3, "batch_size": 16, "seeds": 2, "device": "cpu"}
+
+
+def settings_of(**changes):
+    return images.Settings(**{**SMALL, **changes})
+
+
+def random_data(num=40, test=20, seed=0):
+    """Images of the shape of digits: a noisy pattern for each class."""
+    generator = torch.Generator().manual_seed(seed)
+    pattern = torch.rand(10, 1, 8, 8, generator=generator)
+
+    def split(n):
+        target = torch.arange(n) % 10
+        return Split((pattern[target] + 0.3 * torch.rand(n, 1, 8, 8, generator=generator)) / 2, target)
+
+    return split(num), split(test)
+
+
+def run(path, settings, method, seed=0, **options):
+    with Store(path, "images", common.identity(settings), **options) as store:
+        return images.train(settings, method, seed, random_data(), store)
+
+
+def assert_same(a, b):
+    assert (a.finished, a.step) == (b.finished, b.step)
+    assert a.state.keys() == b.state.keys()
+    for name in a.state:
+        assert torch.equal(a.state[name], b.state[name]), name
+
+
+# settings
+
+
+def test_settings_resolve_their_defaults():
+    assert (settings_of(batch_size=None).patch_size, settings_of(batch_size=None).batch_size) == (8, 100)
+    fashion = settings_of(dataset="fashion-mnist", batch_size=None)
+    assert (fashion.patch_size, fashion.batch_size) == (7, 750)
+    assert settings_of().hash == settings_of(patch_size=8).hash != settings_of(patch_size=4).hash
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"dataset": "mnist"},
+            ValueError,
+            "dataset must be one of digits, fashion-mnist, cifar10, cifar100, got 'mnist'",
+        ),
+        ({"model": "vgg"}, ValueError, "model must be one of patch, resnet18, got 'vgg'"),
+        ({"patch_size": 3}, ValueError, "patch_size must divide the images' height and width, got 3 for 8 x 8"),
+        ({"patch_size": 0}, ValueError, "patch_size must be at least 1, got 0"),
+        ({"filters_per_class": 0}, ValueError, "filters_per_class must be at least 1, got 0"),
+        ({"degree": 2.5}, TypeError, "degree must be an integer, got 2.5"),
+        ({"rho": 0.0}, ValueError, "rho must be finite and positive, got 0.0"),
+        ({"init_scale": 0}, ValueError, "init_scale must be positive, got 0"),
+        ({"lr": float("nan")}, ValueError, "lr must be finite, got nan"),
+        ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"seeds": 0}, ValueError, "seeds must be at least 1, got 0"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"device": "abacus"}, ValueError, "device must be a torch device of this machine, got 'abacus'"),
+        ({"dtype": "int8"}, ValueError, "dtype must be float32 or float64, got 'int8'"),
+    ],
+)
+def test_bad_settings(changes, error, message):
+    with pytest.raises(error, match=message):
+        settings_of(**changes)
+
+
+# the problem and the objective
+
+
+def test_runs_of_a_seed_share_their_problem():
+    settings, data = settings_of(), random_data()
+    one, same, other = (images.make_problem(settings, data, seed) for seed in (3, 3, 4))
+    assert torch.equal(one.train.partner_class, same.train.partner_class)
+    assert torch.equal(one.train.partner, same.train.partner)
+    assert not torch.equal(one.train.partner, other.train.partner)
+    for view, test in enumerate(one.tests):
+        assert test.views == view
+        assert torch.equal(test.partner_class, one.train.partner_class)
+        assert torch.equal(test.images, data[1].images)
+    assert torch.equal(one.tests[1].partner, same.tests[1].partner)
+    weights = [next(images.make_model(settings, seed).parameters()) for seed in (3, 3, 4)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert weights[0].std().item() == pytest.approx(0.7 * 0.3, rel=0.1)
+
+
+def restated(settings, data, method, seed):
+    """The whole run, from its formulas: pairing, w, label, lam, mixing, loss, Adam, test. Only the draws are shared."""
+    generator = common._generator("images", seed)
+    (x, y), (test_x, test_y) = data
+    x, test_x = x.double(), test_x.double()
+    n = len(y)
+    halves = torch.randperm(10, generator=generator).view(2, 5)
+    mate = {int(a): int(b) for a, b in zip(*halves, strict=True)}
+    mate |= {b: a for a, b in mate.items()}
+
+    def paired(target, generator):
+        """One image of the paired class for each, by a uniform number."""
+        uniform = torch.rand(len(target), generator=generator, dtype=torch.float64)
+        members = {c: [i for i in range(len(target)) if target[i] == c] for c in range(10)}
+        pools = [members[mate[int(c)]] for c in target]
+        return torch.tensor([pool[int(u * len(pool))] for u, pool in zip(uniform, pools, strict=True)])
+
+    extra = paired(y, generator)
+
+    def sample(index):
+        w = torch.rand(len(index), 1, 1, 1, generator=generator, dtype=torch.float64)
+        return torch.cat([w * x[index], (1 - w) * x[extra[index]]], 1), y[index]
+
+    weight = images.make_model(settings, seed).network.weight.detach().clone().requires_grad_()
+
+    def logits(input):
+        """One patch that is the whole image: filters of both halves' pixels."""
+        t = (input.flatten(1) @ weight.flatten(0, 1).T).view(len(input), 10, -1) / settings.rho
+        u = t.clamp(0, 1)
+        return settings.rho * (u**settings.degree / settings.degree + (t - 1).clamp(min=0)).sum(-1)
+
+    def cross_entropy(z, target):
+        return -z.log_softmax(1)[torch.arange(len(z)), target].mean()
+
+    first, second, steps = torch.zeros_like(weight), torch.zeros_like(weight), 0
+    errors, losses = [], []
+    for _ in range(settings.epochs):
+        total = 0.0
+        for index in torch.randperm(n, generator=generator).split(settings.batch_size):
+            a, label = sample(index)
+            if method == "erm":
+                loss = cross_entropy(logits(a), label)
+            else:
+                b, other = sample(torch.randint(n, index.shape, generator=generator))
+                lam = torch.rand((), generator=generator, dtype=torch.float64) if method == "uniform" else 0.5
+                z = logits(lam * a + (1 - lam) * b)
+                loss = lam * cross_entropy(z, label) + (1 - lam) * cross_entropy(z, other)
+            (gradient,) = torch.autograd.grad(loss, weight)
+            steps += 1
+            first = 0.9 * first + 0.1 * gradient
+            second = 0.999 * second + 0.001 * gradient**2
+            step = (first / (1 - 0.9**steps)) / ((second / (1 - 0.999**steps)).sqrt() + 1e-8)
+            weight = (weight - settings.lr * step).detach().requires_grad_()
+            total += loss.item() * len(index) / n
+        losses.append(total)
+        test_extra = paired(test_y, common._generator("test images", seed))
+        zero = torch.zeros_like(test_x)
+        views = torch.cat([test_x, zero], 1), torch.cat([zero, test_x[test_extra]], 1)
+        errors.append([(logits(view).argmax(1) != test_y).double().mean().item() for view in views])
+    return losses, errors, weight
+
+
+@pytest.mark.parametrize("method", common.METHODS)
+def test_a_run_is_its_formulas(method, tmp_path):
+    settings, data = settings_of(dtype="float64", lr=0.03, epochs=5), random_data()
+    record = run(tmp_path / "s", settings, method, seed=3)
+    losses, errors, _ = restated(settings, data, method, 3)
+    assert losses[-1] < losses[0] - 0.05
+    torch.testing.assert_close(record.state["loss"], torch.tensor(losses, dtype=torch.float64))
+    torch.testing.assert_close(record.state["test_error"], torch.tensor(errors, dtype=torch.float64))
+
+
+def test_patches_hold_both_halves():
+    """With two patches a side, and against a filter in either half."""
+    settings = settings_of(patch_size=4, degree=1, rho=1e-6, dtype="float64")
+    model = images.make_model(settings, 0)
+    input = torch.rand(2, 2, 8, 8, dtype=torch.float64)
+    weight = model.network.weight.detach()
+    expected = torch.zeros(2, 10, dtype=torch.float64)
+    for i in (0, 4):
+        for j in (0, 4):
+            patch = input[:, :, i : i + 4, j : j + 4].flatten(1)
+            expected += torch.einsum("nd,cmd->ncm", patch, weight).relu().sum(-1)
+    torch.testing.assert_close(model(input), expected)
+
+
+def test_all_methods_learn_digits(tmp_path):
+    pytest.importorskip("sklearn")
+    settings = images.Settings(device="cpu", epochs=15, lr=3e-3)
+    data = datasets.load("digits", tmp_path)
+    with Store(tmp_path / "s", "images", common.identity(settings)) as store:
+        for method in common.METHODS:
+            summary = images.summarise({0: images.train(settings, method, 0, data, store)})
+            assert summary["train_accuracy"][0] > 0.9
+            assert summary["test_error_view_0"][0] < 0.15
+            assert summary["test_error_view_1"][0] < 0.15
+
+
+def test_summary(tmp_path):
+    settings = settings_of()
+    records = {seed: run(tmp_path / str(seed), settings, "erm", seed) for seed in (0, 1)}
+    summary = images.summarise(records)
+    for seed, record in records.items():
+        assert record.state.keys() == {"test_error", "loss", "train_accuracy"}
+        for view in (0, 1):
+            assert summary[f"test_error_view_{view}"][seed] == record.state["test_error"][-1, view]
+            curve = summary["curves"][f"test_error_view_{view}"]
+            assert [point[seed] for point in curve] == record.state["test_error"][:, view].tolist()
+        assert summary["train_accuracy"][seed] == record.state["train_accuracy"]
+        assert summary["loss"][seed] == record.state["loss"][-1]
+    assert summary["curves"]["epoch"] == [1, 2, 3]
+    json.dumps(summary)
+
+
+def test_divergence_is_found(tmp_path):
+    (x, y), test = random_data()
+    message = r"erm, seed 0 left the finite numbers in epoch 1: try a smaller lr than 0.001"
+    with Store(tmp_path / "s", "images", {}) as store, pytest.raises(common.DivergedError, match=message):
+        images.train(settings_of(), "erm", 0, (Split(x * torch.inf, y), test), store)
+
+
+def test_classes_that_cannot_be_paired(tmp_path):
+    (x, y), test = random_data()
+    with (
+        Store(tmp_path / "s", "images", {}) as store,
+        pytest.raises(ValueError, match="target must have images of every class, got none of class 4"),
+    ):
+        images.train(settings_of(), "erm", 0, (Split(x[y != 4], y[y != 4]), test), store)
+
+
+# other models
+
+
+class StandIn(nn.Module):
+    """What of torchvision's ResNet the experiment touches, and a batch norm, which has state that is not trained."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.maxpool = nn.MaxPool2d(3, stride=2)
+        self.fc = nn.Linear(4, num_classes)
+
+    def forward(self, input):
+        return self.fc(self.maxpool(self.bn1(self.conv1(input)).relu()).mean((2, 3)))
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torchvision.models", SimpleNamespace(resnet18=StandIn))
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_stem_for_small_images():
+    settings = settings_of(model="resnet18", dataset="cifar10")
+    before = torch.get_rng_state()
+    model, same, other = (images.make_model(settings, seed) for seed in (0, 0, 1))
+    assert torch.equal(before, torch.get_rng_state())
+    assert model.conv1.weight.shape == (4, 6, 3, 3)
+    assert (model.conv1.stride, model.conv1.padding, model.conv1.bias) == ((1, 1), (1, 1), None)
+    assert isinstance(model.maxpool, nn.Identity)
+    assert model(torch.randn(5, 6, 32, 32)).shape == (5, 10)
+    for a, b, c in zip(model.parameters(), same.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c) or a.unique().numel() == 1
+    assert (
+        next(images.make_model(settings_of(model="resnet18", dtype="float64"), 0).parameters()).dtype == torch.float64
+    )
+
+
+def test_resnet18():
+    try:
+        images._resnet18()
+    except ValueError as error:
+        pytest.skip(str(error))
+    model = images.make_model(settings_of(model="resnet18", dataset="cifar100"), 0)
+    assert sum(p.numel() for p in model.parameters()) == 11_173_962 + 3 * 64 * 9 + 90 * 513
+    input = torch.randn(2, 6, 32, 32, requires_grad=True)
+    shapes = []
+    model.layer1.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+    model(input).sum().backward()
+    assert shapes == [(2, 64, 32, 32)]
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (None, "model resnet18 needs torchvision.*: pip install 'mixfeat.images.'"),
+        (RuntimeError("operator torchvision::nms does not exist\nmore"), "fits torch .*::nms does not exist$"),
+    ],
+)
+def test_torchvision_that_cannot_be_imported(broken, message, monkeypatch):
+    for module in [module for module in sys.modules if module.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, module)
+    if broken is None:
+        monkeypatch.setitem(sys.modules, "torchvision", None)
+    else:
+
+        class Finder:
+            @staticmethod
+            def find_spec(name, path=None, target=None):
+                if name == "torchvision":
+                    raise broken
+
+        monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    with pytest.raises(ValueError, match=message):
+        settings_of(model="resnet18")
+
+
+# being stopped
+
+
+@pytest.mark.parametrize("model", ["patch", "resnet18"])
+@pytest.mark.usefixtures("stand_in")
+def test_interrupted_run_goes_on_to_the_same_numbers(model, tmp_path):
+    """At every checkpoint that there is: each attempt is stopped after one more of them."""
+    settings = settings_of(model=model, epochs=4)
+
+    class Interrupted(Store):
+        def save(self, name, record):
+            super().save(name, record)
+            if not record.finished:
+                raise KeyboardInterrupt
+
+    steps = []
+    while True:
+        with Interrupted(tmp_path / "s", "images", common.identity(settings), resume=True) as store:
+            try:
+                record = images.train(settings, "uniform", 1, random_data(), store)
+                break
+            except KeyboardInterrupt:
+                steps.append(store.get(name_of("uniform", 1)).step)
+    assert steps == [3, 6, 9]
+    assert_same(record, run(tmp_path / "unbroken", settings, "uniform", 1))
+
+
+def test_killed_command_goes_on_to_the_same_numbers(tmp_path):
+    """SIGKILL in a real process, in the middle of the second run's second epoch."""
+    pytest.importorskip("sklearn")
+    code = """
+import os, signal, sys, torch
+from mixfeat import cli
+from mixfeat.experiments import images
+torch.set_num_threads(1)
+objective, calls = images.objective, []
+def counted(*args):
+    calls.append(args)
+    if len(calls) == 3 * 8 + 8 + 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return objective(*args)
+images.objective = counted
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    command = [
+        "reproduce", "images", "--epochs=3", "--seeds=2", "--batch-size=200", "--device=cpu", "--methods", "uniform",
+        "--out",
+    ]  # fmt: skip
+    out = str(tmp_path / "killed")
+    process = subprocess.run([sys.executable, "-c", code, *command, out], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    paths = tmp_path / "resumed.json", tmp_path / "unbroken.json"
+    assert cli.main([*command, out, "--resume", "--json", str(paths[0])]) == 0
+    assert cli.main([*command, str(tmp_path / "b"), "--json", str(paths[1])]) == 0
+    resumed, unbroken = (json.loads(path.read_text())["results"]["uniform"] for path in paths)
+    assert len(resumed.pop("seconds")) == len(unbroken.pop("seconds")) == 2
+    assert resumed == unbroken
+
+
+def test_fused_operators_are_what_computes(monkeypatch):
+    called = []
+
+    def watch(name):
+        original = getattr(mf.functional, name)
+
+        def watched(*args, **options):
+            called.append(name)
+            return original(*args, **options)
+
+        for module in (mf, mf.functional):
+            monkeypatch.setattr(module, name, watched)
+
+    watch("patch_conv")
+    watch("mixup_cross_entropy")
+    settings = settings_of()
+    problem, model = images.make_problem(settings, random_data(), 0), images.make_model(settings, 0)
+    images.objective(model, problem.train, torch.arange(5), "midpoint", problem.generator)
+    assert called == ["patch_conv", "mixup_cross_entropy"]
