@@ -108,19 +108,14 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         help="are the kernels right on this machine?",
         description="Hold every operator, on every backend that runs here, to the reference in float64: values and "
-        "gradients of random inputs, contiguous and strided, and the same bits from a second call. The exit status is 1 "
-        "if anything fails.",
+        "gradients of random inputs, contiguous and strided, and the same bits from a second call. The exit status is "
+        "1 if anything fails.",
     )
     for name, choices in (
-        ("operator", list(validate.OPERATORS)), ("backend", list(mixfeat.backends.NAMES)), ("dtype", list(validate.DTYPES)),
+        ("operator", validate.OPERATORS), ("backend", mixfeat.backends.NAMES), ("dtype", validate.DTYPES)
     ):  # fmt: skip
-        checking.add_argument(
-            f"--{name}",
-            nargs="+",
-            choices=choices,
-            metavar=name.upper(),
-            help=f"of {', '.join(choices)} (default: all)",
-        )
+        text = f"of {', '.join(choices)} (default: all)"
+        checking.add_argument(f"--{name}", nargs="+", choices=list(choices), metavar=name.upper(), help=text)
     checking.add_argument("--seed", type=int, default=0, metavar="INT", help="of the inputs (default: 0)")
     checking.add_argument("--quick", action="store_true", help="small shapes only")
     runs = (
