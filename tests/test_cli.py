@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from conftest import ROOT
 
 import mixfeat as mf
 from mixfeat import cli
-from mixfeat.experiments import theory
+from mixfeat.experiments import datasets, images, theory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = [
@@ -36,10 +37,10 @@ def reproduce(tmp_path, capsys):
     return run
 
 
-def assert_refused(result, message):
+def assert_refused(result, message, command="reproduce theory"):
     status, out, err = result
     assert (status, out) == (2, "")
-    assert err.startswith("mixfeat reproduce theory: error: ")
+    assert err.startswith(f"mixfeat {command}: error: ")
     assert err.count("\n") == 1
     assert message in err
 
@@ -203,6 +204,121 @@ def test_progress_bar_on_a_terminal(reproduce, monkeypatch):
     assert status == 0
     assert "ERM: 100%" in err
     assert "300/300" in err
+
+
+# images
+
+DIGITS = ["--epochs=2", "--seeds=2", "--batch-size=200", "--device=cpu"]
+
+
+@pytest.fixture
+def reproduce_images(tmp_path, capsys):
+    """Run ``reproduce images`` small, in the test's folder; gives (exit status, stdout, stderr)."""
+
+    def run(*options, out=tmp_path / "out"):
+        try:
+            status = cli.main(["reproduce", "images", *DIGITS, "--out", str(out), *map(str, options)])
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_reproduce_images(reproduce_images, tmp_path):
+    pytest.importorskip("sklearn")
+    status, out, err = reproduce_images("--json", tmp_path / "r.json", "--lr", 0.003)
+    assert status == 0, err
+    lines = out.splitlines()
+    assert lines[0] == "digits, patch, after 2 epochs, in percent; mean ± standard deviation over 2 seeds"
+    assert lines[2].split("  ")[-3:] == ["train accuracy", "test error, view 0", "test error, view 1"]
+    document = json.loads((tmp_path / "r.json").read_text())
+    assert document["settings"]["lr"] == 0.003
+    assert images.Settings(**document["settings"]).hash == document["settings_hash"]
+    assert "scikit-learn" in document["environment"]
+    assert list(document["results"]) == list(theory.METHODS)
+    for method, result in document["results"].items():
+        (line,) = (line for line in lines if line.startswith(theory.METHODS[method]))
+        error = 100 * sum(result["test_error_view_1"]) / 2
+        assert f"  {error:.2f} ± " in line
+        assert len(result["curves"]["test_error_view_0"]) == 2
+        for seed in (0, 1):
+            assert f"{theory.METHODS[method]}, seed {seed}: 2 epochs on cpu" in err
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["images.png", "images.sqlite"]
+    assert (tmp_path / "out" / "images.png").read_bytes().startswith(b"\x89PNG")
+    before = (tmp_path / "out" / "images.sqlite").read_bytes()
+    assert_refused(
+        reproduce_images("--lr", 0.003), "already holds results: go on with --resume", command="reproduce images"
+    )
+    assert reproduce_images("--lr", 0.003, "--resume")[:2] == (0, out)
+    assert (tmp_path / "out" / "images.sqlite").read_bytes() == before
+
+
+def test_images_of_one_seed_and_progress(reproduce_images, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    status, out, err = reproduce_images("--seeds", 1, "--methods", "midpoint")
+    assert status == 0
+    assert out.startswith("digits, patch, after 2 epochs, in percent; one seed")
+    assert "±" not in out
+    assert "ERM" not in out
+    assert "Midpoint Mixup, seed 0: 100%" in err
+    assert "16.0/16.0" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lr", "nan"], "lr must be finite, got nan"),
+        (["--dataset", "mnist"], "dataset must be one of digits, fashion-mnist, cifar10, cifar100, got 'mnist'"),
+        (["--model", "vgg"], "model must be one of patch, resnet18, got 'vgg'"),
+        (["--patch-size", "3"], "patch_size must divide the images' height and width, got 3 for 8 x 8"),
+        (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+        (["--methods", "magic"], "argument --methods: invalid choice: 'magic'"),
+        (["--dataset", "cifar10", "--data-dir", "nowhere"], "nowhere/cifar-10-python.tar.gz is missing: download http"),
+    ],
+)
+def test_bad_image_settings(reproduce_images, options, message, tmp_path):
+    assert_refused(reproduce_images(*options), message, command="reproduce images")
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_find_what_is_missing_before_training(reproduce_images, tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(images, "train", lambda *_: pytest.fail("trained"))
+    (tmp_path / "file").write_text("")
+    for result, message in (
+        (reproduce_images(out=tmp_path / "file"), "file cannot be written: File exists"),
+        (reproduce_images("--json", tmp_path), f"--json {tmp_path} cannot be written: it is a folder"),
+    ):
+        assert_refused(result, message, command="reproduce images")
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    assert_refused(
+        reproduce_images("--model", "resnet18"), "needs torchvision: pip install 'mixfeat[images]'",
+        command="reproduce images",
+    )  # fmt: skip
+
+
+def test_diverged_images_are_one_line(reproduce_images, monkeypatch):
+    pytest.importorskip("sklearn")
+
+    def diverge(*_):
+        raise theory.DivergedError("erm, seed 0 left the finite numbers")
+
+    monkeypatch.setattr(images, "train", diverge)
+    message = "mixfeat reproduce images: error: erm, seed 0 left the finite numbers\n"
+    assert reproduce_images() == (1, "", message)
+
+
+def test_help_of_images(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["reproduce", "images", "--help"])
+    assert stop.value.code == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for name in ("--data-dir", *("--" + setting.name.replace("_", "-") for setting in fields(images.Settings))):
+        assert name in out
+    for name in (*datasets.DATASETS, *images.MODELS):
+        assert name in out
 
 
 def test_info(capsys, tmp_path):

@@ -126,7 +126,8 @@ def _digits(parsed: _Parsed) -> _Arrays:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        raise DatasetError(f"{error.name} is missing: pip install 'mixfeat[images]'") from None
+        package = (error.name or "").partition(".")[0]
+        raise DatasetError(f"{package} is missing: pip install 'mixfeat[images]'") from None
     digits = load_digits()
     images, target = digits.images[:, None] / 16, digits.target
     place = np.zeros_like(target)  # of each image among those of its class

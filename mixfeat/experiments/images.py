@@ -141,7 +141,8 @@ def _resnet18() -> Callable[..., Any]:
     try:
         from torchvision.models import resnet18
     except ModuleNotFoundError as error:
-        raise ValueError(f"model resnet18 needs {error.name}: pip install 'mixfeat[images]'") from None
+        package = (error.name or "").partition(".")[0]
+        raise ValueError(f"model resnet18 needs {package}: pip install 'mixfeat[images]'") from None
     except (ImportError, RuntimeError) as error:  # one that was built for another torch
         reason = str(error).splitlines()[0]
         raise ValueError(
