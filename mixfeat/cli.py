@@ -336,7 +336,7 @@ def _reproduce_images(args: argparse.Namespace) -> int:
                     if bar.disable:
                         print(f"{METHODS[method]}, seed {seed}: {settings.epochs} epochs on {settings.device}: "
                               f"{record.seconds:.1f} s", file=sys.stderr)  # fmt: skip
-    except StoreError as error:
+    except (StoreError, ValueError) as error:  # the latter: data that this batch size or model cannot train on
         raise RefusedError(str(error)) from None
     except DivergedError as error:
         print(f"{args.prog}: error: {error}", file=sys.stderr)

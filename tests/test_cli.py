@@ -9,6 +9,7 @@ import sys
 from dataclasses import fields
 
 import pytest
+import test_datasets
 import torch
 from conftest import ROOT
 
@@ -252,6 +253,33 @@ def test_reproduce_images(reproduce_images, tmp_path):
     )
     assert reproduce_images("--lr", 0.003, "--resume")[:2] == (0, out)
     assert (tmp_path / "out" / "images.sqlite").read_bytes() == before
+
+
+def test_reproduce_images_from_files(reproduce_images, tmp_path, monkeypatch):
+    """The official files' names and format, with few images in them."""
+    for part, num in (("train", 60), ("t10k", 20)):
+        images_file, labels_file = (tmp_path / f"{part}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
+        images_file.write_bytes(test_datasets.idx(test_datasets.integers(256, num, 28, 28)))
+        labels_file.write_bytes(test_datasets.idx((torch.arange(num) % 10).byte().numpy()))
+    command = ["--dataset", "fashion-mnist", "--data-dir", tmp_path, "--methods", "midpoint"]
+    name = "train-images-idx3-ubyte.gz"
+    assert_refused(reproduce_images(*command), f"{name} is not the official file", command="reproduce images")
+    tiny = datasets.DATASETS["fashion-mnist"]._replace(md5=test_datasets.sums(tmp_path))
+    monkeypatch.setitem(datasets.DATASETS, "fashion-mnist", tiny)
+    status, out, err = reproduce_images(*command, "--json", tmp_path / "r.json")
+    assert status == 0, err
+    assert out.startswith("fashion-mnist, patch, after 2 epochs")
+    settings = json.loads((tmp_path / "r.json").read_text())["settings"]
+    assert (settings["patch_size"], settings["batch_size"]) == (7, 200)
+
+
+def test_data_that_cannot_be_trained_on_are_one_line(reproduce_images, tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    train, test = datasets.load("digits", tmp_path)
+    some = train.target != 3
+    data = datasets.Split(train.images[some], train.target[some]), test
+    monkeypatch.setattr(datasets, "load", lambda *_: data)
+    assert_refused(reproduce_images(), "images of every class, got none of class 3", command="reproduce images")
 
 
 def test_images_of_one_seed_and_progress(reproduce_images, monkeypatch):
