@@ -153,7 +153,7 @@ class TwoFeatureImages:
     is paired with y; the two are concatenated along channels, and the label is y. What is x in one class is e in the
     other, so either half alone tells the class::
 
-        views="both"    [w x, (1 - w) e],   w ~ U[0, 1] anew at every access    training
+        views="both"    [w x, (1 - w) e],   w ~ U[weight] anew at every access  training
         views=0         [x, 0]                                                  the paper's test
         views=1         [0, e]                                                  has the second feature been learned?
 
@@ -168,11 +168,13 @@ class TwoFeatureImages:
         views: ``"both"``, 0 or 1.
         partner_class: (C,) int64, the class paired with each; by default a random pairing, the first thing drawn. Test
             data need that of the training data: ``partner_class=train.partner_class``.
+        weight: range of w, within [0, 1]. The paper's (0, 1) shows e alone now and then, and so teaches it to any
+            method; with (0.5, 1) it is the weaker feature of every sample.
         generator: source of all randomness. Draws are made on its device; batches wait for nothing if that is the
             images'. By default torch's own there.
 
     Attributes:
-        images, target, views: as given.
+        images, target, views, weight: as given.
         partner_class: (C,) int64.
         partner: (N,) int64, the place of e among the images; None for ``views=0``.
 
@@ -188,6 +190,7 @@ class TwoFeatureImages:
         *,
         views: Literal["both"] | int = "both",
         partner_class: Tensor | None = None,
+        weight: tuple[float, float] = (0.0, 1.0),
         generator: torch.Generator | None = None,
     ) -> None:
         _check_images(images)
@@ -198,6 +201,7 @@ class TwoFeatureImages:
         _check_classes(target, images)
         _check_views(views)
         _check_generator(generator)
+        self.weight = _weight(weight)
         least = int(target.max()) + 1 if len(target) else 0
         if partner_class is not None:
             _check_pairing(partner_class, least)
@@ -256,7 +260,8 @@ class TwoFeatureImages:
             # in float32 at least: w is not rounded to half precision before it is used
             dtype = torch.promote_types(own.dtype, torch.float32)
             weight = torch.rand(len(index), 1, 1, 1, generator=self._generator, device=self._draw_device, dtype=dtype)
-            weight = weight.to(own.device)
+            low, high = self.weight
+            weight = weight.mul_(high - low).add_(low).to(own.device)
             halves = [weight * own, (1 - weight) * self.images[self.partner[index]]]
         return torch.cat(halves, 1).to(own.dtype), self.target[index]
 
@@ -375,6 +380,13 @@ def _number(name: str, value: Any) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
+
+
+def _weight(value: Any) -> tuple[float, float]:
+    low, high = _range("weight", value)
+    if low < 0 or high > 1:
+        raise ValueError(f"weight must be within [0, 1], got ({low}, {high})")
+    return low, high
 
 
 def _range(name: str, value: Any) -> tuple[float, float]:

@@ -246,10 +246,15 @@ def test_two_features_are_those_of_the_formulas():
     torch.testing.assert_close(mf.mixup_cross_entropy(logits, label, other_label, lam), expected)
 
 
-def test_weights_are_uniform():
+@pytest.mark.parametrize("weight", [(0.0, 1.0), (0.5, 1.0), (0.25, 0.25)])
+def test_weights_are_uniform(weight):
     images, target = image_set(2, 1)
-    input, _ = mf.data.TwoFeatureImages(images, target).batch(torch.zeros(4000, dtype=torch.int64))
-    w = input[:, 0, 0, 0].sort().values
+    input, _ = mf.data.TwoFeatureImages(images, target, weight=weight).batch(torch.zeros(4000, dtype=torch.int64))
+    low, high = weight
+    w = (input[:, 0, 0, 0].sort().values - low) / (high - low or 1)
+    if low == high:
+        assert torch.equal(w, torch.zeros_like(w))
+        return
     assert (w - torch.linspace(0, 1, 4000)).abs().max() < 2.2 / 4000**0.5  # Kolmogorov and Smirnov, p < 1e-4
 
 
@@ -369,6 +374,8 @@ IMAGES, TARGET = torch.zeros(4, 1, 2, 2), torch.tensor([0, 1, 2, 3])
         ({"target": TARGET.to("meta")}, ValueError, "target must be on images' device cpu, got meta"),
         ({"target": TARGET.clamp(max=2)}, ValueError, "target must have an even number of classes, .* got 3"),
         ({"views": 2}, ValueError, 'views must be "both", 0 or 1, got 2'),
+        ({"weight": 0.5}, TypeError, r"weight must be a pair \(low, high\), got 0.5"),
+        ({"weight": (0.5, 1.5)}, ValueError, r"weight must be within \[0, 1\], got \(0.5, 1.5\)"),
         ({"generator": 3}, TypeError, "generator must be a torch.Generator, got int"),
         ({"partner_class": [1, 0, 3, 2]}, TypeError, "partner_class must be an int64 tensor, got list"),
         ({"partner_class": torch.tensor([1, 0])}, ValueError, r"partner_class must be of shape \(C,\), C at least 4"),

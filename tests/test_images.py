@@ -77,6 +77,8 @@ def test_settings_resolve_their_defaults():
         ({"rho": 0.0}, ValueError, "rho must be finite and positive, got 0.0"),
         ({"init_scale": 0}, ValueError, "init_scale must be positive, got 0"),
         ({"lr": float("nan")}, ValueError, "lr must be finite, got nan"),
+        ({"weight": (1, 0)}, ValueError, "weight must have low <= high"),
+        ({"weight": (0, 2)}, ValueError, "weight must be within"),
         ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"seeds": 0}, ValueError, "seeds must be at least 1, got 0"),
@@ -130,7 +132,8 @@ def restated(settings, data, method, seed):
     extra = paired(y, generator)
 
     def sample(index):
-        w = torch.rand(len(index), 1, 1, 1, generator=generator, dtype=torch.float64)
+        low, high = settings.weight
+        w = low + (high - low) * torch.rand(len(index), 1, 1, 1, generator=generator, dtype=torch.float64)
         return torch.cat([w * x[index], (1 - w) * x[extra[index]]], 1), y[index]
 
     weight = images.make_model(settings, seed).network.weight.detach().clone().requires_grad_()
@@ -172,9 +175,10 @@ def restated(settings, data, method, seed):
     return losses, errors, weight
 
 
+@pytest.mark.parametrize("weight", [(0, 1), (0.5, 0.75)])
 @pytest.mark.parametrize("method", common.METHODS)
-def test_a_run_is_its_formulas(method, tmp_path):
-    settings, data = settings_of(dtype="float64", lr=0.03, epochs=5), random_data()
+def test_a_run_is_its_formulas(method, weight, tmp_path):
+    settings, data = settings_of(dtype="float64", lr=0.03, epochs=5, weight=weight), random_data()
     record = run(tmp_path / "s", settings, method, seed=3)
     losses, errors, _ = restated(settings, data, method, 3)
     assert losses[-1] < losses[0] - 0.05

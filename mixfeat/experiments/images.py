@@ -38,6 +38,7 @@ class Settings(BaseSettings):
 
     dataset: str = _setting("digits", f"one of {', '.join(DATASETS)}")
     model: str = _setting("patch", f"one of {', '.join(MODELS)}")
+    weight: tuple[float, float] = _setting((0.0, 1.0), "range of the weight w of an image's first half; the paper's")
     patch_size: int = _setting(None, "patch: side of a patch; default: 8 for digits, 7 for fashion-mnist, else 8")
     filters_per_class: int = _setting(10, "patch: filters per class (m)")
     degree: int = _setting(3, "patch: degree of the activation's polynomial (alpha)")
@@ -61,6 +62,7 @@ class Settings(BaseSettings):
             self._set("batch_size", 100 if self.dataset == "digits" else 750)
         self._check_integers(_LEAST)
         self._check_positive("init_scale", "lr")
+        self._set("weight", mf.data._weight(self.weight))
         mf.PolyReLU(self.degree, self.rho)  # refuses a bad degree or rho
         _, height, width = DATASETS[self.dataset].shape
         if self.model == "patch" and (height % self.patch_size or width % self.patch_size):
@@ -90,7 +92,7 @@ def make_problem(settings: Settings, data: tuple[Split, Split], seed: int) -> Pr
     device, dtype = settings.device, getattr(torch, settings.dtype)
     (images, target), (test_images, test_target) = (Split(x.to(device, dtype), y.to(device)) for x, y in data)
     generator = _generator("images", seed, device=device)
-    train = mf.data.TwoFeatureImages(images, target, generator=generator)
+    train = mf.data.TwoFeatureImages(images, target, weight=settings.weight, generator=generator)
     tests = tuple(
         mf.data.TwoFeatureImages(
             test_images, test_target, views=view, partner_class=train.partner_class,
