@@ -1,34 +1,13 @@
-"""The Triton kernels against the float64 reference, called as the operators call them.
+"""The Triton kernels of patch_conv against the float64 reference, called as operators call them: see triton_checks."""
 
-On a GPU they run as they are. Without one they run in Triton's interpreter, which must be chosen before triton is
-imported: so all checks run in other processes, one per core, whatever this one has imported.
-"""
-
-import os
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
-from unittest import mock
 
 import pytest
 import torch
+from triton_checks import DEVICE, HALF, NAN, poisoned, running
 
 from mixfeat import reference
 from mixfeat.activations import Identity, PolyReLU, Power, PowerReLU, ReLU
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NAN = float("nan")
-
-
-def use_interpreter():
-    torch.set_num_threads(1)
-    if DEVICE == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
-
-
-def poisoned_empty(*args, empty=torch.empty, **kwargs):
-    """torch.empty whose memory is NaN, so that whatever a kernel leaves unwritten shows."""
-    return empty(*args, **kwargs).fill_(NAN)
 
 
 def run(grad, x, w, index, lam, activation):
@@ -36,7 +15,7 @@ def run(grad, x, w, index, lam, activation):
     from mixfeat.kernels.triton import patch_conv
 
     arguments = (x, w, index, lam, activation.polynomial)
-    with mock.patch("torch.empty", poisoned_empty):
+    with poisoned():
         logits = patch_conv.patch_conv(*arguments)
         grads = patch_conv.patch_conv_backward(grad, *arguments, input_grad=True, weight_grad=True)
     assert all(t.is_contiguous() and t.dtype == x.dtype for t in (logits, *grads))
@@ -173,7 +152,6 @@ ACTIVATIONS = [
     ReLU(),
     Identity(),
 ]
-HALF = (torch.bfloat16, torch.float16)
 CHECKS = {
     **{f"activation-{a}": partial(check_accuracy, SMALL, a) for a in ACTIVATIONS},
     **{f"activation-{a}-{d}": partial(check_accuracy, MANY, a, d, "lam") for a in ACTIVATIONS[2:6] for d in HALF},
@@ -212,25 +190,12 @@ CHECKS = {
 }
 
 
-def check(name, seed):
-    torch.manual_seed(seed)
-    CHECKS[name]()
-
-
 @pytest.fixture(scope="module")
 def checks(request):
-    """The selected checks, all under way at once: futures by name, and the seed of each."""
-    items = [item for item in request.session.items if getattr(item, "function", None) is test_kernel]
-    names = [item.callspec.params["name"] for item in items]
-    jobs = os.cpu_count() if DEVICE == "cpu" else 1
-    seed = torch.seed() % 2**32
-    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=use_interpreter) as pool:
-        yield seed, {name: pool.submit(check, name, seed) for name in names}
-        pool.shutdown(cancel_futures=True)
+    with running(request) as checks:
+        yield checks
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_kernel(checks, name):
-    seed, futures = checks
-    print(f"check({name!r}, seed={seed})")
-    futures[name].result()
+    checks(name)

@@ -1,39 +1,23 @@
 """The Triton kernel of the all-pairs Mixup loss against the formulas in float64, called as the operator calls it.
 
-As in test_triton_kernels.py, without a GPU all checks run in Triton's interpreter, in other processes.
+See triton_checks.
 """
 
-import os
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from unittest import mock
 
 import pytest
 import torch
+from triton_checks import DEVICE, HALF, NAN, poisoned, running
 
 from mixfeat.activations import Identity, PolyReLU, Power, PowerReLU, ReLU
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NAN = float("nan")
-
-
-def use_interpreter():
-    torch.set_num_threads(1)
-    if DEVICE == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"
-
-
-def poisoned_empty(*args, empty=torch.empty, **kwargs):
-    """torch.empty whose memory is NaN, so that whatever a kernel leaves unwritten shows."""
-    return empty(*args, **kwargs).fill_(NAN)
 
 
 def run(row, column, row_target, column_target, lam, weight, activation, need_grad=True):
     """The loss and those gradients that there are, from the kernel."""
     from mixfeat.kernels.triton.pairwise_mixup_loss import pairwise_mixup_loss
 
-    with mock.patch("torch.empty", poisoned_empty):
+    with poisoned():
         results = pairwise_mixup_loss(
             row, column, row_target, column_target, lam, weight, activation.polynomial, need_grad
         )
@@ -238,7 +222,6 @@ SHAPES = [  # R, N, N', P, C, M
     (1, 70, 2, 1, 3, 5),
     (2, 40, 65, 1, 2, 1),
 ]
-HALF = (torch.bfloat16, torch.float16)
 CHECKS = {
     **{f"activation-{a}": partial(check_accuracy, (1, 5, 4, 2, 3, 2), a, (0.3, 0.5)) for a in ACTIVATIONS},
     **{
@@ -279,25 +262,12 @@ CHECKS = {
 }  # fmt: skip
 
 
-def check(name, seed):
-    torch.manual_seed(seed)
-    CHECKS[name]()
-
-
 @pytest.fixture(scope="module")
 def checks(request):
-    """The selected checks, all under way at once: futures by name, and the seed of each."""
-    items = [item for item in request.session.items if getattr(item, "function", None) is test_kernel]
-    names = [item.callspec.params["name"] for item in items]
-    jobs = os.cpu_count() if DEVICE == "cpu" else 1
-    seed = torch.seed() % 2**32
-    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=use_interpreter) as pool:
-        yield seed, {name: pool.submit(check, name, seed) for name in names}
-        pool.shutdown(cancel_futures=True)
+    with running(request) as checks:
+        yield checks
 
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_kernel(checks, name):
-    seed, futures = checks
-    print(f"check({name!r}, seed={seed})")
-    futures[name].result()
+    checks(name)
