@@ -14,14 +14,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from mixfeat.activations import Activation, Identity, PolyReLU, Power, PowerReLU, ReLU
 
-__all__ = ["TARGETS", "Case", "CompiledKernel", "compile_case", "compile_pool", "compile_report", "recorded_launch",
-           "shipped"]  # fmt: skip
+__all__ = [
+    "TARGETS", "Case", "CompiledKernel", "CrossEntropyCase", "MixupCase", "PairwiseCase", "PatchConvCase",
+    "compile_case", "compile_pool", "compile_report", "recorded_launch", "shipped",
+]  # fmt: skip
 
 #: targets by name: backend, architecture and warp size as Triton names them
 TARGETS: dict[str, tuple[str, int | str, int]] = {
@@ -34,30 +36,133 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A call of an operator, by all that decides which kernel serves it."""
+    """A call of an operator, by all that decides which kernel serves it: a subclass for each operator."""
 
-    kernel: str
+    kernel: ClassVar[str]
     direction: str
     dtype: torch.dtype
-    patch_dim: int
-    activation: Activation
-    samples: int = 4096
-    mix: bool = False
-    filters: int = 10
-    matmul_precision: str = "highest"
+    matmul_precision: str = field(default="highest", kw_only=True)
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        if self.dtype == torch.float32:
-            dtype += "-" + self.matmul_precision
+        precision = "-" + self.matmul_precision if self.dtype == torch.float32 else ""
+        return f"{self.kernel}-{self.direction}-{_name(self.dtype)}{precision}-{self.sizes()}"
+
+    def sizes(self) -> str:
+        """What else tells it from other cases, in brief."""
+        raise NotImplementedError
+
+    def call(self) -> None:
+        """Call the operator on meta tensors."""
+        raise NotImplementedError
+
+
+_PATCHES, _CLASSES = 12, 10
+
+
+@dataclass(frozen=True)
+class PatchConvCase(Case):
+    """Direction "forward", "backward_input", "backward_weight", or "mix": the kernel that mixes first."""
+
+    kernel = "patch_conv"
+    patch_dim: int
+    activation: Activation
+    mix: bool = False
+    filters: int = 10
+
+    def sizes(self) -> str:
         mix = "-mix" if self.mix else ""
-        sizes = f"N{self.samples}-D{self.patch_dim}-M{self.filters}"
-        return f"{self.kernel}-{self.direction}-{dtype}-{sizes}-{self.activation}{mix}"
+        return f"D{self.patch_dim}-M{self.filters}-{self.activation}{mix}"
+
+    def call(self) -> None:
+        from mixfeat.kernels.triton import patch_conv
+
+        samples = 4096
+        input = _meta(1, samples, _PATCHES, self.patch_dim, dtype=self.dtype)
+        weight = _meta(1, _CLASSES, self.filters, self.patch_dim, dtype=self.dtype)
+        index = _meta(samples, dtype=torch.int64) if self.mix else None
+        lam = _meta(samples) if self.mix else None
+        arguments = (input, weight, index, lam, self.activation.polynomial)
+        if self.direction in ("forward", "mix"):
+            patch_conv.patch_conv(*arguments)
+        else:
+            grad = _meta(1, samples, _CLASSES, dtype=self.dtype)
+            for_input = self.direction == "backward_input"
+            patch_conv.patch_conv_backward(grad, *arguments, input_grad=for_input, weight_grad=not for_input)
+
+
+@dataclass(frozen=True)
+class PairwiseCase(Case):
+    """Direction "forward" or "backward": the loss alone, or with its gradient."""
+
+    kernel = "pairwise_mixup_loss"
+    activation: Activation
+    samples: int = 4096
+
+    def sizes(self) -> str:
+        return f"N{self.samples}-{self.activation}"
+
+    def call(self) -> None:
+        from mixfeat.kernels.triton.pairwise_mixup_loss import pairwise_mixup_loss
+
+        s = _meta(1, self.samples, _PATCHES, _CLASSES, 10, dtype=self.dtype)
+        target = _meta(self.samples, dtype=torch.int64)
+        need_grad = self.direction == "backward"
+        pairwise_mixup_loss(s, None, target, None, [0.5], [1.0], self.activation.polynomial, need_grad)
+
+
+@dataclass(frozen=True)
+class MixupCase(Case):
+    """Direction "forward" or "backward", of samples of ``width`` elements; ``source`` is the input's dtype."""
+
+    kernel = "mixup"
+    width: int
+    source: torch.dtype
+
+    def sizes(self) -> str:
+        return f"K{self.width}-{_name(self.source)}"
+
+    def call(self) -> None:
+        from mixfeat.kernels.triton import mixup
+
+        launch = mixup.mixup if self.direction == "forward" else mixup.mixup_backward
+        index, lam = _meta(256, dtype=torch.int64), _meta()
+        launch(_meta(256, self.width, dtype=self.source), index, lam, _meta(256, self.width, dtype=self.dtype))
+
+
+@dataclass(frozen=True)
+class CrossEntropyCase(Case):
+    """Direction "classes" or "dense", by its targets, with or without smoothing; or "scale", the gradient's scaling."""
+
+    kernel = "cross_entropy"
+    classes: int
+    label_smoothing: float = 0.0
+    need_grad: bool = True
+
+    def sizes(self) -> str:
+        return f"C{self.classes}-{self.label_smoothing}{'' if self.need_grad else '-loss'}"
+
+    def call(self) -> None:
+        from mixfeat.kernels.triton import cross_entropy
+
+        samples = 1024
+        input, row = _meta(samples, self.classes, dtype=self.dtype), _meta(samples)
+        results = row, input if self.need_grad else None
+        if self.direction == "scale":
+            cross_entropy.scale_(input, row)
+        elif self.direction == "dense":
+            target = _meta(samples, self.classes)
+            cross_entropy.soft_target_cross_entropy(input, target, 1.0, self.label_smoothing, *results)
+        else:
+            targets = [_meta(samples, dtype=torch.int64)] * 2
+            cross_entropy.cross_entropy(input, *targets, row, row, self.label_smoothing, *results)
 
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """A compiled kernel. For AMD, registers are vector registers, stack and local accesses are scratch memory."""
+    """A compiled kernel. For AMD, registers are vector registers, stack and local accesses are scratch memory.
+
+    ``vector_accesses`` counts the loads and stores of 16 bytes of global memory.
+    """
 
     kernel: str
     direction: str
@@ -70,6 +175,7 @@ class CompiledKernel:
     local_loads: int
     local_stores: int
     matrix_instructions: dict[str, int]
+    vector_accesses: dict[str, int]
     assembly: str = field(repr=False)
 
     def evaluation_loops(self) -> list[tuple[int, int]]:
@@ -85,10 +191,12 @@ class CompiledKernel:
 def shipped(target: str) -> list[Case]:
     """Cases that cover every configuration that ships for a target, and every way in which a kernel is specialised."""
     half, single, default = torch.bfloat16, torch.float32, PolyReLU()
-    cases = [Case("patch_conv", "mix", dtype, 50, default, mix=mix) for dtype, mix in ((half, True), (single, False))]
+    cases: list[Case] = [
+        PatchConvCase("mix", dtype, 50, default, mix=mix) for dtype, mix in ((half, True), (single, False))
+    ]
     # Three filters per class make the narrow tiles of forward the better ones.
     for direction, filters in (("forward", 10), ("forward", 3), ("backward_input", 10), ("backward_weight", 10)):
-        case = partial(Case, "patch_conv", direction, filters=filters)
+        case = partial(PatchConvCase, direction, filters=filters)
         cases += [case(half, dim, default) for dim in (32, 64, 128, 256)]
         cases += [case(half, dim, default, mix=True) for dim in (32, 64)]
         cases += [case(single, dim, default) for dim in ((32, 128) if direction == "forward" else (32, 64, 128))]
@@ -96,16 +204,27 @@ def shipped(target: str) -> list[Case]:
         if TARGETS[target][0] == "cuda":  # AMD's matrix units take float32 as it is
             cases += [case(single, dim, default, matmul_precision="high") for dim in (32, 64, 128)]
             cases += [case(single, 32, default, mix=True, matmul_precision="high")]
-    cases += [Case("patch_conv", "backward_input", half, 64, default, filters=filters) for filters in (1, 3)]
-    case = partial(Case, "patch_conv", "forward")
+    cases += [PatchConvCase("backward_input", half, 64, default, filters=filters) for filters in (1, 3)]
+    case = partial(PatchConvCase, "forward")
     cases += [case(torch.float16, 64, default)]
     cases += [
         case(half, 64, activation) for activation in (PolyReLU(15, 0.5, False), PowerReLU(3), Power(16), Identity())
     ]
-    case = partial(Case, "pairwise_mixup_loss", dtype=single, patch_dim=20)
     for samples in (50, 4096):
-        cases += [case(direction, activation=default, samples=samples) for direction in ("forward", "backward")]
-    cases += [case("backward", activation=activation) for activation in (PolyReLU(15, 0.5, False), Power(16), ReLU())]
+        cases += [PairwiseCase(direction, single, default, samples) for direction in ("forward", "backward")]
+    cases += [
+        PairwiseCase("backward", single, activation) for activation in (PolyReLU(15, 0.5, False), Power(16), ReLU())
+    ]
+    # rows that are aligned, that are not, and shorter ones than a tile
+    for dtype in (single, half):
+        cases += [MixupCase("forward", dtype, width, dtype) for width in (150528, 147, 10)]
+        cases += [MixupCase("backward", dtype, width, dtype) for width in (150528, 10)]
+        cases += [MixupCase("forward", dtype, 150528, torch.uint8)]
+        labels = partial(CrossEntropyCase, "classes", dtype)
+        cases += [labels(classes, 0.1) for classes in (10, 127, 1000, 1001, 50257, 50304)]
+        cases += [*(labels(classes) for classes in (1000, 50304)), labels(50304, 0.1, need_grad=False)]
+        cases += [CrossEntropyCase("dense", dtype, classes, 0.1) for classes in (10, 1000, 1001, 50257, 50304)]
+        cases += [CrossEntropyCase("scale", dtype, classes) for classes in (1001, 50304)]
     return cases
 
 
@@ -131,10 +250,15 @@ def compile_case(case: Case, target: str) -> CompiledKernel:
         options=options,
     )
     config = launch.constants | options
-    dtype = str(case.dtype).removeprefix("torch.")
     resources = _amd(compiled) if TARGETS[target][0] == "hip" else _nvidia(compiled)
     return CompiledKernel(
-        case.kernel, case.direction, dtype, config, target, shared_bytes=compiled.metadata.shared, **resources
+        case.kernel,
+        case.direction,
+        _name(case.dtype),
+        config,
+        target,
+        shared_bytes=compiled.metadata.shared,
+        **resources,
     )
 
 
@@ -162,43 +286,23 @@ def recorded_launch(case: Case) -> Any:
     torch.set_float32_matmul_precision(case.matmul_precision)
     try:
         with launch.record() as launches:
-            _call_pairwise_mixup_loss(case) if case.kernel == "pairwise_mixup_loss" else _call_patch_conv(case)
+            case.call()
     finally:
         torch.set_float32_matmul_precision(previous)
     return launches[0 if case.direction == "mix" else -1]
 
 
-_PATCHES, _CLASSES = 12, 10
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _call_patch_conv(case: Case) -> None:
-    from mixfeat.kernels.triton import patch_conv
-
-    options: dict[str, Any] = {"dtype": case.dtype, "device": "meta"}
-    input = torch.empty(1, case.samples, _PATCHES, case.patch_dim, **options)
-    weight = torch.empty(1, _CLASSES, case.filters, case.patch_dim, **options)
-    index = torch.empty(case.samples, dtype=torch.int64, device="meta") if case.mix else None
-    lam = torch.empty(case.samples, device="meta") if case.mix else None
-    arguments = (input, weight, index, lam, case.activation.polynomial)
-    if case.direction in ("forward", "mix"):
-        patch_conv.patch_conv(*arguments)
-    else:
-        grad = torch.empty(1, case.samples, _CLASSES, **options)
-        for_input = case.direction == "backward_input"
-        patch_conv.patch_conv_backward(grad, *arguments, input_grad=for_input, weight_grad=not for_input)
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _call_pairwise_mixup_loss(case: Case) -> None:
-    from mixfeat.kernels.triton import pairwise_mixup_loss
-
-    s = torch.empty(1, case.samples, _PATCHES, _CLASSES, case.filters, dtype=case.dtype, device="meta")
-    target = torch.empty(case.samples, dtype=torch.int64, device="meta")
-    pairwise_mixup_loss.pairwise_mixup_loss(
-        s, None, target, None, [0.5], [1.0], case.activation.polynomial, case.direction == "backward"
-    )
-
-
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+_DTYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.uint8: "u8"
+}  # fmt: skip
 
 
 def _type(value: Any) -> str:
@@ -231,6 +335,10 @@ def _nvidia(compiled: Any) -> dict[str, Any]:
             "HGMMA": _count(r"\bHGMMA\b", sass),
             "UTCMMA": _count(r"\bUTC[A-Z]*MMA\b", sass),
         },
+        "vector_accesses": {
+            "load": _count(r"\bLDG\.E[.\w]*\.128", sass),
+            "store": _count(r"\bSTG\.E[.\w]*\.128", sass),
+        },
         "assembly": sass,
     }
 
@@ -249,6 +357,9 @@ def _amd(compiled: Any) -> dict[str, Any]:
         "local_loads": _count(r"\bscratch_load", assembly),
         "local_stores": _count(r"\bscratch_store", assembly),
         "matrix_instructions": {"MFMA": _count(r"\bv_mfma", assembly)},
+        "vector_accesses": {
+            kind: _count(rf"\b(?:global|buffer)_{kind}_dwordx4", assembly) for kind in ("load", "store")
+        },
         "assembly": assembly,
     }
 

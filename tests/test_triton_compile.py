@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 from mixfeat import PolyReLU, report
 
@@ -45,6 +46,19 @@ def test_kernel(compiled, key):
         and (case.dtype.itemsize == 2 or case.matmul_precision == "high")
     ):
         assert row.matrix_instructions[MATRIX_UNIT[target]] > 0
+    if case.kernel in ("mixup", "cross_entropy"):
+        check_streaming(case, target, row)
+
+
+def check_streaming(case, target, row):
+    """Whole vectors of 16 bytes where rows are aligned; registers for as many programs as launch.py counts on."""
+    narrow = case.direction == "dense" and case.dtype.itemsize == 2  # its targets, float32, take 16 bytes
+    if (case.width if case.kernel == "mixup" else case.classes) % 8 == 0:
+        assert row.vector_accesses["load"] > 0 or (case.kernel == "mixup" and case.source == torch.uint8)
+        assert row.vector_accesses["store"] > 0 or narrow or (case.kernel == "cross_entropy" and not case.need_grad)
+    if target.startswith("sm_"):
+        limit = 80 if case.kernel == "mixup" else row.config["maxnreg"]
+        assert row.registers <= min(limit, 65536 // (32 * row.config["num_warps"]))
 
 
 def test_every_configuration_is_compiled():
@@ -63,6 +77,15 @@ def test_every_configuration_is_compiled():
         options = (recorded.num_warps, recorded.num_stages, recorded.max_registers)
         compiled.add((case.direction, recorded.constants["WHOLE_D"], launch.PatchConvConfig(*blocks, *options)))
     assert shipped <= compiled
+
+
+def test_every_configuration_of_the_cross_entropy_is_compiled():
+    cases = [case for case in report.shipped("sm_90") if case.kernel == "cross_entropy"]
+    recorded = [report.recorded_launch(case) for case in cases if case.direction != "scale"]
+    blocks = [one.constants["BLOCK_N"] * one.constants["BLOCK_C"] for one in recorded]
+    compiled = {(block // (32 * one.num_warps), one.max_registers) for block, one in zip(blocks, recorded, strict=True)}
+    for config in launch.CROSS_ENTROPY_CONFIGS.values():
+        assert {(config.elements, config.whole_registers), (config.elements, config.part_registers)} <= compiled
 
 
 def test_every_configuration_of_the_pairwise_loss_is_compiled():

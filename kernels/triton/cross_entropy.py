@@ -1,0 +1,275 @@
+"""Cross-entropies of logits x and their gradient, in one pass over memory, in Triton.
+
+Targets are two classes a row, each with a weight, or probabilities, "dense": one kernel serves both. With
+
+    z_nc = x_nc - max_c x_nc,   s_n = sum_c exp z_nc        so that CE(x, y) = log s - z_y
+    q_nc = eps / C, or dense: (1 - eps) t_nc + eps / C      the part of a row's label that all classes have
+    W_n  = wa_n + wb_n, or dense: weight
+
+    loss_n  = W (log s sum_c q_c - sum_c q_c z_c) + (1 - eps) (wa (log s - z_a) + wb (log s - z_b))
+    grad_nc = W (T exp(z_c) / s - q_c) - (1 - eps) (wa [c = a] + wb [c = b]),   T = 1, or dense: sum_c q_c
+
+where dense targets have no a and b. All arithmetic is in float32. What is not finite goes where F.cross_entropy lets it
+go: a dense target 0 on a logit -inf is NaN, a class with logit -inf that is not the target is nothing.
+
+A program owns rows that fit into its registers, and reads them once. A longer row it reads twice, a block at a time:
+for the maximum and the sum, which is scaled when the maximum changes; then backwards for the gradient, first what was
+last read and is still in the L2 cache.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+
+__all__ = ["cross_entropy", "scale_", "soft_target_cross_entropy"]
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+# Integers that must not give every size of problem a compilation of its own. In vectors: C and the rows' strides.
+_SIZES = ["N", "C", "stride_input", "stride_target", "stride_grad", "stride_factor"]
+
+
+@triton.jit
+def _rows(N, BLOCK_N: tl.constexpr):
+    """This program's rows; beyond the last it is the last once more, which then writes the same again."""
+    return tl.minimum(tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
+
+
+@triton.jit
+def _pointers(tensor, n, stride, VECTOR: tl.constexpr):
+    """To rows n, (BLOCK_N, 1), of a tensor whose rows lie ``stride`` vectors apart."""
+    return (tensor + n * (stride.to(tl.int64) * VECTOR))[:, None]
+
+
+@triton.jit
+def _exp(z):
+    return tl.exp2(z * _LOG2E)
+
+
+@triton.jit
+def _class(rows, target, weight, n, C):
+    """Target classes, what they count for, and their logits, all (BLOCK_N, 1).
+
+    One that does not exist is -1 and counts for NaN, unless it counts for nothing: then its logit is not read.
+    """
+    y = tl.load(target + n)[:, None]
+    w = tl.load(weight + n)[:, None]
+    y = tl.where((y >= 0) & (y < C), y, -1).to(tl.int32)
+    x = tl.load(rows + y, mask=(y >= 0) & (w != 0.0), other=0.0).to(tl.float32)
+    return y, tl.where((y >= 0) | (w == 0.0), w, float("nan")), x
+
+
+@triton.jit
+def _label(target, start, columns, C, keep, share, DENSE: tl.constexpr):
+    """q of the columns from ``start`` on, and its sum over those in the row."""
+    if DENSE:
+        in_row = start + columns < C
+        t = tl.load(target + start + columns, mask=in_row, other=0.0).to(tl.float32)
+        q = tl.fma(t, keep, share)
+        return q, tl.sum(tl.where(in_row, q, 0.0), 1)[:, None]
+    else:
+        return share, share * tl.minimum(C - start, columns.shape[1]).to(tl.float32)
+
+
+@triton.jit
+def _gradient(e, q, c, scale, weight, classes, SPREAD: tl.constexpr):
+    """``scale e - W q - (1 - eps) (wa [c = a] + wb [c = b])``, or 0 in rows that do not count."""
+    g = e * scale
+    if SPREAD:
+        g = tl.fma(q, -weight, g)
+    if classes is not None:
+        a, taken_a, b, taken_b, counts = classes
+        g -= tl.where(c == a, taken_a, 0.0) + tl.where(c == b, taken_b, 0.0)
+        g = tl.where(counts, g, 0.0)
+    return g
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def cross_entropy_kernel(
+    input, target, partner_target, weight, partner_weight, N, C, stride_input, stride_target, stride_grad,
+    keep, share, loss, grad,
+    VECTOR: tl.constexpr, DENSE: tl.constexpr, SMOOTH: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Loss (N,) of each row, and unless ``grad`` is None its gradient (N,C).
+
+    input (N,C); target and partner_target (N,) with weight and partner_weight (N,); or DENSE: target (N,C), weight a
+    number, None for the partner's. ``keep`` is 1 - eps, ``share`` eps / C, and SMOOTH says that eps is not 0.
+    """
+    SPREAD: tl.constexpr = DENSE or SMOOTH  # whether q is other than 0
+    C *= VECTOR
+    n = _rows(N, BLOCK_N)
+    rows = _pointers(input, n, stride_input, VECTOR)
+    columns = tl.arange(0, BLOCK_C)[None, :]
+    if DENSE:
+        labels = _pointers(target, n, stride_target, VECTOR)
+        both = weight
+    else:
+        labels = None
+        a, weight_a, x_a = _class(rows, target, weight, n, C)
+        b, weight_b, x_b = _class(rows, partner_target, partner_weight, n, C)
+        both = weight_a + weight_b
+
+    if WHOLE:
+        in_row = columns < C
+        x = tl.load(rows + columns, mask=in_row, other=float("-inf")).to(tl.float32)
+        peak = tl.max(x, 1)[:, None]
+        z = x - peak
+        e = _exp(z)
+        total = tl.sum(e, 1)[:, None]
+        q, mass = _label(labels, 0, columns, C, keep, share, DENSE)
+        if SPREAD:
+            dot = tl.sum(q * tl.where(in_row, z, 0.0), 1)[:, None]
+    else:
+        highest = tl.full([BLOCK_N, 1], float("-inf"), tl.float32)
+        peak = tl.zeros([BLOCK_N, 1], tl.float32)
+        total, mass, dot = peak, peak, peak
+        for start in range(0, C, BLOCK_C):
+            c = start + columns
+            in_row = c < C
+            x = tl.load(rows + c, mask=in_row, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
+            last_highest, last_peak = highest, peak
+            highest = tl.maximum(highest, tl.max(x, 1)[:, None])
+            peak = tl.where(highest == float("-inf"), 0.0, highest)  # -inf - -inf is not a number
+            z = x - peak
+            total = total * _exp(last_highest - peak) + tl.sum(_exp(z), 1)[:, None]
+            q, part = _label(labels, start, columns, C, keep, share, DENSE)
+            if SPREAD:
+                dot += mass * (last_peak - peak) + tl.sum(q * tl.where(in_row, z, 0.0), 1)[:, None]
+                mass += part
+
+    log_sum = tl.log(total)
+    if DENSE:
+        value = both * (mass * log_sum - dot)
+        scale = both * mass / total
+        classes = None
+    else:
+        taken_a, taken_b = keep * weight_a, keep * weight_b
+        value = taken_a * (log_sum - (x_a - peak)) + taken_b * (log_sum - (x_b - peak))
+        if SMOOTH:
+            value += both * (mass * log_sum - dot)
+        counts = (weight_a != 0.0) | (weight_b != 0.0)
+        value = tl.where(counts, value, 0.0)
+        scale = both / total
+        classes = a, taken_a, b, taken_b, counts
+    tl.store((loss + n)[:, None], value)
+
+    if grad is not None:
+        grad = _pointers(grad, n, stride_grad, VECTOR)
+        if WHOLE:
+            g = _gradient(e, q, columns, scale, both, classes, SPREAD)
+            tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=in_row)
+        else:
+            blocks = tl.cdiv(C, BLOCK_C)
+            for block in range(blocks):
+                start = (blocks - 1 - block) * BLOCK_C
+                c = start + columns
+                in_row = c < C
+                x = tl.load(rows + c, mask=in_row, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+                q, _ = _label(labels, start, columns, C, keep, share, DENSE)
+                g = _gradient(_exp(x - peak), q, c, scale, both, classes, SPREAD)
+                tl.store(grad + c, g.to(grad.dtype.element_ty), mask=in_row, eviction_policy="evict_first")
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def scale_kernel(
+    grad, factor, N, C, stride_grad, stride_factor, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """``grad_n *= factor_n``; a program whose factors are all 1 ends at once. grad (N,C), factor (N,) or ()"""
+    n = _rows(N, BLOCK_N)
+    f = tl.load(factor + n * stride_factor.to(tl.int64))
+    if tl.max((f != 1.0).to(tl.int32), 0) != 0:
+        C *= VECTOR
+        rows = _pointers(grad, n, stride_grad, VECTOR)
+        for start in range(0, C, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)[None, :]
+            g = tl.load(rows + c, mask=c < C, other=0.0).to(tl.float32)
+            tl.store(rows + c, (g * f[:, None]).to(grad.dtype.element_ty), mask=c < C)
+
+
+def cross_entropy(
+    input: Tensor,
+    target_a: Tensor,
+    target_b: Tensor,
+    weight_a: Tensor,
+    weight_b: Tensor,
+    label_smoothing: float,
+    loss: Tensor,
+    grad: Tensor | None,
+) -> None:
+    """Cross-entropies of two classes a row, weighted: ``loss_n = wa_n CE(x_n, a_n) + wb_n CE(x_n, b_n)``.
+
+    ``input`` (N,C) and, of its dtype, ``grad`` (N,C) or None: unit stride in C; targets (N,) int64, weights (N,) and
+    ``loss`` (N,) float32. A target out of range reads nothing and gives NaN, unless its weight is 0: then it is
+    ignored, and a row that has no weight gets 0 whatever its logits are.
+    """
+    targets = target_a.contiguous(), target_b.contiguous(), weight_a.contiguous(), weight_b.contiguous()
+    _run(input, targets, 0, label_smoothing, loss, grad)
+
+
+def soft_target_cross_entropy(
+    input: Tensor, target: Tensor, weight: float, label_smoothing: float, loss: Tensor, grad: Tensor | None
+) -> None:
+    """Cross-entropy of probabilities t: ``loss_n = - weight sum_c ((1 - eps) t_nc + eps / C) log softmax(x_n)_c``.
+
+    ``input``, ``target`` of any float dtype and, of input's, ``grad`` or None, (N,C) with unit stride in C; ``loss``
+    (N,) float32.
+    """
+    _run(input, (target, None, float(weight), None), target.stride(0), label_smoothing, loss, grad)
+
+
+def _run(
+    input: Tensor,
+    targets: tuple[Any, ...],
+    stride_target: int,
+    label_smoothing: float,
+    loss: Tensor,
+    grad: Tensor | None,
+) -> None:
+    if not input.numel():
+        loss.zero_()  # of no classes
+        return
+    num_classes = input.shape[1]
+    dense = targets[1] is None
+    itemsize = max(input.itemsize, targets[0].itemsize) if dense else input.itemsize
+    with nullcontext() if grad is None else launch.rounded(grad) as result:
+        strides = (input.stride(0), stride_target, 0 if result is None else result.stride(0))
+        vector = launch.vector(itemsize, num_classes, *strides)
+        config = launch.cross_entropy_config(num_classes, itemsize, vector, dense)
+        numbers = (float(1 - label_smoothing), label_smoothing / num_classes)
+        arguments = (input, *targets, *_in_vectors(input, vector, strides), *numbers, loss, result)
+        constants = {"DENSE": dense, "SMOOTH": label_smoothing > 0, "WHOLE": config.holds(num_classes)}
+        _launch(cross_entropy_kernel, config, input, arguments, VECTOR=vector, **constants)
+
+
+def scale_(grad: Tensor, factor: Tensor) -> None:
+    """Multiply ``grad`` (N,C), of unit stride in C, by ``factor`` (N,) or () float32: nothing to do where that is 1."""
+    if not grad.numel():
+        return
+    with launch.rounded(grad) as result:
+        vector = launch.vector(result.itemsize, grad.shape[1], result.stride(0))
+        config = launch.cross_entropy_config(grad.shape[1], result.itemsize, vector, dense=False)
+        stride_factor = factor.stride(0) if factor.dim() else 0
+        arguments = (result, factor, *_in_vectors(result, vector, result.stride()[:1]), stride_factor)
+        _launch(scale_kernel, config, result, arguments, VECTOR=vector)
+
+
+def _in_vectors(rows: Tensor, vector: int, strides: Sequence[int]) -> tuple[int, ...]:
+    """N, and in vectors C and the strides."""
+    num_samples, num_classes = rows.shape
+    return num_samples, num_classes // vector, *(stride // vector for stride in strides)
+
+
+def _launch(
+    kernel: Any, config: launch.CrossEntropyConfig, rows: Tensor, arguments: tuple[Any, ...], **constants: Any
+) -> None:
+    """A program for every few rows."""
+    block_n, block_c = config.tile(*rows.shape)
+    constants |= {"BLOCK_N": block_n, "BLOCK_C": block_c}
+    options = {"num_warps": config.num_warps(rows.shape[1]), "max_registers": config.max_registers(rows.shape[1])}
+    launch.run(launch.Launch(kernel, triton.cdiv(len(rows), block_n), arguments, constants, **options))

@@ -1,0 +1,283 @@
+"""The Triton kernels of the cross-entropies against formulas in float64, called as the operators call them."""
+
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from triton_checks import DEVICE, HALF, NAN, error, running
+
+INF = float("inf")
+
+
+def results_for(input, need_grad=True):
+    """Memory for a loss and a gradient, NaN."""
+    loss = torch.full(input.shape[:1], NAN, device=DEVICE)
+    return loss, torch.full(input.shape, NAN, dtype=input.dtype, device=DEVICE) if need_grad else None
+
+
+def run(input, a, b, weight_a, weight_b, smoothing=0.0, need_grad=True):
+    """Loss (N,) and gradient (N,C) of two classes a row."""
+    from mixfeat.kernels.triton.cross_entropy import cross_entropy
+
+    loss, grad = results_for(input, need_grad)
+    cross_entropy(input, a, b, weight_a, weight_b, smoothing, loss, grad)
+    return loss, grad
+
+
+def run_dense(input, target, weight=1.0, smoothing=0.0, need_grad=True):
+    """Loss (N,) and gradient (N,C) for probabilities."""
+    from mixfeat.kernels.triton.cross_entropy import soft_target_cross_entropy
+
+    loss, grad = results_for(input, need_grad)
+    soft_target_cross_entropy(input, target, weight, smoothing, loss, grad)
+    return loss, grad
+
+
+def expected(input, a, b, weight_a, weight_b, smoothing=0.0, dtype=torch.float64):
+    """The same from PyTorch."""
+    x = input.detach().to(dtype).requires_grad_()
+    loss = sum(
+        w.to(dtype) * F.cross_entropy(x, y, reduction="none", label_smoothing=smoothing)
+        for y, w in ((a, weight_a), (b, weight_b))
+    )
+    return loss.detach(), *torch.autograd.grad(loss.sum(), x)
+
+
+def expected_dense(input, target, weight=1.0, smoothing=0.0, dtype=torch.float64):
+    x = input.detach().to(dtype).requires_grad_()
+    loss = weight * F.cross_entropy(x, target.to(dtype), reduction="none", label_smoothing=smoothing)
+    return loss.detach(), *torch.autograd.grad(loss.sum(), x)
+
+
+def problem(samples, classes, dtype=torch.float32):
+    """Random logits, two classes a row, which are the same in some rows, and weights that are lam and 1 - lam."""
+    x = (3 * torch.randn(samples, classes, device=DEVICE)).to(dtype)
+    a, b = torch.randint(classes, (2, samples), device=DEVICE)
+    b[::3] = a[::3]
+    lam = torch.rand(samples, device=DEVICE)
+    return x, a, b, lam, 1 - lam
+
+
+def probabilities(samples, classes, dtype=torch.float32):
+    return torch.randn(samples, classes, device=DEVICE).softmax(1).to(dtype)
+
+
+def compare(results, truth, plain):
+    """float32 to 1e-5 of the truth, a gradient in half precision to twice the error of plain PyTorch."""
+    (loss, grad), (true_loss, true_grad) = results, truth
+    assert error(loss, true_loss) <= 1e-5
+    assert error(grad, true_grad) <= (
+        1e-5 if grad.dtype == torch.float32 else 2 * error(plain(grad.dtype)[1], true_grad)
+    )
+
+
+def check_classes(samples, classes, dtype, smoothing):
+    arguments = (*problem(samples, classes, dtype), smoothing)
+    results = run(*arguments)
+    compare(results, expected(*arguments), lambda dtype: expected(*arguments, dtype=dtype))
+    assert torch.equal(run(*arguments, need_grad=False)[0], results[0])
+
+
+def check_dense(samples, classes, dtype, target_dtype, smoothing):
+    arguments = (problem(samples, classes, dtype)[0], probabilities(samples, classes, target_dtype), 0.3, smoothing)
+    results = run_dense(*arguments)
+    compare(results, expected_dense(*arguments), lambda dtype: expected_dense(*arguments, dtype=dtype))
+    assert torch.equal(run_dense(*arguments, need_grad=False)[0], results[0])
+
+
+def check_not_probabilities():
+    """Dense targets of any sum, none at all too."""
+    x, t = problem(6, 10)[0], torch.randn(6, 10, device=DEVICE)
+    t[2] = 0
+    compare(run_dense(x, t, 0.5, 0.2), expected_dense(x, t, 0.5, 0.2), None)
+
+
+def check_blocks(classes, smoothing):
+    """Rows of several blocks, the last of them not whole: blocks smaller than those that ship."""
+    from mixfeat.kernels.triton import launch
+
+    config = launch.CrossEntropyConfig(1, 128, 128, max_warps=1)
+    with mock.patch.object(launch, "cross_entropy_config", return_value=config):
+        check_classes(3, classes, torch.float32, smoothing)
+        check_dense(3, classes, torch.float32, torch.float32, smoothing)
+        check_far_from_zero(classes)
+        check_not_finite(classes)
+
+
+def check_far_from_zero(classes):
+    """Logits whose exponentials no float holds, and which differ by less than their distance to 0."""
+    x, *rest = problem(6, classes)
+    for shift in (-1e4, 1e4):
+        shifted = x + shift
+        compare(run(shifted, *rest, 0.1), expected(shifted, *rest, 0.1), None)
+        t = probabilities(6, classes)
+        t /= t.double().sum(1, keepdim=True)
+        compare(run_dense(shifted, t), expected_dense(shifted, t), None)
+    for factor in (1e2, 1e4):
+        compare(run(x * factor, *rest), expected(x * factor, *rest), None)
+
+
+def check_not_finite(classes):
+    """What is not finite shows where PyTorch shows it, in its own row alone; -inf does no harm where nothing counts."""
+    x, a, b, wa, wb = problem(8, classes)
+    a[:], b[:] = 0, 1
+    for row, value in enumerate((NAN, INF, -INF)):
+        x[row, classes - 1] = value
+    x[3, 0] = -INF
+    x[4, 1], wb[4] = -INF, 0  # b is not counted
+    x[5] = -INF
+    x[6, : classes - 1] = -INF
+    loss, grad = run(x, a, b, wa, wb)
+    true_loss, true_grad = expected(x, a, b, wa, wb)
+    true_loss[4], true_grad[4] = expected(x[4:5], a[4:5], a[4:5], wa[4:5], wb[4:5])[0], true_grad[4]
+    torch.testing.assert_close(loss.double(), true_loss, equal_nan=True, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad.double(), true_grad, equal_nan=True, rtol=1e-5, atol=1e-6)
+    for smoothing in (0.0, 0.1):
+        t = F.one_hot(a, classes).float()
+        loss, grad = run_dense(x, t, 1.0, smoothing)
+        true_loss, true_grad = expected_dense(x, t, 1.0, smoothing)
+        torch.testing.assert_close(loss.double(), true_loss, equal_nan=True, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad.double(), true_grad, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+def check_target_out_of_range(target, classes, smoothing):
+    """NaN in its row and in no other, wherever it is a target; nothing at all where it does not count."""
+    x, a, b, wa, wb = problem(5, classes)
+    a[1], b[2] = target, target
+    b[3], wb[3] = target, 0
+    loss, grad = run(x, a, b, wa, wb, smoothing)
+    assert loss.isnan().tolist() == [False, True, True, False, False]
+    assert grad.isnan().all(1).tolist() == grad.isnan().any(1).tolist() == loss.isnan().tolist()
+    a[1], b[2], b[3] = 0, 0, 0
+    true_loss, true_grad = expected(x, a, b, wa, wb, smoothing)
+    assert error(loss[[0, 3, 4]], true_loss[[0, 3, 4]]) <= 1e-5
+    assert error(grad[[0, 3, 4]], true_grad[[0, 3, 4]]) <= 1e-5
+
+
+def check_ignored(classes, smoothing):
+    """Rows of no weight: 0 whatever their logits and targets are."""
+    x, a, b, wa, wb = problem(6, classes)
+    ignored = [0, 2, 3, 5]
+    wa[ignored], wb[ignored] = 0, 0
+    a[2], b[2] = -100, -100
+    x[3], x[5, 0] = NAN, INF
+    loss, grad = run(x, a, b, wa, wb, smoothing)
+    assert (loss[ignored] == 0).all()
+    assert (grad[ignored] == 0).all()
+    assert (loss[[1, 4]] > 0).all()
+
+
+def check_strides(classes, dtype):
+    """Results for tensors of any layout are those for their contiguous copies, up to rounding."""
+    x, a, b, wa, wb = problem(5, classes, dtype)
+    t = probabilities(5, classes, dtype)
+    memory = torch.empty(2**32 // dtype.itemsize * 2 + 2 * classes, dtype=dtype, device=DEVICE)
+    far = memory.as_strided((3, classes), (2**32 // dtype.itemsize, 1))  # only the pages that are written take memory
+    far.copy_(x[:3])
+    layouts = [
+        (x[:1].expand_as(x), t[:1].expand_as(t), a[:1].expand(5), wa[:1].expand(5)),
+        (torch.cat([x, x], 1)[:, 1 : classes + 1], torch.cat([t, t[:, :1]], 1)[:, 1:], a.flip(0), wa),
+        (torch.cat([x, x], 1)[:, :classes], t, torch.stack([a, b], 1)[:, 0], torch.stack([wa, wb], 1)[:, 0]),
+        (far, t[:3], a[:3], wa[:3]),
+    ]
+    for x, t, a, wa in layouts:
+        b, wb = b[: len(a)], wb[: len(a)]
+        for results, same in (
+            (run(x, a, b, wa, wb, 0.1), run(x.contiguous(), a.contiguous(), b, wa.contiguous(), wb, 0.1)),
+            (run_dense(x, t), run_dense(x.contiguous(), t.contiguous())),
+        ):
+            for result, other in zip(results, same, strict=True):
+                torch.testing.assert_close(result, other)
+
+
+def check_grad_strides():
+    """What lies between the rows of a gradient is not touched."""
+    from mixfeat.kernels.triton.cross_entropy import cross_entropy
+
+    arguments = problem(5, 10)
+    loss, _ = results_for(arguments[0])
+    memory = torch.full((5, 13), NAN, device=DEVICE)
+    cross_entropy(*arguments, 0.0, loss, memory[:, 1:11])
+    assert error(memory[:, 1:11], expected(*arguments)[1]) <= 1e-5
+    assert memory[:, [0, 11, 12]].isnan().all()
+
+
+def check_scale(samples, classes, dtype, one):
+    from mixfeat.kernels.triton.cross_entropy import scale_
+
+    grad = torch.randn(samples, classes, device=DEVICE).to(dtype)
+    factor = torch.rand(() if one else samples, device=DEVICE)
+    if not one:
+        factor[::2] = 1
+    scaled = grad.clone()
+    scale_(scaled, factor)
+    assert torch.equal(scaled, (grad * (factor if one else factor[:, None])).to(dtype))
+    scale_(scaled, factor.new_full((), NAN).expand_as(factor))
+    assert scaled.isnan().all()
+    scaled = grad.clone()
+    scale_(scaled, torch.ones_like(factor))
+    assert torch.equal(scaled, grad)
+
+
+def check_empty(shape):
+    x, *rest = (torch.empty(shape, device=DEVICE), *[torch.zeros(shape[0], dtype=torch.int64, device=DEVICE)] * 2)
+    weights = [torch.ones(shape[0], device=DEVICE)] * 2
+    for loss, grad in (run(x, *rest, *weights), run_dense(x, x)):
+        assert (loss == 0).all()
+        assert grad.shape == shape
+
+
+# Classes: whole rows, several to a program (to 128) and one; rows of two blocks; lengths that are and are not aligned.
+CLASSES = [1, 2, 10, 100, 127, 200, 1000, 1001, 17000]
+CHECKS = {
+    **{
+        f"classes-{c}-{d}-{s}": partial(check_classes, 5 if c > 200 else 9, c, d, s)
+        for c in CLASSES
+        for d in (torch.float32, *(HALF if c in (10, 127, 1000) else ()))
+        for s in (0.0, 0.1)
+    },
+    **{
+        f"dense-{c}-{d}-{t}-{s}": partial(check_dense, 5 if c > 200 else 9, c, d, t, s)
+        for c in CLASSES
+        for d, t in [
+            (torch.float32,) * 2,
+            *([*zip(HALF, HALF, strict=True), (HALF[0], torch.float32)] if c in (10, 127, 1000) else ()),
+        ]
+        for s in (0.0, 0.1)
+    },
+    **{f"classes-50257-{d}": partial(check_classes, 1, 50257, d, 0.1) for d in (torch.float32, torch.bfloat16)},
+    "dense-50257": partial(check_dense, 1, 50257, torch.float32, torch.float32, 0.1),
+    **{f"many-rows-{c}": partial(check_classes, n, c, torch.float32, 0.1) for n, c in ((1500, 1), (300, 5), (33, 60))},
+    "not-probabilities": check_not_probabilities,
+    **{f"blocks-{c}-{s}": partial(check_blocks, c, s) for c in (33, 64, 100) for s in (0.0, 0.1)},
+    **{f"far-from-zero-{c}": partial(check_far_from_zero, c) for c in (10, 300)},
+    **{f"not-finite-{c}": partial(check_not_finite, c) for c in (10, 300)},
+    **{
+        f"target-{t}-{c}-{s}": partial(check_target_out_of_range, t, c, s)
+        for t in (-1, -100, 300, 2**32, 2**40, -(2**40))
+        for c, s in ((10, 0.0), (300, 0.1))
+    },
+    **{f"ignored-{c}-{s}": partial(check_ignored, c, s) for c, s in ((10, 0.0), (10, 0.1), (300, 0.0))},
+    **{f"strides-{c}-{d}": partial(check_strides, c, d) for c in (16, 200) for d in (torch.float32, torch.float16)},
+    "grad-strides": check_grad_strides,
+    **{
+        f"scale-{c}-{d}-{one}": partial(check_scale, 5, c, d, one)
+        for c in (10, 300)
+        for d in (torch.float32, *HALF)
+        for one in (False, True)
+    },
+    **{f"empty-{shape}": partial(check_empty, shape) for shape in ((0, 3), (3, 0))},
+}
+
+
+@pytest.fixture(scope="module")
+def checks(request):
+    with running(request) as checks:
+        yield checks
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_kernel(checks, name):
+    checks(name)
