@@ -56,6 +56,7 @@ def assert_same(a, b):
 
 def test_settings_resolve_their_defaults():
     assert (settings_of(batch_size=None).patch_size, settings_of(batch_size=None).batch_size) == (8, 100)
+    assert settings_of().lr == 0.003
     fashion = settings_of(dataset="fashion-mnist", batch_size=None)
     assert (fashion.patch_size, fashion.batch_size) == (7, 750)
     assert settings_of().hash == settings_of(patch_size=8).hash != settings_of(patch_size=4).hash
@@ -109,7 +110,7 @@ def test_runs_of_a_seed_share_their_problem():
     weights = [next(images.make_model(settings, seed).parameters()) for seed in (3, 3, 4)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
-    assert weights[0].std().item() == pytest.approx(0.7 * 0.3, rel=0.1)
+    assert weights[0].std().item() == pytest.approx(settings.init_scale * settings.rho, rel=0.1)
 
 
 def restated(settings, data, method, seed):
@@ -178,7 +179,8 @@ def restated(settings, data, method, seed):
 @pytest.mark.parametrize("weight", [(0, 1), (0.5, 0.75)])
 @pytest.mark.parametrize("method", common.METHODS)
 def test_a_run_is_its_formulas(method, weight, tmp_path):
-    settings, data = settings_of(dtype="float64", lr=0.03, epochs=5, weight=weight), random_data()
+    settings = settings_of(dtype="float64", degree=3, rho=0.3, lr=0.05, epochs=5, weight=weight)
+    data = random_data()
     record = run(tmp_path / "s", settings, method, seed=3)
     losses, errors, _ = restated(settings, data, method, 3)
     assert losses[-1] < losses[0] - 0.05
@@ -202,7 +204,7 @@ def test_patches_hold_both_halves():
 
 def test_all_methods_learn_digits(tmp_path):
     pytest.importorskip("sklearn")
-    settings = images.Settings(device="cpu", epochs=15, lr=3e-3)
+    settings = images.Settings(device="cpu", epochs=15)
     data = datasets.load("digits", tmp_path)
     with Store(tmp_path / "s", "images", common.identity(settings)) as store:
         for method in common.METHODS:
@@ -230,7 +232,7 @@ def test_summary(tmp_path):
 
 def test_divergence_is_found(tmp_path):
     (x, y), test = random_data()
-    message = r"erm, seed 0 left the finite numbers in epoch 1: try a smaller lr than 0.001"
+    message = r"erm, seed 0 left the finite numbers in epoch 1: try a smaller lr than 0.003"
     with Store(tmp_path / "s", "images", {}) as store, pytest.raises(common.DivergedError, match=message):
         images.train(settings_of(), "erm", 0, (Split(x * torch.inf, y), test), store)
 

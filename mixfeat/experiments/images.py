@@ -38,13 +38,13 @@ class Settings(BaseSettings):
 
     dataset: str = _setting("digits", f"one of {', '.join(DATASETS)}")
     model: str = _setting("patch", f"one of {', '.join(MODELS)}")
-    weight: tuple[float, float] = _setting((0.0, 1.0), "range of the weight w of an image's first half; the paper's")
+    weight: tuple[float, float] = _setting((0.0, 1.0), "range of the weight w of the first half; the paper has 0 to 1")
     patch_size: int = _setting(None, "patch: side of a patch; default: 8 for digits, 7 for fashion-mnist, else 8")
     filters_per_class: int = _setting(10, "patch: filters per class (m)")
-    degree: int = _setting(3, "patch: degree of the activation's polynomial (alpha)")
-    rho: float = _setting(0.3, "patch: threshold above which the activation is linear (rho)")
-    init_scale: float = _setting(0.7, "patch: standard deviation of the initial weights, in units of rho")
-    lr: float = _setting(1e-3, "step size of Adam")
+    degree: int = _setting(8, "patch: degree of the activation's polynomial (alpha)")
+    rho: float = _setting(1.0, "patch: threshold above which the activation is linear (rho)")
+    init_scale: float = _setting(0.3, "patch: standard deviation of the initial weights, in units of rho")
+    lr: float = _setting(None, "step size of Adam; default: 0.003 for patch, 0.001 for resnet18")
     epochs: int = _setting(100, "passes over the training images")
     batch_size: int = _setting(None, "images of a step; default: 100 for digits, else 750")
     seeds: int = _setting(5, "number of runs of each method, each with its own pairing and initialisation")
@@ -60,6 +60,8 @@ class Settings(BaseSettings):
             self._set("patch_size", 7 if self.dataset == "fashion-mnist" else 8)
         if self.batch_size is None:
             self._set("batch_size", 100 if self.dataset == "digits" else 750)
+        if self.lr is None:
+            self._set("lr", 3e-3 if self.model == "patch" else 1e-3)
         self._check_integers(_LEAST)
         self._check_positive("init_scale", "lr")
         self._set("weight", mf.data._weight(self.weight))
