@@ -13,7 +13,7 @@ from torch import nn
 
 import mixfeat as mf
 from mixfeat import cli
-from mixfeat.experiments import common, datasets, images
+from mixfeat.experiments import common, datasets, images, plots
 from mixfeat.experiments.datasets import Split
 from mixfeat.experiments.images import name_of
 from mixfeat.experiments.store import Store
@@ -228,6 +228,13 @@ def test_summary(tmp_path):
         assert summary["loss"][seed] == record.state["loss"][-1]
     assert summary["curves"]["epoch"] == [1, 2, 3]
     json.dumps(summary)
+
+
+def test_figure_of_no_error(tmp_path):
+    """Its axis is logarithmic."""
+    curves = {"epoch": [1, 2], **{f"test_error_view_{view}": [[0.5, 0.0], [0.0, 0.0]] for view in (0, 1)}}
+    plots.plot_images(settings_of(), {"erm": {"curves": curves}}, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_divergence_is_found(tmp_path):

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from mixfeat.experiments import images, sweep, theory
 from mixfeat.experiments.store import Record
 
-__all__ = ["plot_images", "plot_sweep", "plot_theory"]
+__all__ = ["INK", "MUTED", "plain", "plot_images", "plot_sweep", "plot_theory", "save"]
 
-_INK, _MUTED, _LARGER, _SMALLER = "#1f2430", "#6b7280", "#94a3b8", "#d9480f"
+INK, MUTED, _LARGER, _SMALLER = "#1f2430", "#6b7280", "#94a3b8", "#d9480f"
+_NO_ERROR = 0.01  # percent: where a logarithmic axis ends
 _OF_METHOD = {"erm": "#64748b", "uniform": "#2a78b8", "midpoint": "#d9480f"}
 
 
@@ -36,7 +37,7 @@ def plot_theory(settings: theory.Settings, records: Mapping[str, Record], path: 
                 steps, values.mean(-1), color=colour, linewidth=2.2, label=f"{name} of a class's two features, mean"
             )
         both = (record.state["learned"].sum(-1) == 2).double().sum(-1).mean().item()
-        axes.set_title(theory.METHODS[method], loc="left", fontsize=13, fontweight="bold", color=_INK, pad=24)
+        axes.set_title(theory.METHODS[method], loc="left", fontsize=13, fontweight="bold", color=INK, pad=24)
         axes.text(
             0, 1.035, f"both features learned in {both:.1f} of {settings.num_classes} classes",
             transform=axes.transAxes, fontsize=9.5, color=_SMALLER,
@@ -44,13 +45,13 @@ def plot_theory(settings: theory.Settings, records: Mapping[str, Record], path: 
         axes.set_xlim(0, steps[-1])
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.set_xlabel("gradient steps", color=_MUTED)
-        _plain(axes)
-    panels[0].set_ylabel("alignment  max$_m$ ⟨w$_{c,m}$, v$_{c,l}$⟩", color=_MUTED)
-    band = Patch(color=_MUTED, alpha=0.18, linewidth=0, label="middle 80% of classes and seeds")
+        axes.set_xlabel("gradient steps", color=MUTED)
+        plain(axes)
+    panels[0].set_ylabel("alignment  max$_m$ ⟨w$_{c,m}$, v$_{c,l}$⟩", color=MUTED)
+    band = Patch(color=MUTED, alpha=0.18, linewidth=0, label="middle 80% of classes and seeds")
     handles = [*panels[0].lines, band]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5, labelcolor=_INK)
-    _save(figure, path)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5, labelcolor=INK)
+    save(figure, path)
 
 
 def plot_sweep(grid: sweep.Sweep, tables: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path: Path) -> None:
@@ -74,24 +75,22 @@ def plot_sweep(grid: sweep.Sweep, tables: Mapping[str, Mapping[str, Sequence[Seq
             for i, j in itertools.product(range(len(y.values)), range(len(x.values))):
                 if values[i, j].isnan():
                     corner = (j - 0.5, i - 0.5)
-                    axes.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="///", edgecolor=_MUTED, linewidth=0))
+                    axes.add_patch(Rectangle(corner, 1, 1, fill=False, hatch="///", edgecolor=MUTED, linewidth=0))
                     continue
                 text = f"{values[i, j]:.1f}" if quantity == "classes_with_both" else f"{values[i, j]:.2f}"
-                axes.text(
-                    j, i, text, ha="center", va="center", fontsize=9, color="white" if share[i, j] > 0.6 else _INK
-                )
+                axes.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if share[i, j] > 0.6 else INK)
             if axes in panels[0]:
-                axes.set_title(theory.METHODS[method], loc="left", fontsize=13, fontweight="bold", color=_INK, pad=24)
+                axes.set_title(theory.METHODS[method], loc="left", fontsize=13, fontweight="bold", color=INK, pad=24)
             axes.text(0, 1.035, title, transform=axes.transAxes, fontsize=9.5, color=_SMALLER)
             axes.set_xticks(range(len(x.values)), [f"{value:g}" for value in x.values])
             axes.set_yticks(range(len(y.values)), [f"{value:g}" for value in y.values])
-            axes.tick_params(colors=_MUTED, length=0)
+            axes.tick_params(colors=MUTED, length=0)
             axes.spines[:].set_visible(False)
     for axes in panels[-1]:
-        axes.set_xlabel(x.name, color=_MUTED)
+        axes.set_xlabel(x.name, color=MUTED)
     for axes in panels[:, 0]:
-        axes.set_ylabel(y.name, color=_MUTED)
-    _save(figure, path)
+        axes.set_ylabel(y.name, color=MUTED)
+    save(figure, path)
 
 
 def plot_images(settings: images.Settings, results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -107,34 +106,36 @@ def plot_images(settings: images.Settings, results: Mapping[str, Mapping[str, An
             epochs = result["curves"]["epoch"]
             errors = 100 * torch.tensor(result["curves"][f"test_error_view_{view}"], dtype=torch.float64)  # (E, R)
             mean, spread = errors.mean(1), errors.std(1, correction=min(1, errors.shape[1] - 1))
+            low, middle, high = (values.clamp(min=_NO_ERROR) for values in (mean - spread, mean, mean + spread))
             colour = _OF_METHOD[method]
-            axes.fill_between(epochs, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
-            axes.plot(epochs, mean, color=colour, linewidth=1.8, label=theory.METHODS[method])
-        axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK)
+            axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(epochs, middle, color=colour, linewidth=1.8, label=theory.METHODS[method])
+        axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK)
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}%")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("epochs", color=_MUTED)
-        _plain(axes)
-    panels[0].set_ylabel("test error", color=_MUTED)
+        axes.minorticks_off()
+        axes.set_xlabel("epochs", color=MUTED)
+        plain(axes)
+    panels[0].set_ylabel("test error", color=MUTED)
     figure.legend(
-        handles=panels[0].lines, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5, labelcolor=_INK
+        handles=panels[0].lines, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5, labelcolor=INK
     )
-    _save(figure, path)
+    save(figure, path)
 
 
-def _plain(axes: Any) -> None:
-    """Take away of the frame what says nothing."""
-    axes.tick_params(colors=_MUTED, length=3)
-    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+def plain(axes: Any, values: str = "y") -> None:
+    """Take away of the frame what says nothing; ``values`` is the axis along which they are read."""
+    axes.tick_params(colors=MUTED, length=3)
+    axes.grid(axis=values, color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#cbd5e1")
 
 
-def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.part")  # so that a figure is never half there
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
     figure.savefig(temporary, dpi=160, format="png")
     temporary.replace(path)
