@@ -360,6 +360,25 @@ def test_interrupted_run_goes_on_to_the_same_numbers(model, tmp_path):
     assert_same(record, run(tmp_path / "unbroken", settings, "uniform", 1))
 
 
+@pytest.mark.usefixtures("stand_in")
+def test_checkpoint_holds_all_that_changes():
+    settings, data = settings_of(model="resnet18"), random_data()
+    kept = []
+    for _ in range(2):
+        problem, model = images.make_problem(settings, data, 0), images.make_model(settings, 0)
+        optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
+        if kept:
+            images._restore(kept[0], model, optimizer, problem.generator)
+        else:
+            images._train_epoch(settings, "uniform", problem, model, optimizer, lambda steps: None)
+        kept.append({name: value.clone() for name, value in images._state(model, optimizer, problem.generator).items()})
+    names = {f"model {name}" for name in model.state_dict()} | {"generator"}
+    names |= {f"optimizer {p} {key}" for p, _ in model.named_parameters() for key in ("step", "exp_avg", "exp_avg_sq")}
+    assert kept[0].keys() == kept[1].keys() == names
+    for name, value in kept[0].items():
+        assert torch.equal(value, kept[1][name]), name
+
+
 def test_killed_command_goes_on_to_the_same_numbers(tmp_path):
     """SIGKILL in a real process, in the middle of the second run's second epoch."""
     pytest.importorskip("sklearn")
