@@ -220,6 +220,7 @@ def soft_target_cross_entropy(
     ``input``, ``target`` of any float dtype and, of input's, ``grad`` or None, (N,C) with unit stride in C; ``loss``
     (N,) float32.
     """
+    target = launch.interpretable(target)
     _run(input, (target, None, float(weight), None), target.stride(0), label_smoothing, loss, grad)
 
 
@@ -234,7 +235,7 @@ def _run(
     if not input.numel():
         loss.zero_()  # of no classes
         return
-    num_classes = input.shape[1]
+    input, num_classes = launch.interpretable(input), input.shape[1]
     dense = targets[1] is None
     itemsize = max(input.itemsize, targets[0].itemsize) if dense else input.itemsize
     with nullcontext() if grad is None else launch.rounded(grad) as result:

@@ -8,13 +8,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = [
     "CROSS_ENTROPY_CONFIGS", "MIXUP_CONFIG", "PAIRWISE_CONFIGS", "PATCH_CONV_TILES", "CrossEntropyConfig", "Direction",
     "Launch", "MixupConfig", "PairwiseConfig", "PatchConvConfig", "PatchConvTiles", "cross_entropy_config",
-    "multiprocessors", "pairwise_config", "patch_conv_tiles", "precision", "record", "rounded", "run", "vector",
+    "interpretable", "multiprocessors", "pairwise_config", "patch_conv_tiles", "precision", "record", "rounded", "run",
+    "vector",
 ]  # fmt: skip
 
 Direction = Literal["forward", "backward_input", "backward_weight"]
@@ -345,16 +347,21 @@ def run(launch: Launch) -> None:
         launches.append(launch)
         return
     options = launch.options("hip" if torch.version.hip else "cuda")
-    with torch.cuda.device_of(launch.arguments[0]):
+    tensor = launch.arguments[0]
+    # numbers that are not finite are numpy's to warn of in the interpreter, and nobody's on a GPU
+    with np.errstate(all="ignore") if tensor.is_cpu else torch.cuda.device_of(tensor):
         launch.kernel[launch.programs,](*launch.arguments, **launch.constants, **options)
+
+
+def interpretable(tensor: Tensor) -> Tensor:
+    """The tensor, or where Triton's interpreter would get bfloat16 wrong, on a CPU, a copy of it in float32."""
+    return tensor.float() if tensor.is_cpu and tensor.dtype == torch.bfloat16 else tensor
 
 
 @contextlib.contextmanager
 def rounded(result: Tensor) -> Iterator[Tensor]:
-    """Where a kernel is to write ``result``. Triton's interpreter truncates to bfloat16: there float32 stands in."""
-    if not result.is_cpu or result.dtype != torch.bfloat16:
-        yield result
-        return
-    exact = result.float()
+    """Where a kernel is to write ``result``: the interpreter would truncate to bfloat16, and not round."""
+    exact = interpretable(result)
     yield exact
-    result.copy_(exact)
+    if exact is not result:
+        result.copy_(exact)

@@ -99,6 +99,7 @@ def mixup(input: Tensor, index: Tensor, lam: Tensor, output: Tensor) -> None:
 
     ``index`` (N,) int64 and ``lam`` (N,) or () float32, of any strides. A partner out of range gives NaN.
     """
+    input = launch.interpretable(input)
     with launch.rounded(output) as result:
         _run(mixup_kernel, (input, index, lam, result), input, result, index.stride(0), _stride(lam))
 
@@ -108,7 +109,7 @@ def mixup_backward(grad: Tensor, index: Tensor, lam: Tensor, input_grad: Tensor)
 
     A partner out of range gets no share, and its sample NaN.
     """
-    index = index.contiguous()
+    grad, index = launch.interpretable(grad), index.contiguous()
     # Whose partner i is, in ascending order: so that a sum's order is always the same.
     partners, order = index.sort(stable=True)
     first = torch.searchsorted(partners, torch.arange(len(index) + 1, device=index.device))
