@@ -43,7 +43,7 @@ class Settings(BaseSettings):
     filters_per_class: int = _setting(10, "patch: filters per class (m)")
     degree: int = _setting(8, "patch: degree of the activation's polynomial (alpha)")
     rho: float = _setting(1.0, "patch: threshold above which the activation is linear (rho)")
-    init_scale: float = _setting(0.3, "patch: standard deviation of the initial weights, in units of rho")
+    init_scale: float = _setting(1.2, "patch: scale of the pre-activations of images at the start, in units of rho")
     lr: float = _setting(None, "step size of Adam; default: 0.003 for patch, 0.001 for resnet18")
     epochs: int = _setting(100, "passes over the training images")
     batch_size: int = _setting(None, "images of a step; default: 100 for digits, else 750")
@@ -116,19 +116,22 @@ class _PatchModel(nn.Module):
         return self.network(mf.data.images_to_patches(input, self.patch_size))
 
 
-def make_model(settings: Settings, seed: int) -> nn.Module:
+def make_model(settings: Settings, seed: int, images: Tensor) -> nn.Module:
     """The network with its initial weights, from (B, 2 channels, H, W) to logits.
 
-    ``patch`` is :class:`mixfeat.TwoLayerPatchCNN`. ``resnet18`` is torchvision's, with the stem for small images
-    that the authors' has too: a 3 x 3 convolution of stride 1, with twice the channels, and no pooling.
+    ``patch`` is :class:`mixfeat.TwoLayerPatchCNN`; pre-activations of the patches of ``images`` start with a root mean
+    square of ``init_scale`` rho. ``resnet18`` is torchvision's, with the stem for small images that the authors' has
+    too: a 3 x 3 convolution of stride 1, with twice the channels, and no pooling.
     """
     dataset = DATASETS[settings.dataset]
-    channels = 2 * dataset.shape[0]
+    channels = 2 * images.shape[1]
     generator = _generator("model", seed)
     if settings.model == "patch":
+        pixel = torch.linalg.vector_norm(images, dtype=torch.float64) / images.numel() ** 0.5  # root mean square
+        patch = pixel * settings.patch_size * images.shape[1] ** 0.5
         network = mf.TwoLayerPatchCNN(
             dataset.num_classes, settings.filters_per_class, channels * settings.patch_size**2,
-            mf.PolyReLU(settings.degree, settings.rho), init_std=settings.init_scale * settings.rho,
+            mf.PolyReLU(settings.degree, settings.rho), init_std=(settings.init_scale * settings.rho / patch).item(),
             generator=generator, dtype=getattr(torch, settings.dtype),
         )  # fmt: skip
         return _PatchModel(network, settings.patch_size).to(settings.device)
@@ -208,7 +211,7 @@ def _train(
     settings: Settings, method: str, seed: int, data: tuple[Split, Split], store: Store,
     progress: Callable[[int], Any], record: Record | None,
 ) -> Record:  # fmt: skip
-    problem, model = make_problem(settings, data, seed), make_model(settings, seed)
+    problem, model = make_problem(settings, data, seed), make_model(settings, seed, data[0].images)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
     steps = steps_of_epoch(settings, data)
     first, seconds = 0, 0.0
