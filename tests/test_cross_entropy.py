@@ -59,9 +59,9 @@ def check(f, formula, x, *args, **options):
     assert mine[1].dtype == x.dtype
     for i, (a, b, c) in enumerate(zip(mine, true, usual, strict=True)):
         assert a.shape == b.shape
-        half = x.dtype.itemsize == 2
-        # the loss of half-precision logits is formed in float32
-        budget = 1e-13 if x.dtype == torch.float64 else 2 * error([c], [b]) if half and i else 1e-5
+        half, usual_error = x.dtype.itemsize == 2, 2 * error([c], [b])
+        # a loss is formed in float32 also of half-precision logits; where it is next to 0, digits cancel in any formula
+        budget = 1e-13 if x.dtype == torch.float64 else usual_error if half and i else max(1e-5, usual_error)
         assert error([a], [b]) <= budget, f"{'loss' if i == 0 else 'gradient'}: {error([a], [b]):.1e} > {budget:.1e}"
 
 
@@ -84,6 +84,11 @@ def probabilities(shape, dtype, device):
     return (target / target.sum(1, keepdim=True)).to(device, dtype)
 
 
+def enough(shape, dtype):
+    """A shape with numbers enough for errors in half precision to compare."""
+    return (64, shape[1]) if dtype.itemsize == 2 and math.prod(shape) < 500 else shape
+
+
 def unless_refused(backend, dtype, run):
     if backend == "triton" and dtype == torch.float64:
         with pytest.raises(ValueError, match=r"'triton' does not serve torch\.float64"):
@@ -96,7 +101,7 @@ def unless_refused(backend, dtype, run):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_accuracy(backend, device, shape, dtype, lam):
-    x, *rest = make_inputs((max(shape[0], 64) if dtype.itemsize == 2 else shape[0], shape[1]), dtype, device, lam=lam)
+    x, *rest = make_inputs(enough(shape, dtype), dtype, device, lam=lam)
     if shape[1] > 1 or dtype.itemsize > 2:  # with one class everything is 0 but for rounding
         unless_refused(backend, dtype, lambda: check_mixup(x, *rest))
 
@@ -117,7 +122,7 @@ def test_accuracy_of_options(backend, device, lam, reduction, label_smoothing):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_accuracy_of_soft_targets(backend, device, shape, dtype):
-    shape = (max(shape[0], 64) if dtype.itemsize == 2 else shape[0], shape[1])
+    shape = enough(shape, dtype)
     if shape[1] > 1 or dtype.itemsize > 2:
         x = make_inputs(shape, dtype, device)[0]
         for target_dtype in {dtype, torch.float32, torch.bfloat16}:
@@ -147,7 +152,7 @@ def test_both_losses_agree(backend, device):
 def check_everything(device="cpu"):
     for shape in SHAPES:
         for dtype in (torch.float32, torch.float64):
-            check_mixup(*make_inputs(shape, dtype, device), label_smoothing=0.1)
+            check_mixup(*make_inputs(shape, dtype, device), label_smoothing=0.1 if shape[1] > 1 else 0.0)
             check_soft(make_inputs(shape, dtype, device)[0], probabilities(shape, dtype, device))
     for dtype in (torch.bfloat16, torch.float16):
         check_mixup(*make_inputs((64, 77), dtype, device))
@@ -202,6 +207,7 @@ def test_strides_and_poison(backend, device):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # by the interpreter's numpy
 def test_extreme_logits(backend, device):
     """Large ones do not overflow; minus infinity rules a class out; what is not a number shows, in its row alone."""
     x, a, b, lam = make_inputs((6, 40), torch.float32, device, ignored=False)
@@ -225,6 +231,7 @@ def test_extreme_logits(backend, device):
     assert torch.equal(infinite, F.cross_entropy(ruled_out, soft, reduction="none").isfinite())
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # by the interpreter's numpy
 def test_ignored_rows_do_not_count(backend, device):
     """Their loss and gradient are 0 even where their logits are not numbers."""
     x, a, b, lam = make_inputs((6, 9), torch.float32, device, ignored=False)

@@ -92,24 +92,34 @@ def test_bytes(backend, device, shape):
     assert mf.mixup(x.abs().byte(), index, lam).dtype == torch.float32
 
 
-def check_every_half(device):
-    """Every number that 16 bits hold comes through as it is, and what lies between is rounded as PyTorch rounds it."""
+def check_every_half(device, subnormal=True):
+    """Every number that 16 bits hold comes through as it is, and what lies between is rounded as PyTorch rounds it.
+
+    Without ``subnormal`` numbers may be 0 that are subnormal in float32.
+    """
+
+    def same(a, b):
+        least = 0 if subnormal else torch.finfo(torch.float32).tiny
+        a, b = (t.float()[~t.isnan()] for t in (a, b))
+        return torch.equal(a.where(a.abs() >= least, 0), b.where(b.abs() >= least, 0))
+
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     index = torch.zeros(1, dtype=torch.int64, device=device)
     for dtype in (torch.bfloat16, torch.float16):
         x = numbers.view(dtype).to(device)
         z = mf.mixup(x[None], index, 1.0)[0]
         assert torch.equal(z.isnan(), x.isnan() | x.isinf())  # 0 * inf is not a number
-        assert torch.equal(z[~z.isnan()], x[~z.isnan()])
+        assert same(z, x.where(~z.isnan(), torch.nan))
         pair = torch.stack([x, x.roll(1)])
         between = mf.mixup(pair, index.new_tensor([1, 0]), 0.5)[0]
         rounded = (x.float() / 2 + x.roll(1).float() / 2).to(dtype)
         assert torch.equal(between.isnan(), rounded.isnan())
-        assert torch.equal(between[~between.isnan()], rounded[~rounded.isnan()])
+        assert same(between, rounded)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # by the interpreter's numpy
 def test_every_half(backend, device):
-    check_every_half(device)
+    check_every_half(device, subnormal=backend != "triton")
 
 
 def test_memory_formats(backend, device):
