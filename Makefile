@@ -1,11 +1,13 @@
-# make install | reproduce | test | lint | bench
+# make install | reproduce | test | lint | bench | gpu | gpu-sanitize
 # Each works on a fresh machine with python >= 3.11, a C++ compiler and git. PYTHON names another interpreter, OUT another folder.
 
 PYTHON ?= python3
 OUT ?= results/theory
 BIN := .venv/bin
 
-.PHONY: install reproduce test test-native test-interpreted lint bench
+RESULTS ?= benchmarks/results
+
+.PHONY: install reproduce test test-native test-interpreted lint bench gpu gpu-sanitize
 
 install: .venv/installed
 
@@ -28,7 +30,8 @@ test-native: install
 	$(BIN)/python -m pytest
 
 test-interpreted: install
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m triton tests/test_patch_conv.py tests/test_pairwise_mixup_loss.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m triton tests/test_patch_conv.py \
+		tests/test_pairwise_mixup_loss.py tests/test_mixup.py tests/test_cross_entropy.py
 
 lint: install
 	$(BIN)/ruff check
@@ -36,4 +39,20 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/mixfeat bench
+
+# On a machine with a GPU: its tests, mixfeat check and the benchmarks, within 9 minutes, with PYTHON's own packages (torch, triton,
+# pytest, pytest-benchmark, pytest-timeout), without network and without .venv. Results go to the folder RESULTS, whatever fails.
+gpu:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	mkdir -p "$(RESULTS)"
+	failed=; parallel=$$($(PYTHON) -c "import xdist; print('-n 8 --dist loadfile')" 2>/dev/null); \
+	timeout 200 $(PYTHON) -m pytest -q $$parallel -m "gpu or triton" --junitxml="$(RESULTS)/tests-gpu.xml" \
+		|| failed="$$failed tests"; \
+	timeout 80 $(PYTHON) -m mixfeat check --backend triton --json "$(RESULTS)/check-gpu.json" || failed="$$failed check"; \
+	$(PYTHON) -m mixfeat bench --seconds 1 --limit 230 --out "$(RESULTS)/bench-gpu.json" || failed="$$failed bench"; \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+# The same tests' smallest shapes under compute-sanitizer, which finds reads and writes outside memory
+gpu-sanitize:
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m mixfeat check --quick --backend triton

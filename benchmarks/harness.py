@@ -3,44 +3,43 @@
 import ctypes
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from mixfeat.kernels import cpu
 from mixfeat.kernels.cpu.build import SOURCE, X86, compiler
+from torch.profiler import ProfilerActivity, profile
 
-import mixfeat as mf
+from .results import Timing, describe
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+#: seconds for which contenders are timed together, unless a benchmark needs more or less
+SECONDS = float(os.environ.get("MIXFEAT_BENCH_SECONDS", "8"))
 
 Contender = Callable[[], object]
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one contender: quantiles over its turns."""
+def compare(contenders: Mapping[str, Contender], *, share: float = 1.0, min_turns: int = 7) -> dict[str, Timing]:
+    """Time contenders in turn, A B C A B C ..., for about ``share`` of SECONDS after two turns of warm-up (none if 0).
 
-    p20: float
-    p50: float
-    p80: float
-
-
-def compare(contenders: dict[str, Contender], *, seconds: float = 8.0, min_turns: int = 7) -> dict[str, Timing]:
-    """Time contenders in turn, A B C A B C ..., for about ``seconds`` after two turns of warm-up (none if 0)."""
-    for _ in range(2 if seconds else 0):
+    On a GPU the second-level cache is cleared before each.
+    """
+    for _ in range(2 if share else 0):
         for run in contenders.values():
             run()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     start = time.perf_counter()
-    while time.perf_counter() - start < seconds or len(next(iter(times.values()))) < min_turns:
+    while time.perf_counter() - start < share * SECONDS or len(next(iter(times.values()))) < min_turns:
         for name, run in contenders.items():
             times[name].append(once(run))
     return {name: quantiles(values) for name, values in times.items()}
@@ -48,10 +47,11 @@ def compare(contenders: dict[str, Contender], *, seconds: float = 8.0, min_turns
 
 def once(run: Contender) -> float:
     """Seconds of one call, to the end of what it put on the device."""
-    if not torch.cuda.is_available():
+    if not CUDA:
         begin = time.perf_counter()
         run()
         return time.perf_counter() - begin
+    torch.empty(64 << 20, device=DEVICE).zero_()  # 256 MB: more than any cache
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     events[0].record()
     run()
@@ -67,18 +67,40 @@ def quantiles(values: list[float]) -> Timing:
     return Timing(cuts[1], statistics.median(values), cuts[7])
 
 
-def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+def peak_bytes(contenders: Mapping[str, Contender]) -> dict[str, int]:
+    """The most memory that each has allocated at once, beyond what was there before."""
+    peaks = {}
+    for name, run in contenders.items():
+        if CUDA:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            run()
+            peaks[name] = torch.cuda.max_memory_allocated() - before
+            continue
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            run()
+        held = most = 0
+        for event in recorded.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()  # negative where memory is let go
+                most = max(most, held)
+        peaks[name] = most
+    return peaks
+
+
+def matrix_rate(dtype: torch.dtype) -> float:
     """Multiply-adds a second of a large square matrix product: the limit of everything that is one."""
-    n = 8192 if device.type == "cuda" else 1536
-    a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
-    return n**3 / compare({"product": lambda: a @ b}, seconds=1)["product"].p20
+    n = 8192 if CUDA else 1536
+    a, b = (torch.randn(n, n, dtype=dtype, device=DEVICE) for _ in range(2))
+    return n**3 / compare({"product": lambda: a @ b}, share=0.125)["product"].p20
 
 
-def copy_rates(bytes: int, device: torch.device) -> dict[str, float]:
+def copy_rates(bytes: int) -> dict[str, float]:
     """Bytes a second, read and written, of copies that move ``bytes`` in all, into old memory and into new."""
-    source = torch.ones(bytes // 8, device=device)
+    source = torch.ones(bytes // 8, device=DEVICE)
     target = torch.empty_like(source)
-    timing = compare({"old": lambda: target.copy_(source), "new": source.clone}, seconds=2)
+    timing = compare({"old": lambda: target.copy_(source), "new": source.clone}, share=0.25)
     return {name: bytes / time.p50 for name, time in timing.items()}
 
 
@@ -88,16 +110,7 @@ def activation_rates(threads: int, rounds: int = 1_000_000) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "activation_rate.so")
         source = Path(__file__).with_name("activation_rate.cpp")
-        command = [
-            *shlex.split(compiler()),
-            *flags,
-            "-shared",
-            "-fPIC",
-            f"-I{SOURCE}",
-            source,
-            "-o",
-            library,
-        ]
+        command = [*shlex.split(compiler()), *flags, "-shared", "-fPIC", f"-I{SOURCE}", source, "-o", library]
         subprocess.run(command, check=True)
         functions = ctypes.CDLL(str(library))
     rates = {}
@@ -114,17 +127,50 @@ def activation_rates(threads: int, rounds: int = 1_000_000) -> dict[str, float]:
     return rates
 
 
-def record(capsys: Any, row: dict[str, Any]) -> None:
-    """Print a row of results, and append it to the JSON lines of ``MIXFEAT_BENCH_OUT``."""
-    cuda = torch.cuda.is_available()
+@dataclass(frozen=True)
+class Limit:
+    """What bounds the work from below: so many seconds at the rate that ``name`` says, measured in this run."""
+
+    name: str
+    seconds: float
+
+
+def record(
+    capsys: Any,
+    suite: str,
+    case: str,
+    direction: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    timings: Mapping[str, Timing] | None = None,
+    work: Mapping[str, float] | None = None,
+    limit: Limit | None = None,
+    memory: Mapping[str, int] | None = None,
+    figures: Mapping[str, Any] | None = None,
+) -> None:
+    """Print a row of results, and append it to the JSON lines of ``MIXFEAT_BENCH_OUT``.
+
+    Args:
+        suite, case, direction: what was timed: the operator, the problem's name and shape, forward or more.
+        timings: of ``"mixfeat"``, and of each baseline.
+        work: what there was to do, by unit: evaluations, multiply-adds, bytes.
+        limit: the time that this work needs at least.
+        memory: peak bytes of each contender.
+        figures: whatever else was found, by name.
+    """
     row = {
-        **row,
-        "version": mf.__version__,
-        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
+        "suite": suite,
+        "case": case,
+        "direction": direction,
+        "dtype": str(dtype).removeprefix("torch."),
+        "timings": {name: asdict(timing) for name, timing in (timings or {}).items()},
+        "work": dict(work or {}),
+        "limit": asdict(limit) if limit else None,
+        "peak_bytes": dict(memory or {}),
+        "figures": dict(figures or {}),
     }
     with capsys.disabled():
-        print("\n" + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        print("\n" + describe(row))
     if "MIXFEAT_BENCH_OUT" in os.environ:
         with open(os.environ["MIXFEAT_BENCH_OUT"], "a") as file:
             file.write(json.dumps(row) + "\n")

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import mixfeat as mf
-from benchmarks import baselines, harness
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+from . import baselines, harness
+from .harness import CUDA, DEVICE, Limit
+
 SHAPES = {
     "imagenet": (1024, 1000),
     "vocabulary": (4096 if CUDA else 256, 50257),
@@ -24,33 +24,25 @@ def test_mixup_cross_entropy(benchmark, capsys, name, dtype):
     lam = torch.tensor(0.3, device=DEVICE)
 
     def step(f):
-        def run():
-            x.grad = None
-            f(x, a, b, lam).backward()
+        return lambda: torch.autograd.grad(f(x, a, b, lam), x)
 
-        return run
-
-    contenders = {
+    functions = {
         "mixfeat": mf.mixup_cross_entropy,
-        "compile of two": torch.compile(baselines.two_cross_entropies, dynamic=False),
-        "compile of dense": torch.compile(baselines.dense_cross_entropy, dynamic=False),
-        "two": baselines.two_cross_entropies,
-        "dense": baselines.dense_cross_entropy,
+        "torch.compile of two": torch.compile(baselines.two_cross_entropies, dynamic=False),
+        "torch.compile of dense targets": torch.compile(baselines.dense_cross_entropy, dynamic=False),
+        "two F.cross_entropy": baselines.two_cross_entropies,
+        "dense targets": baselines.dense_cross_entropy,
     }
     with torch.no_grad():
         truth = baselines.two_cross_entropies(x.double(), a, b, lam.double()).item()
-    for f in contenders.values():
+    for f in functions.values():
         assert f(x, a, b, lam).item() == pytest.approx(truth, rel=1e-5 if dtype == torch.float32 else 2e-2)
-    timing = harness.compare({key: step(f) for key, f in contenders.items()})
-    benchmark.pedantic(step(mf.mixup_cross_entropy), rounds=5)
-    ours, bytes = timing["mixfeat"].p50, 2 * x.nbytes
-    copies = harness.copy_rates(bytes, DEVICE)
-    row = {
-        "shape": f"mixup_cross_entropy {name} {(samples, classes)}",
-        "dtype": str(dtype).removeprefix("torch."),
-        "ms": ours * 1e3,
-        **{f"x {key}": timing[key].p50 / ours for key in list(contenders)[1:]},
-        "GB/s": bytes / ours / 1e9,
-        "of a copy to new memory": bytes / ours / copies["new"],
-    }
-    harness.record(capsys, row)
+    contenders = {key: step(f) for key, f in functions.items()}
+    timings = harness.compare(contenders)
+    benchmark.pedantic(contenders["mixfeat"], rounds=5)
+    bytes = 2 * x.nbytes  # logits read, gradient written
+    harness.record(
+        capsys, "mixup_cross_entropy", f"{name} {(samples, classes)}", "forward + backward", dtype=dtype,
+        timings=timings, memory=harness.peak_bytes(contenders), work={"bytes": bytes},
+        limit=Limit("a copy", bytes / harness.copy_rates(bytes)["new"]),
+    )  # fmt: skip

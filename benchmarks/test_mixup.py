@@ -1,15 +1,17 @@
 """mixup, against what users write, and against a copy; and what mixing adds to a training step."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import mixfeat as mf
-from benchmarks import baselines, harness
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+from . import baselines, harness
+from .harness import DEVICE, Limit
+
 SHAPES = {"imagenet": (256, 3, 224, 224), "cifar": (512, 3, 32, 32), "hidden": (128, 256, 14, 14)}
 
 
@@ -19,35 +21,29 @@ def test_mixup(benchmark, capsys, name, dtype):
     shape = SHAPES[name]
     x = torch.rand(shape, device=DEVICE).to(dtype)
     index, lam = mf.sample_mixup(shape[0], lam=0.3, device=DEVICE)
-    contenders = {
+    functions = {
         "mixfeat": mf.mixup,
-        "compile": torch.compile(baselines.mixup, dynamic=False),
+        "torch.compile": torch.compile(baselines.mixup, dynamic=False),
         "lerp": baselines.mixup_lerp,
-        "eager": baselines.mixup,
+        "lam * x + (1 - lam) * x[index]": baselines.mixup,
         "torchvision": baselines.mixup_torchvision,
         "timm": baselines.mixup_timm,
     }
     truth = torch.lerp(x[index].double(), x.double(), 0.3)
-    for key in ("mixfeat", "compile", "lerp", "eager"):  # the others pair in their own way
-        found = contenders[key](x, index, lam).double()
-        assert (found - truth).norm() / truth.norm() < (1e-6 if dtype == torch.float32 else 1e-2)
+    for key, f in functions.items():
+        if key not in ("timm", "torchvision"):  # which pair in their own way
+            assert (f(x, index, lam).double() - truth).norm() / truth.norm() < (1e-6 if x.itemsize == 4 else 1e-2)
     theirs = x.clone()  # overwritten by timm's
-    timing = harness.compare(
-        {k: (lambda f=f, x=theirs if k == "timm" else x: f(x, index, lam)) for k, f in contenders.items()}
-    )
-    benchmark.pedantic(lambda: mf.mixup(x, index, lam), rounds=5)
-    ours, bytes = timing["mixfeat"].p50, 3 * x.nbytes
-    copies = harness.copy_rates(bytes, DEVICE)
-    row = {
-        "shape": f"mixup {name} {shape}",
-        "dtype": str(dtype).removeprefix("torch."),
-        "ms": ours * 1e3,
-        **{f"x {key}": timing[key].p50 / ours for key in list(contenders)[1:]},
-        "GB/s": bytes / ours / 1e9,
-        "of a copy to new memory": bytes / ours / copies["new"],
-        "of a copy to old memory": bytes / ours / copies["old"],
-    }
-    harness.record(capsys, row)
+    contenders = {key: functools.partial(f, theirs if key == "timm" else x, index, lam) for key, f in functions.items()}
+    timings = harness.compare(contenders)
+    benchmark.pedantic(contenders["mixfeat"], rounds=5)
+    bytes = 3 * x.nbytes  # two samples read, one written
+    copies = harness.copy_rates(bytes)
+    harness.record(
+        capsys, "mixup", f"{name} {shape}", "forward", dtype=dtype, timings=timings,
+        memory=harness.peak_bytes(contenders), work={"bytes": bytes}, limit=Limit("a copy", bytes / copies["new"]),
+        figures={"of a copy into memory that is there": bytes / copies["old"] / timings["mixfeat"].p50},
+    )  # fmt: skip
 
 
 class Block(nn.Module):
@@ -82,11 +78,8 @@ def test_training_step_of_a_small_resnet(benchmark, capsys):
         images, target = mix(x, y)
         return mixed_loss(model(images), target)
 
-    timing = harness.compare(
-        {"mixed": lambda: step(mixed), "plain": lambda: step(lambda: F.cross_entropy(model(x), y))}, seconds=30
-    )
-    benchmark.pedantic(lambda: step(mixed), rounds=3)
-    mixed_time, plain = timing["mixed"].p50, timing["plain"].p50
-    harness.record(
-        capsys, {"shape": "resnet step N=128", "ms": mixed_time * 1e3, "of the step without mixing": mixed_time / plain}
-    )
+    contenders = {"mixed": lambda: step(mixed), "plain": lambda: step(lambda: F.cross_entropy(model(x), y))}
+    timing = harness.compare(contenders, share=4)
+    benchmark.pedantic(contenders["mixed"], rounds=3)
+    figures = {"ms": timing["mixed"].p50 * 1e3, "of the step without mixing": timing["mixed"].p50 / timing["plain"].p50}
+    harness.record(capsys, "mixup", "small ResNet, N=128", "training step", figures=figures)

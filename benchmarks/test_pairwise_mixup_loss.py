@@ -1,24 +1,28 @@
 """pairwise_mixup_loss, forward and forward + backward to the weight, against what a user could write and the limit.
 
-E, the evaluations, are N(N+1)/2 * P*C*M: what symmetry leaves of N^2. ``pytest benchmarks`` prints a table.
+E, the evaluations, are N(N+1)/2 * P*C*M: what symmetry leaves of N^2.
 """
 
 import functools
 import math
+import subprocess
+import sys
+from dataclasses import astuple
 
 import pytest
 import torch
 
 import mixfeat as mf
-from benchmarks import baselines, harness
 from mixfeat.ops import pairwise_mixup_block
 
+from . import baselines, harness
+from .harness import CUDA, DEVICE, Limit
+from .results import Timing
+
 ACTIVATION = mf.PolyReLU(8, 0.1)
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 PATCHES, FEATURES, CLASSES = 12, 20, 10
 SAMPLES = (256, 1024, 4096) if CUDA else (256, 1024)
-SLOW = ("eager", "naive")
+SLOW = ("eager", "mixing the inputs")
 
 
 def make_inputs(samples, filters, runs=None):
@@ -32,13 +36,14 @@ def evaluations(samples, filters, runs=1):
     return runs * samples * (samples + 1) / 2 * PATCHES * CLASSES * filters
 
 
-def limits(threads):
-    """Evaluations a second of each direction; both together take the sum of their times. None where not measured."""
+def limit(samples, filters, direction):
+    """The time of all evaluations at the rate of a loop in registers; None where that is not measured."""
     if CUDA:
-        return {"forward": None, "forward + backward": None}
-    rates = harness.activation_rates(threads)
-    both = 1 / (1 / rates["forward"] + 1 / rates["backward"])
-    return {"forward": rates["forward"], "forward + backward": both}
+        return None
+    rates = harness.activation_rates(torch.get_num_threads())
+    count = evaluations(samples, filters)
+    seconds = count / rates["forward"] + (count / rates["backward"] if direction != "forward" else 0)
+    return Limit("arithmetic peak", seconds)
 
 
 @pytest.mark.parametrize("samples", SAMPLES)
@@ -74,44 +79,43 @@ def test_against_baselines(benchmark, capsys, samples):
 
         return run
 
-    contenders = {"mixfeat": ours, "compile": rows(compiled), "compile on one thread": rows(compiled, 1)}
-    if samples <= 256:  # at 1024 the naive way's activations alone would be 5 GB, several times over
-        contenders |= {"eager": rows(eager), "naive": naive}
-    losses = {name: float(f(False)) for name, f in contenders.items()}
+    one = "torch.compile on one thread"  # what it makes of this can be much slower on several
+    functions = {"mixfeat": ours, "torch.compile": rows(compiled), one: rows(compiled, 1)}
+    if samples <= 256:  # at 1024 the inputs' mixes alone would take 5 GB, several times over
+        functions |= {"eager": rows(eager), "mixing the inputs": naive}
+    losses = {name: float(f(False)) for name, f in functions.items()}
     assert all(loss == pytest.approx(losses["mixfeat"], rel=1e-5) for loss in losses.values()), losses
     gradients = {}
-    for name, f in contenders.items():
+    for name, f in functions.items():
         f(True)
         gradients[name] = w.grad.clone()
     for gradient in gradients.values():
         assert (gradient - gradients["mixfeat"]).norm() <= 1e-3 * gradient.norm()
-    limit = limits(torch.get_num_threads())
     for backward, direction in ((False, "forward"), (True, "forward + backward")):
-        runs = {name: functools.partial(f, backward) for name, f in contenders.items()}
+        runs = {name: functools.partial(f, backward) for name, f in functions.items()}
         # one by one: gigabytes of activations in between, and another number of threads, slow down who comes next
         pairs = {
             name: harness.compare(
-                {"mixfeat": runs["mixfeat"], name: run}, seconds=0 if name in SLOW else 6, min_turns=5
+                {"mixfeat": runs["mixfeat"], name: run}, share=0 if name in SLOW else 0.75, min_turns=5
             )
             for name, run in runs.items()
             if name != "mixfeat"
         }
-        ms = pairs["compile"]["mixfeat"].p50
-        ratios = {name: timing[name].p50 / timing["mixfeat"].p50 for name, timing in pairs.items()}
-        # what torch.compile makes of it can be much slower on several threads than on one
-        single = pairs.pop("compile on one thread")["compile on one thread"].p50 / ms
-        ratios["compile"] = min(ratios["compile"], single)
-        rate = evaluations(samples, 10) / ms
-        row = {
-            "shape": f"pairwise N={samples} {(PATCHES, FEATURES, CLASSES, 10)}",
-            "direction": direction,
-            "ms": ms * 1e3,
-            **{f"x {name}": ratios[name] for name in pairs},
-            "1e9 evaluations/s": rate / 1e9,
-        }
-        if limit[direction]:
-            row["of arithmetic peak"] = rate / limit[direction]
-        harness.record(capsys, row)
+        own = pairs["torch.compile"]["mixfeat"]
+        # times as they would be if mixfeat had taken the same in every pair
+        timings = {"mixfeat": own}
+        for name, pair in pairs.items():
+            scale = own.p50 / pair["mixfeat"].p50
+            timings[name] = Timing(*(scale * seconds for seconds in astuple(pair[name])))
+        single = timings.pop(one)
+        if single.p50 < timings["torch.compile"].p50:
+            timings["torch.compile"] = single
+        measured = {name: run for name, run in runs.items() if name in timings}
+        harness.record(
+            capsys, "pairwise_mixup_loss", f"N={samples} {(PATCHES, FEATURES, CLASSES, 10)}", direction,
+            timings=timings, memory=harness.peak_bytes(measured), work={"evaluations": evaluations(samples, 10)},
+            limit=limit(samples, 10, direction),
+        )  # fmt: skip
     benchmark.pedantic(lambda: ours(True), rounds=3)
 
 
@@ -133,10 +137,8 @@ def test_threads(benchmark, capsys):
         benchmark.pedantic(step(most), rounds=3)
     finally:
         torch.set_num_threads(most)
-    harness.record(
-        capsys,
-        {"shape": "pairwise N=512 threads", "threads": most, "x one thread": timing["one"].p50 / timing["all"].p50},
-    )
+    figures = {"threads": most, "times as fast as one": timing["one"].p50 / timing["all"].p50}
+    harness.record(capsys, "pairwise_mixup_loss", "N=512", "threads", figures=figures)
 
 
 def test_training_step(benchmark, capsys):
@@ -159,17 +161,14 @@ def test_training_step(benchmark, capsys):
         }
     )
     benchmark.pedantic(step, rounds=5)
-    ms = timing["step"].p50
-    harness.record(
-        capsys,
-        {
-            "shape": "pairwise step N=50 R=8",
-            "ms": ms * 1e3,
-            "of its operator": ms / timing["operator"].p50,
-            "of its kernel": ms / timing["kernel"].p50,
-            "1e9 evaluations/s": evaluations(50, 5, 8) / ms / 1e9,
-        },
-    )
+    seconds = timing["step"].p50
+    figures = {
+        "ms": seconds * 1e3,
+        "of its operator": seconds / timing["operator"].p50,
+        "of its kernel": seconds / timing["kernel"].p50,
+        "1e9 evaluations/s": evaluations(50, 5, 8) / seconds / 1e9,
+    }
+    harness.record(capsys, "pairwise_mixup_loss", "N=50 M=5 R=8", "training step", figures=figures)
 
 
 def train(x, y, filters, steps, lr):
@@ -211,4 +210,25 @@ def test_skipping(benchmark, capsys, data):
     assert run(True)().item() == pytest.approx(run(False)().item(), rel=1e-6)
     timing = harness.compare({"skip": run(True), "all": run(False)})
     benchmark.pedantic(run(True), rounds=3)
-    harness.record(capsys, {"shape": f"pairwise skipping, {data}", "x without": timing["all"].p50 / timing["skip"].p50})
+    figures = {"times as fast as without": timing["all"].p50 / timing["skip"].p50}
+    harness.record(capsys, "pairwise_mixup_loss", f"N=256, {data}", "skipping blocks", figures=figures)
+
+
+@pytest.mark.skipif(CUDA, reason="of the CPU")
+def test_large(benchmark, capsys):
+    """Memory grows with N, not with N^2: a step over 134 million pairs, in a process of its own."""
+    code = (
+        "import resource, time, torch, mixfeat as mf\n"
+        "x, y = torch.randn(16384, 12, 20), torch.arange(16384) % 10\n"
+        "w = (torch.randn(10, 10, 20) * 0.02).requires_grad_()\n"
+        "start = time.perf_counter()\n"
+        "mf.pairwise_mixup_loss(x, w, y, mf.PolyReLU(8, 0.1)).backward()\n"
+        "print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
+    )
+
+    def run():
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+    seconds, peak = map(float, benchmark.pedantic(run, rounds=1).split())
+    figures = {"seconds": seconds, "GiB in all": peak / 2**30}
+    harness.record(capsys, "pairwise_mixup_loss", "N=16384 (12, 20, 10, 10)", "forward + backward", figures=figures)

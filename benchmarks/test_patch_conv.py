@@ -1,7 +1,4 @@
-"""patch_conv, forward + backward to the weight, against what a user could write; and the cost of a call itself.
-
-``pytest benchmarks`` prints a table; ``MIXFEAT_BENCH_OUT=FILE`` also writes it as JSON lines.
-"""
+"""patch_conv, forward + backward to the weight, against what a user could write; and the cost of a call itself."""
 
 import math
 import statistics
@@ -11,12 +8,12 @@ import pytest
 import torch
 
 import mixfeat as mf
-from benchmarks import baselines, harness
 from mixfeat import reference
 
+from . import baselines, harness
+from .harness import CUDA, DEVICE, Limit
+
 ACTIVATION = mf.PolyReLU(8, 0.1)
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 SHAPES = {
     "patches": (8192 if CUDA else 1024, 16, 64, 10, 16),
     "paper": (256, 12, 20, 10, 10),
@@ -35,37 +32,27 @@ def test_training_step(benchmark, capsys, name, dtype):
     grad = torch.randn(samples, classes, device=DEVICE, dtype=dtype)
 
     def step(f):
-        def run():
-            w.grad = None
-            f(x, w, ACTIVATION).backward(grad)
+        return lambda: torch.autograd.grad(f(x, w, ACTIVATION), w, grad)
 
-        return run
-
-    contenders = {
+    functions = {
         "mixfeat": mf.patch_conv,
-        "compile": baselines.compiled("max-autotune-no-cudagraphs" if CUDA else None),
-        "eager": baselines.eager,
-        "naive": baselines.naive,
+        "torch.compile": baselines.compiled("max-autotune-no-cudagraphs" if CUDA else None),
+        "best eager": baselines.eager,
+        "the authors' way": baselines.naive,
     }
     truth = reference.patch_conv(x[:64].double(), w.double(), ACTIVATION)
-    for f in contenders.values():  # nothing is timed that is wrong
+    for f in functions.values():  # nothing is timed that is wrong
         error = (f(x, w, ACTIVATION)[:64].double() - truth).norm() / truth.norm()
         assert error < (1e-5 if dtype == torch.float32 else 0.1)
-    timing = harness.compare({key: step(f) for key, f in contenders.items()})
-    benchmark.pedantic(step(mf.patch_conv), rounds=5)
-
+    contenders = {key: step(f) for key, f in functions.items()}
+    timings = harness.compare(contenders)
+    benchmark.pedantic(contenders["mixfeat"], rounds=5)
     products = 2 * samples * patches * features * classes * filters  # forward and weight gradient; slopes are kept
-    ours = timing["mixfeat"].p50
     harness.record(
-        capsys,
-        {
-            "shape": f"{name} {shape}",
-            "dtype": str(dtype).removeprefix("torch."),
-            "ms": ours * 1e3,
-            **{f"x {key}": timing[key].p50 / ours for key in list(contenders)[1:]},
-            "of matrix rate": products / ours / harness.matrix_rate(dtype, DEVICE),
-        },
-    )
+        capsys, "patch_conv", f"{name} {shape}", "forward + backward", dtype=dtype,
+        timings=timings, memory=harness.peak_bytes(contenders), work={"multiply-adds": products},
+        limit=Limit("matrix rate", products / harness.matrix_rate(dtype)),
+    )  # fmt: skip
 
 
 @pytest.mark.skipif(CUDA, reason="launches there are asynchronous")
@@ -90,6 +77,6 @@ def test_host_overhead(benchmark, capsys):
     turns = [{key: loop(run) for key, run in contenders.items()} for _ in range(400)]
     overhead = statistics.median(turn["call"] - turn["native"] for turn in turns)
     benchmark.pedantic(contenders["call"], rounds=50, iterations=50)
-    harness.record(
-        capsys, {"shape": "tiny", "us of C++": statistics.median(t["native"] for t in turns), "us of host": overhead}
-    )
+    native_time = statistics.median(turn["native"] for turn in turns)
+    figures = {"us of C++": native_time, "us of Python and autograd": overhead}
+    harness.record(capsys, "patch_conv", "tiny", "one call, forward", figures=figures)

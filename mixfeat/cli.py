@@ -5,6 +5,7 @@ cannot be served (one line on stderr), 130 for Ctrl-C.
 """
 
 import argparse
+import datetime
 import importlib.metadata
 import json
 import math
@@ -12,6 +13,7 @@ import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -118,9 +120,29 @@ def _parser() -> argparse.ArgumentParser:
         checking.add_argument(f"--{name}", nargs="+", choices=list(choices), metavar=name.upper(), help=text)
     checking.add_argument("--seed", type=int, default=0, metavar="INT", help="of the inputs (default: 0)")
     checking.add_argument("--quick", action="store_true", help="small shapes only")
+    benching = commands.add_parser(
+        "bench",
+        allow_abbrev=False,
+        help="how fast are the kernels on this machine?",
+        description="Time every operator against what a user could write in PyTorch and against the hardware's limits, "
+        "all in the same run. Needs pip install 'mixfeat[test]'.",
+    )
+    benching.add_argument("--suite", nargs="+", metavar="SUITE", help="of benchmarks/test_SUITE.py (default: all)")
+    benching.add_argument(
+        "--seconds", type=float, default=8.0, metavar="FLOAT", help="for each comparison (default: %(default)s)"
+    )
+    benching.add_argument("--limit", type=float, metavar="FLOAT", help="stop after so many seconds, with what there is")
+    benching.add_argument(
+        "--out", type=Path, default=Path("results/bench.json"), metavar="FILE",
+        help="for the results (default: %(default)s)",
+    )  # fmt: skip
+    benching.add_argument("--results", type=Path, metavar="FILE", help="take these results, and run nothing")
+    benching.add_argument("--compare", type=Path, metavar="OLD", help="list what is slower than in these results")
+    benching.add_argument("--plot", type=Path, metavar="FILE", help="draw time, memory and share of the limit")
     runs = (
         (info, _info),
         (checking, _check),
+        (benching, _bench),
         (theory, _reproduce_theory),
         (pictures, _reproduce_images),
         (diagram, _sweep),
@@ -246,6 +268,80 @@ def _check(args: argparse.Namespace) -> int:
     rows = [asdict(outcome) | {"passed": outcome.passed} for outcome in outcomes]
     _write_json(json_file, {"seed": args.seed, "quick": args.quick, "environment": environment(), "checks": rows})
     return 1 if failed else 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    try:
+        import pytest  # noqa: F401
+        import pytest_benchmark  # noqa: F401
+
+        from mixfeat.benchmarks import results
+    except ModuleNotFoundError as error:
+        raise RefusedError(f"{error.name} is missing: pip install 'mixfeat[test]'") from None
+    json_file, figure = _writable_file(args.json), _writable_file(args.plot)
+    try:
+        old = results.load(args.compare) if args.compare else None
+        document = results.load(args.results) if args.results else None
+    except ValueError as error:
+        raise RefusedError(str(error)) from None
+    status = 0
+    if document is None:
+        document, status = _run_benchmarks(args, Path(results.__file__).parent)
+    if figure:
+        from mixfeat.benchmarks.plots import plot
+
+        plot(document, figure)
+        print(f"figure: {figure}")
+    if old is not None:
+        try:
+            slower = results.compare(document, old)
+        except ValueError as error:
+            raise RefusedError(str(error)) from None
+        print("\n".join(["slower beyond noise:", *slower]) if slower else "nothing is slower beyond noise")
+        status = status or bool(slower)
+    _write_json(json_file, document)
+    return status
+
+
+def _run_benchmarks(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], int]:
+    """The results of a run of the suites in ``folder``, which are written to a file as well, and its exit status."""
+    files = {path.stem.removeprefix("test_"): path for path in sorted(folder.glob("test_*.py"))}
+    unknown = [suite for suite in args.suite or [] if suite not in files]
+    if unknown:
+        raise RefusedError(f"--suite must be of {', '.join(files)}, got {', '.join(unknown)}")
+    for name in ("seconds", "limit"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise RefusedError(f"--{name} must be finite and positive, got {value}")
+    out = _writable_file(args.out)
+    with tempfile.TemporaryDirectory() as scratch:
+        lines = Path(scratch, "rows.jsonl")
+        command = [sys.executable, "-m", "pytest", "-q", "--benchmark-disable", "-p", "no:cacheprovider"]
+        paths = [str(files[suite]) for suite in args.suite or files]
+        variables = {"MIXFEAT_BENCH_OUT": str(lines), "MIXFEAT_BENCH_SECONDS": str(args.seconds)}
+        try:
+            status = subprocess.run([*command, *paths], env=os.environ | variables, timeout=args.limit).returncode
+        except subprocess.TimeoutExpired:
+            print(f"stopped after {args.limit:g} s")
+            status = 1
+        rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    facts = environment()
+    gpu = torch.cuda.is_available()
+    cpu = f"{facts['CPU']}, {facts['threads']} threads, {facts.get('CPU library' + chr(39) + 's instruction set')}"
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
+    document = {
+        "version": mixfeat.__version__,
+        "commit": git.stdout.strip() or "unknown",
+        "device": torch.cuda.get_device_name() if gpu else cpu,
+        "torch": torch.__version__,
+        "triton": facts["triton"] if gpu else None,
+        "date": datetime.date.today().isoformat(),
+        "environment": facts,
+        "rows": rows,
+    }
+    _write_json(out, document)
+    print(f"results: {out}")
+    return document, min(status, 1)
 
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, Any]]:

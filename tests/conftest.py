@@ -30,6 +30,11 @@ def error(results, truths):
     return math.sqrt(square / max(scale, 1e-300)) if math.isfinite(square) else math.inf
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(SEED)

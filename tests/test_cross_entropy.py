@@ -370,7 +370,7 @@ def test_autocast(backend, device, dtype):
     assert layer.weight.grad.any()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_no_host_synchronisation():
     x, a, b, lam = make_inputs((64, 1000), torch.float32, "cuda")
     x.requires_grad_()
@@ -382,7 +382,7 @@ def test_no_host_synchronisation():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_cuda_graph():
     x, a, b, lam = make_inputs((64, 1000), torch.float32, "cuda")
     x.requires_grad_()

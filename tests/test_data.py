@@ -112,7 +112,7 @@ def test_given_features():
     assert mf.data.multi_view(10, 3, features=features, dtype=torch.bfloat16).input.dtype == torch.bfloat16
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_cuda():
     cpu = mf.data.multi_view(20, generator=torch.Generator().manual_seed(0))
     gpu = mf.data.multi_view(20, generator=torch.Generator().manual_seed(0), device="cuda")
@@ -344,7 +344,7 @@ def test_two_features_repeat_by_generator():
     assert torch.equal(copied.batch(torch.arange(24))[1], target)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_two_features_wait_for_no_gpu():
     images, target = (x.cuda() for x in image_set(dtype=torch.float32))
     data = mf.data.TwoFeatureImages(images, target, generator=torch.Generator("cuda").manual_seed(0))

@@ -261,7 +261,7 @@ def test_manifold_mixup_inside_autocast(backend, device):
     assert layer.weight.grad.isfinite().all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_no_host_synchronisation():
     x = torch.randn(64, 3, 8, 8, device="cuda", requires_grad=True)
     generator = torch.Generator("cuda")

@@ -458,7 +458,7 @@ def test_memory_is_linear_in_the_samples(run_python):
     )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_cuda_graph_of_a_training_step():
     """A whole step, captured and replayed, does what eager steps do."""
     x, w, y = make_inputs((50, 12, 20, 10, 5), torch.float32, "cuda", runs="w")
@@ -485,7 +485,7 @@ def test_cuda_graph_of_a_training_step():
     torch.testing.assert_close(captured, eager)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_repeats_on_cuda_under_deterministic_algorithms():
     x, w, y = make_inputs((200, 12, 20, 10, 5), torch.float32, "cuda")
     torch.use_deterministic_algorithms(True)

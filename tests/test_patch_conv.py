@@ -379,7 +379,7 @@ def test_memory(run_python):
     )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_repeats_on_cuda_under_deterministic_algorithms():
     x, w, kwargs = make_inputs((300, 12, 20, 10, 10), torch.float32, "cuda", mix="per-sample")
     torch.use_deterministic_algorithms(True)
@@ -390,8 +390,9 @@ def test_repeats_on_cuda_under_deterministic_algorithms():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.mem_get_info()[0] < 16 << 30, reason="needs a GPU with 16 GiB of memory"
+    torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < 16 << 30, reason="needs 16 GiB of memory on the GPU"
 )
 def test_more_than_2_31_elements_on_cuda():
     x = torch.ones(2**25 + 3, 4, 18, dtype=torch.bfloat16, device="cuda")

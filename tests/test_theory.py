@@ -145,7 +145,7 @@ def test_nodes_suffice(tmp_path):
     torch.testing.assert_close(few, many, rtol=1e-3, atol=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("method", theory.METHODS)
 def test_captured_step_is_the_step(method):
     settings = settings_of(device="cuda")

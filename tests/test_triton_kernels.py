@@ -196,6 +196,7 @@ def checks(request):
         yield checks
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("name", CHECKS)
 def test_kernel(checks, name):
     checks(name)

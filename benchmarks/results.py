@@ -1,0 +1,169 @@
+"""Results of the benchmarks: one JSON document per device, its tables in README, and what has become slower.
+
+``python -m mixfeat.benchmarks.results`` writes README's tables anew from the documents in results/.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ROOT", "Timing", "compare", "describe", "load", "markdown", "of_limit", "ratios", "tables", "with_tables"]
+
+ROOT = Path(__file__).resolve().parents[1]
+#: what a document must have beside its rows
+KEYS = ("version", "commit", "device", "torch", "triton", "date", "rows")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one contender: quantiles over its turns."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A document of results.
+
+    Raises:
+        ValueError: the file cannot be read, or is none; the message names it and says why.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    missing = [key for key in KEYS if key not in document] if isinstance(document, dict) else list(KEYS)
+    if missing:
+        raise ValueError(f"{path} holds no results of `mixfeat bench`: it lacks {', '.join(missing)}")
+    return document
+
+
+def ratios(row: Mapping[str, Any]) -> dict[str, float]:
+    """How many times as long as mixfeat each baseline takes, by medians."""
+    times = row["timings"]
+    return {name: time["p50"] / times["mixfeat"]["p50"] for name, time in times.items() if name != "mixfeat"}
+
+
+def of_limit(row: Mapping[str, Any]) -> float | None:
+    """The share of the limit's rate that mixfeat reaches; above 1 where the limit's own measure is slower."""
+    return row["limit"]["seconds"] / row["timings"]["mixfeat"]["p50"] if row["limit"] else None
+
+
+def describe(row: Mapping[str, Any]) -> str:
+    """A row in one line."""
+    parts = [f"{row['suite']} {row['case']} {row['direction']} {row['dtype']}:"]
+    if row["timings"]:
+        seconds = row["timings"]["mixfeat"]["p50"]
+        parts.append(f"{seconds * 1e3:.3g} ms")
+        parts += [f"{name} {ratio:.2f}x" for name, ratio in ratios(row).items()]
+        parts += [f"{amount / seconds / 1e9:.3g}e9 {unit}/s" for unit, amount in row["work"].items()]
+    share = of_limit(row)
+    if share is not None:
+        parts.append(f"{share:.0%} of {row['limit']['name']}")
+    peaks = row["peak_bytes"]
+    if peaks:
+        parts.append("peak " + ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in peaks.items()))
+    for name, value in row["figures"].items():
+        parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+    return "  ".join(parts)
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("suite", "case", "direction", "dtype"))
+
+
+def compare(new: Mapping[str, Any], old: Mapping[str, Any], least: float = 1.05) -> list[str]:
+    """What has become slower beyond noise, one line each.
+
+    That is what takes at least ``least`` times as long by its median, and of which a fast turn (the 20% quantile) takes
+    longer now than a slow one (80%) took before.
+
+    Raises:
+        ValueError: the two are of different devices.
+    """
+    if new["device"] != old["device"]:
+        raise ValueError(f"results compare only on one device: {new['device']} here, {old['device']} there")
+    before = {_key(row): row["timings"].get("mixfeat") for row in old["rows"]}
+    lines = []
+    for row in new["rows"]:
+        then, now = before.get(_key(row)), row["timings"].get("mixfeat")
+        if then and now and now["p20"] > then["p80"] and now["p50"] > least * then["p50"]:
+            ratio = now["p50"] / then["p50"]
+            lines.append(
+                f"{' '.join(_key(row))}: {then['p50'] * 1e3:.3g} ms -> {now['p50'] * 1e3:.3g} ms ({ratio:.2f}x)"
+            )
+    return lines
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    return "\n".join([lines[0], "| " + " | ".join("-" * width for width in widths) + " |", *lines[1:]])
+
+
+def tables(document: Mapping[str, Any]) -> str:
+    """A table per operator, and the other figures as a list, in Markdown."""
+    where = f"{document['device']}, PyTorch {document['torch']}"
+    where += f", Triton {document['triton']}" if document["triton"] else ""
+    parts = [f"{where}; {document['date']}, mixfeat {document['version']} at {document['commit'][:10]}."]
+    timed = [row for row in document["rows"] if len(row["timings"]) > 1]
+    for suite in dict.fromkeys(row["suite"] for row in timed):
+        rows = [row for row in timed if row["suite"] == suite]
+        baselines = list(dict.fromkeys(name for row in rows for name in ratios(row)))
+        limit = next((row["limit"]["name"] for row in rows if row["limit"]), None)
+        head = [f"`{suite}`", "mixfeat", *(f"over {name}" for name in baselines)]
+        head += [f"of {limit}"] if limit else []
+        memory = any(row["peak_bytes"] for row in rows)
+        head += ["memory, of the least other"] if memory else []
+        body = []
+        for row in rows:
+            name = ", ".join(filter(None, (row["case"], row["direction"], row["dtype"].replace("float32", ""))))
+            found, share = ratios(row), of_limit(row)
+            cells = [name, f"{row['timings']['mixfeat']['p50'] * 1e3:.3g} ms"]
+            cells += [f"{found[name]:.1f}x" if name in found else "" for name in baselines]
+            cells += [f"{share:.0%}" if share else ""] if limit else []
+            cells += [_memory(row["peak_bytes"])] if memory else []
+            body.append(cells)
+        parts.append(markdown([head, *body]))
+    others = [row for row in document["rows"] if row["figures"]]
+    parts.append("\n".join(f"- {_figures(row)}" for row in others))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _memory(peaks: Mapping[str, int]) -> str:
+    others = [size for name, size in peaks.items() if name != "mixfeat"]
+    return f"{peaks['mixfeat'] / 2**20:.1f} of {min(others) / 2**20:.1f} MiB" if others else ""
+
+
+def _figures(row: Mapping[str, Any]) -> str:
+    texts = [
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in row["figures"].items()
+    ]
+    return f"`{row['suite']}`, {row['case']}, {row['direction']}: {', '.join(texts)}"
+
+
+def with_tables(text: str, documents: Iterable[Mapping[str, Any]]) -> str:
+    """README's text with the tables of these documents between its two markers."""
+    begin, end = "<!-- benchmarks -->\n", "<!-- end of benchmarks -->"
+    found = re.search(f"{begin}.*?{end}", text, re.DOTALL)
+    assert found, "README has no place for the tables"
+    body = "\n\n".join(tables(document) for document in documents)
+    return text[: found.start()] + f"{begin}\n{body}\n\n{end}" + text[found.end() :]
+
+
+def _main() -> None:
+    readme = ROOT / "README.md"
+    documents = [load(path) for path in sorted((ROOT / "benchmarks/results").glob("bench-*.json"))]
+    readme.write_text(with_tables(readme.read_text(), documents))
+
+
+if __name__ == "__main__":
+    _main()
