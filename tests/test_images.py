@@ -216,6 +216,18 @@ def test_all_methods_learn_digits(tmp_path):
             assert summary["test_error_view_1"][0] < 0.15
 
 
+def test_midpoint_mixup_learns_more_of_a_weak_second_feature(tmp_path):
+    """In seconds; the figures are those of ``mixfeat reproduce images --weight 0.75 1``."""
+    pytest.importorskip("sklearn")
+    settings = images.Settings(device="cpu", weight=(0.75, 1), epochs=30)
+    data, errors = datasets.load("digits", tmp_path), {}
+    with Store(tmp_path / "s", "images", common.identity(settings)) as store:
+        for method in ("erm", "midpoint"):
+            records = {seed: images.train(settings, method, seed, data, store) for seed in range(3)}
+            errors[method] = sum(images.summarise(records)["test_error_view_1"]) / 3
+    assert errors["midpoint"] < errors["erm"] - 0.01
+
+
 def test_summary(tmp_path):
     settings = settings_of()
     records = {seed: run(tmp_path / str(seed), settings, "erm", seed) for seed in (0, 1)}
