@@ -30,7 +30,7 @@ Contender = Callable[[], object]
 
 
 def compare(contenders: Mapping[str, Contender], *, share: float = 1.0, min_turns: int = 7) -> dict[str, Timing]:
-    """Time contenders in turn, A B C A B C ..., for about ``share`` of SECONDS after two turns of warm-up (none if 0).
+    """Time contenders in turn, A B C B C A ..., for about ``share`` of SECONDS after two turns of warm-up (none if 0).
 
     On a GPU the second-level cache is cleared before each.
     """
@@ -38,10 +38,11 @@ def compare(contenders: Mapping[str, Contender], *, share: float = 1.0, min_turn
         for run in contenders.values():
             run()
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    start = time.perf_counter()
+    order, start = list(contenders), time.perf_counter()
     while time.perf_counter() - start < share * SECONDS or len(next(iter(times.values()))) < min_turns:
-        for name, run in contenders.items():
-            times[name].append(once(run))
+        for name in order:
+            times[name].append(once(contenders[name]))
+        order = order[1:] + order[:1]  # so that none always runs after the same other
     return {name: quantiles(values) for name, values in times.items()}
 
 

@@ -168,8 +168,8 @@ class TwoFeatureImages:
         views: ``"both"``, 0 or 1.
         partner_class: (C,) int64, the class paired with each; by default a random pairing, the first thing drawn. Test
             data need that of the training data: ``partner_class=train.partner_class``.
-        weight: range of w, within [0, 1]. The paper's (0, 1) shows e alone now and then, and so teaches it to any
-            method; with (0.5, 1) it is the weaker feature of every sample.
+        weight: range of w, within [0, 1]; the paper's is (0, 1). With (0.5, 1) e is the weaker feature of every
+            sample.
         generator: source of all randomness. Draws are made on its device; batches wait for nothing if that is the
             images'. By default torch's own there.
 
