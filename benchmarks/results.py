@@ -109,7 +109,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def tables(document: Mapping[str, Any]) -> str:
-    """A table per operator, and the other figures as a list, in Markdown."""
+    """A table per operator, and as a list the other figures but for curves, in Markdown."""
     where = f"{document['device']}, PyTorch {document['torch']}"
     where += f", Triton {document['triton']}" if document["triton"] else ""
     parts = [f"{where}; {document['date']}, mixfeat {document['version']} at {document['commit'][:10]}."]
@@ -132,7 +132,7 @@ def tables(document: Mapping[str, Any]) -> str:
             cells += [_memory(row["peak_bytes"])] if memory else []
             body.append(cells)
         parts.append(markdown([head, *body]))
-    others = [row for row in document["rows"] if row["figures"]]
+    others = [row for row in document["rows"] if row["figures"] and not row["direction"].startswith("growth")]
     parts.append("\n".join(f"- {_figures(row)}" for row in others))
     return "\n\n".join(part for part in parts if part)
 
@@ -147,7 +147,8 @@ def _figures(row: Mapping[str, Any]) -> str:
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in row["figures"].items()
     ]
-    return f"`{row['suite']}`, {row['case']}, {row['direction']}: {', '.join(texts)}"
+    where = ", ".join(filter(None, (row["case"], row["direction"], row["dtype"].replace("float32", ""))))
+    return f"`{row['suite']}`, {where}: {', '.join(texts)}"
 
 
 def with_tables(text: str, documents: Iterable[Mapping[str, Any]]) -> str:

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 
 import mixfeat
-from mixfeat import validate
+from mixfeat import report, validate
 from mixfeat.experiments import datasets, images, sweep
 from mixfeat.experiments.common import METHODS, DivergedError, identity
 from mixfeat.experiments.store import Store, StoreError
@@ -120,6 +120,16 @@ def _parser() -> argparse.ArgumentParser:
         checking.add_argument(f"--{name}", nargs="+", choices=list(choices), metavar=name.upper(), help=text)
     checking.add_argument("--seed", type=int, default=0, metavar="INT", help="of the inputs (default: 0)")
     checking.add_argument("--quick", action="store_true", help="small shapes only")
+    reporting = commands.add_parser(
+        "compile-report",
+        allow_abbrev=False,
+        help="what the compilers make of the Triton kernels; needs no GPU",
+        description="Compile every Triton configuration that ships and print registers, stack, memory accesses and the "
+        "instructions of main loops. The exit status is 1 if anything spills.",
+    )
+    for name, known in (("targets", report.TARGETS), ("kernels", report.KERNELS)):
+        text = f"of {', '.join(known)}, separated by commas (default: all)"
+        reporting.add_argument(f"--{name}", metavar="LIST", default=",".join(known), help=text)
     benching = commands.add_parser(
         "bench",
         allow_abbrev=False,
@@ -142,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     runs = (
         (info, _info),
         (checking, _check),
+        (reporting, _compile_report),
         (benching, _bench),
         (theory, _reproduce_theory),
         (pictures, _reproduce_images),
@@ -268,6 +279,39 @@ def _check(args: argparse.Namespace) -> int:
     rows = [asdict(outcome) | {"passed": outcome.passed} for outcome in outcomes]
     _write_json(json_file, {"seed": args.seed, "quick": args.quick, "environment": environment(), "checks": rows})
     return 1 if failed else 0
+
+
+def _compile_report(args: argparse.Namespace) -> int:
+    lists = {}
+    for name, known in (("targets", report.TARGETS), ("kernels", report.KERNELS)):
+        lists[name] = [word for word in getattr(args, name).split(",") if word]
+        unknown = [word for word in lists[name] if word not in known]
+        if unknown or not lists[name]:
+            raise RefusedError(f"--{name} must be of {', '.join(known)}, got {', '.join(unknown) or 'none'}")
+    json_file = _writable_file(args.json)
+    try:
+        import triton
+    except ModuleNotFoundError as error:
+        raise RefusedError(f"{error.name} is missing: pip install triton") from None
+    form = "{:<7}  {:>4}  {:>5}  {:>6}  {:>6}  {:>7}  {:>8}  {:>9}  {:>6}  {}"
+    print(
+        form.format("target", "regs", "stack", "shared", "LDL+STL", "matrix", "16 bytes", "occupancy", "/eval", "case")
+    )
+    rows = []
+    for case, compiled in report.compile_report(lists["targets"], lists["kernels"]):
+        row = compiled.row()
+        rows.append({"case": str(case), **row})
+        occupancy, per_evaluation = row["occupancy"], row["instructions_per_evaluation"]
+        print(form.format(
+            row["target"], row["registers"], row["stack_bytes"], row["shared_bytes"],
+            row["local_loads"] + row["local_stores"], sum(row["matrix_instructions"].values()),
+            sum(row["vector_accesses"].values()), "" if occupancy is None else f"{occupancy:.0%}",
+            "" if per_evaluation is None else f"{per_evaluation:.2f}", case,
+        ), flush=True)  # fmt: skip
+    spilling = [row for row in rows if row["stack_bytes"] or row["local_loads"] or row["local_stores"]]
+    print(f"\n{len(rows)} kernels compiled by triton {triton.__version__}, {len(spilling)} of which spill")
+    _write_json(json_file, {"triton": triton.__version__, "kernels": rows})
+    return 1 if spilling else 0
 
 
 def _bench(args: argparse.Namespace) -> int:

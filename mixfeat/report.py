@@ -8,9 +8,9 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 from mixfeat.activations import Activation, Identity, PolyReLU, Power, PowerReLU, ReLU
 
 __all__ = [
-    "TARGETS", "Case", "CompiledKernel", "CrossEntropyCase", "MixupCase", "PairwiseCase", "PatchConvCase",
+    "KERNELS", "TARGETS", "Case", "CompiledKernel", "CrossEntropyCase", "MixupCase", "PairwiseCase", "PatchConvCase",
     "compile_case", "compile_pool", "compile_report", "recorded_launch", "shipped",
 ]  # fmt: skip
 
@@ -184,8 +184,46 @@ class CompiledKernel:
         In the all-pairs loss: first the logits' loop, then in "backward" the rows' and the columns' gradient. There
         every evaluation clamps the sum of two pre-activations, in one instruction.
         """
-        loops = [(len(loop), loop.count("FADD.SAT")) for loop in _innermost_loops(self.assembly)]
-        return [loop for loop in loops if loop[1]]
+        return [(len(loop), loop.count("FADD.SAT")) for loop in self._evaluation_loops()]
+
+    def _evaluation_loops(self) -> list[list[str]]:
+        return [loop for loop in _innermost_loops(self.assembly) if "FADD.SAT" in loop]
+
+    def occupancy(self) -> float | None:
+        """The most that registers, shared memory and warps leave of a multiprocessor's 64 warps (NVIDIA)."""
+        shared = _SHARED_BYTES.get(self.target)
+        if shared is None:
+            return None
+        warps = self.config["num_warps"]
+        programs = [64 // warps, 65536 // (32 * warps * (self.registers + 7 & ~7))]  # registers come in eights
+        if self.shared_bytes:
+            programs.append(shared // (self.shared_bytes + 1024))  # of which the system takes 1 KiB a program
+        return min(programs) * warps / 64
+
+    def row(self) -> dict[str, Any]:
+        """Everything but the assembly, for a table or JSON.
+
+        Of the main loop, the first that evaluates the activation of the all-pairs loss, also its instructions, and what
+        share of them is arithmetic: as a loop's instructions issue one per cycle, the share of peak that it can reach.
+        """
+        row = {name: value for name, value in asdict(self).items() if name != "assembly"}
+        row |= dict.fromkeys(_LOOP_COLUMNS)
+        row["occupancy"] = self.occupancy()
+        loops = self._evaluation_loops() if self.kernel == "pairwise_mixup_loss" else []
+        if loops:
+            (length, evaluations), *_ = self.evaluation_loops()
+            arithmetic = sum(opcode.split(".")[0] in ("FADD", "FMUL", "FFMA", "FMNMX") for opcode in loops[0])
+            numbers = length, evaluations, length / evaluations, arithmetic / length
+            row |= dict(zip(_LOOP_COLUMNS, numbers, strict=True))
+        return row
+
+
+_LOOP_COLUMNS = ("loop_instructions", "evaluations_per_iteration", "instructions_per_evaluation", "fraction_of_peak")
+_SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}  # of a multiprocessor
+
+
+#: the files of kernels/triton that hold kernels
+KERNELS = tuple(case.kernel for case in (PatchConvCase, PairwiseCase, MixupCase, CrossEntropyCase))
 
 
 def shipped(target: str) -> list[Case]:
@@ -267,11 +305,15 @@ def compile_pool(jobs: int | None = None) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs or os.cpu_count(), get_context("spawn"), initializer=_no_interpreter)
 
 
-def compile_report(targets: Iterable[str] = TARGETS, jobs: int | None = None) -> list[CompiledKernel]:
-    """Compile everything that ships for each target, ``jobs`` kernels at a time (default: one per core)."""
+def compile_report(
+    targets: Iterable[str] = TARGETS, kernels: Iterable[str] = KERNELS, jobs: int | None = None
+) -> Iterator[tuple[Case, CompiledKernel]]:
+    """Compile what ships of these kernels for each target, ``jobs`` at a time (default: one per core)."""
+    cases = [(case, target) for target in targets for case in shipped(target) if case.kernel in kernels]
     with compile_pool(jobs) as pool:
-        futures = [pool.submit(compile_case, case, target) for target in targets for case in shipped(target)]
-        return [future.result() for future in futures]
+        futures = [(case, pool.submit(compile_case, case, target)) for case, target in cases]
+        for case, future in futures:
+            yield case, future.result()
 
 
 def _no_interpreter() -> None:

@@ -1,11 +1,12 @@
 """Every Triton kernel that ships, compiled for every target without a GPU: none spills a register."""
 
+import json
 import re
 
 import pytest
 import torch
 
-from mixfeat import PolyReLU, report
+from mixfeat import PolyReLU, cli, report
 
 launch = pytest.importorskip("mixfeat.kernels.triton.launch")
 
@@ -94,3 +95,32 @@ def test_every_configuration_of_the_pairwise_loss_is_compiled():
         recorded = [report.recorded_launch(case) for case in cases]
         blocks = {one.constants["BLOCK"] for one in recorded if one.constants["GRAD"] == gradient}
         assert blocks == {config.block for config in launch.PAIRWISE_CONFIGS.values()}
+
+
+def test_command(tmp_path, capsys):
+    file = tmp_path / "report.json"
+    assert (
+        cli.main(["compile-report", "--targets", "sm_90", "--kernels", "pairwise_mixup_loss", "--json", str(file)]) == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    rows = json.loads(file.read_text())["kernels"]
+    assert len(rows) == len([case for case in report.shipped("sm_90") if case.kernel == "pairwise_mixup_loss"])
+    assert len(lines) == 1 + len(rows) + 2
+    assert lines[-1].endswith("0 of which spill")
+    needed = {
+        "kernel", "direction", "dtype", "config", "target", "registers", "stack_bytes", "shared_bytes", "local_loads",
+        "local_stores", "matrix_instructions", "loop_instructions", "evaluations_per_iteration",
+        "instructions_per_evaluation", "occupancy", "fraction_of_peak",
+    }  # fmt: skip
+    for row in rows:
+        assert needed <= set(row)
+        assert 0 < row["occupancy"] <= 1
+    default = next(row for row in rows if "N4096" in row["case"] and "PolyReLU(degree=8" in row["case"])
+    assert 6 < default["instructions_per_evaluation"] <= 7
+    assert 0.8 < default["fraction_of_peak"] <= 1
+
+
+@pytest.mark.parametrize("args", [["--targets", "sm_1"], ["--kernels", "conv,mixup"], ["--targets", ","]])
+def test_command_refuses(args, capsys):
+    assert cli.main(["compile-report", *args]) == 2
+    assert f"{args[0]} must be of" in capsys.readouterr().err
