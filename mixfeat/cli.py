@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
     try:
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()  # here, where it may fail
+        return status
     except RefusedError as refused:
         print(f"{args.prog}: error: {refused}", file=sys.stderr)
         return 2

@@ -142,7 +142,7 @@ def test_works_without_triton(run_python):
 
 def test_wheel_holds_all_it_needs(tmp_path):
     """Library and sources, kernels under mixfeat.kernels, the type marker; built in a copy, to leave the tree alone."""
-    for name in ("mixfeat", "kernels"):
+    for name in ("benchmarks", "kernels", "mixfeat"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
@@ -163,6 +163,7 @@ def test_wheel_holds_all_it_needs(tmp_path):
     assert "none-any" not in wheel.name
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "mixfeat").rglob("*.py")}
-    kernels = [p.relative_to(ROOT) for p in (ROOT / "kernels").rglob("*") if p.suffix in (".py", ".cpp", ".h")]
-    assert modules | {f"mixfeat/{p.as_posix()}" for p in kernels} <= names
+    mapped = [p for folder in ("benchmarks", "kernels") for p in (ROOT / folder).rglob("*")]
+    sources = {f"mixfeat/{p.relative_to(ROOT).as_posix()}" for p in mapped if p.suffix in (".py", ".cpp", ".h")}
+    assert modules | sources <= names
     assert {"mixfeat/py.typed", "mixfeat/kernels/cpu/libmixfeat_cpu.so"} <= names
