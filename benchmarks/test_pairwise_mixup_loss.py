@@ -156,7 +156,7 @@ def test_training_step(benchmark, capsys):
     timing = harness.compare(
         {
             "step": step,
-            "operator": lambda: operator(x, detached, y, lam, lam_weight, polynomial, False, True),
+            "operator": lambda: operator(x, detached, y, lam, lam_weight, polynomial, "", False, True),
             "kernel": lambda: pairwise_mixup_block(s, None, y, None, [0.5], [1 / 2500], polynomial, True),
         }
     )

@@ -1,12 +1,18 @@
 """The public operators: each checks its arguments, then calls the operator of the same name in :mod:`mixfeat.ops`."""
 
+from __future__ import annotations
+
 from numbers import Real
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from mixfeat import ops
 from mixfeat.activations import Activation
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # not there in every build of PyTorch
 
 __all__ = [
     "beta_quadrature", "mixup", "mixup_cross_entropy", "pairwise_mixup_loss", "patch_conv", "sample_mixup",
@@ -26,11 +32,13 @@ def patch_conv(
 ) -> Tensor:
     r"""Logits of a 2-layer patch-wise convolutional network, of samples or of samples mixed with a partner each.
 
-    Mixing, convolution, activation and the sum over patches and filters are one kernel; neither the mixed samples nor
-    the pre-activations are stored::
+    Mixing, convolution, activation and the sum over patches and filters are one operator::
 
         z_n    = lam_n x_n + (1 - lam_n) x_{index_n}
         g[n,c] = sum_{p,m} phi(<w[c,m], z[n,p]>)
+
+    The pre-activations are never stored: the backward pass computes them again, but for up to 32 MiB of slopes phi' that
+    the CPU backend keeps.
 
     This is the network of Chidambaram et al., "Provably Learning Diverse Features in Multi-View Data with Midpoint
     Mixup" (ICML 2023): a hidden layer of C*M filters shared by P patches, and a second layer fixed to ones.
@@ -70,6 +78,7 @@ def pairwise_mixup_loss(
     *,
     lam: float | Tensor = 0.5,
     lam_weight: Tensor | None = None,
+    group: ProcessGroup | Literal["world"] | None = None,
 ) -> Tensor:
     r"""The Mixup objective over all N^2 ordered pairs of samples: exact, in memory linear in N::
 
@@ -90,11 +99,18 @@ def pairwise_mixup_loss(
         lam: weight of the first sample of a pair: a number in [0, 1], 1/2 being Midpoint Mixup; or (K,) nodes on the
             CPU, over which ``lam_weight`` takes the mean. :func:`beta_quadrature` gives those of Beta(alpha, alpha).
         lam_weight: (K,) weights of the nodes, on the CPU, of sum 1.
+        group: ranks of torch.distributed among which the samples are spread, "world" for all processes. Every rank
+            calls with its own samples, any number of them, and with the same weight and settings; pairs are formed of
+            the samples of all. Pre-activations travel, in a ring, while others are worked on.
 
     Returns:
         L, (), or (R,) if input or weight has the run dimension; float32, or float64 for float64. Without samples it is
         0, with zero gradients (where the mean of no cross-entropies would be NaN), so that an empty part of a sharded
-        data set adds nothing.
+        data set adds nothing. With a group all ranks get the same number.
+
+    With a group of W ranks, gradients are those of the sum of the losses of all ranks, W L, through the samples of this
+    one. So the average over ranks of the gradient to ``weight``, which DistributedDataParallel takes, is that of L.
+    Every rank must scale its loss alike. Ranks wait for each other: a call cannot be part of a CUDA graph.
 
     Gradients flow to ``input`` and ``weight``; differentiating twice raises. Under autocast input and weight are cast
     as they are for a linear layer. The convolution follows ``torch.get_float32_matmul_precision()``.
@@ -105,18 +121,21 @@ def pairwise_mixup_loss(
             nodes or nodes without it, or weights that do not sum to 1.
         IndexError: a target outside [0, C) on a CPU. On CUDA, where it cannot be read without waiting for the device,
             it makes loss and gradients NaN.
+        RuntimeError: group without torch.distributed initialised; another rank that died, or took longer than the
+            group's timeout.
+
+    With a group these are raised by every rank: one whose arguments are fine has a ValueError that says which rank
+    refused its own and why, or which settings differ.
     """
-    input, weight = _check_network(input, weight, activation)
-    num_samples, num_classes = input.shape[-3], weight.shape[-3]
-    if num_classes < 2:
-        raise ValueError(
-            f"weight must have at least 2 classes (C) for a cross-entropy, got shape {tuple(weight.shape)}"
-        )
-    runs = input.shape[:-3] or weight.shape[:-3]
-    _check_target(target, (*runs, num_samples), input.device)
-    nodes, node_weights = _check_nodes(lam, lam_weight)
-    loss = ops.pairwise_mixup_loss(input, weight, target, nodes, node_weights, activation.polynomial)
-    return loss if runs else loss[0]
+    name = "" if group is None else ops.group_name(group)
+    try:
+        input, weight, nodes, node_weights = _check_pairwise(input, weight, target, activation, lam, lam_weight)
+    except Exception as error:
+        if name:
+            ops.refuse(name, error)
+        raise
+    loss = ops.pairwise_mixup_loss(input, weight, target, nodes, node_weights, activation.polynomial, name)
+    return loss if input.dim() == 4 or weight.dim() == 4 else loss[0]
 
 
 def beta_quadrature(
@@ -354,6 +373,25 @@ def _check_network(input: Tensor, weight: Tensor, activation: Activation) -> tup
     if input.dim() == 4 and weight.dim() == 4 and input.shape[0] != weight.shape[0]:
         raise ValueError(f"weight must have as many runs R as input, {input.shape[0]}, got {weight.shape[0]}")
     return input, weight
+
+
+def _check_pairwise(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    activation: Activation,
+    lam: float | Tensor,
+    lam_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    input, weight = _check_network(input, weight, activation)
+    num_samples, num_classes = input.shape[-3], weight.shape[-3]
+    if num_classes < 2:
+        raise ValueError(
+            f"weight must have at least 2 classes (C) for a cross-entropy, got shape {tuple(weight.shape)}"
+        )
+    runs = input.shape[:-3] or weight.shape[:-3]
+    _check_target(target, (*runs, num_samples), input.device)
+    return input, weight, *_check_nodes(lam, lam_weight)
 
 
 def _check_tensor(name: str, value: Tensor, shape: str) -> None:

@@ -1,10 +1,17 @@
 """Modules over the functional operators."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
 import torch
 from torch import Tensor, nn
 
 from mixfeat import functional, ops
 from mixfeat.activations import Activation, PolyReLU
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup  # not there in every build of PyTorch
 
 __all__ = ["Mixup", "MixupCrossEntropyLoss", "PairwiseMixupLoss", "TwoLayerPatchCNN"]
 
@@ -17,7 +24,9 @@ class TwoLayerPatchCNN(nn.Module):
     A hidden layer of filters shared by all patches, a second layer fixed to ones, no bias.
 
     Args:
-        num_classes: C. filters_per_class: M. patch_dim: D. All at least 1.
+        num_classes: C, at least 1.
+        filters_per_class: M, at least 1.
+        patch_dim: D, at least 1.
         activation: phi.
         num_runs: R independent networks, trained in one launch; None for a single one without the run dimension.
         init_std: weights start as N(0, init_std^2). Default: 0.7 rho for PolyReLU, at which signals of norm up to 1/2
@@ -89,16 +98,24 @@ class PairwiseMixupLoss(nn.Module):
         lam: 0.5 (Midpoint Mixup), another number in [0, 1], or (K,) nodes, such as those of
             :func:`mixfeat.beta_quadrature`.
         lam_weight: (K,) weights of the nodes. Both stay on the CPU wherever the module goes.
+        group: ranks of torch.distributed among which the samples are spread, "world" for all processes. Gradients are
+            such that DistributedDataParallel around a module that calls this one gives the right step.
 
     Raises:
         TypeError, ValueError: as :func:`mixfeat.pairwise_mixup_loss` does, for lam and lam_weight.
     """
 
-    def __init__(self, lam: float | Tensor = 0.5, lam_weight: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        lam: float | Tensor = 0.5,
+        lam_weight: Tensor | None = None,
+        *,
+        group: ProcessGroup | Literal["world"] | None = None,
+    ) -> None:
         super().__init__()
         nodes, weights = functional._check_nodes(lam, lam_weight)
         ops.check_nodes(nodes, weights)
-        self.lam, self.lam_weight = nodes.clone(), weights.clone()
+        self.lam, self.lam_weight, self.group = nodes.clone(), weights.clone(), group
 
     def forward(self, model: nn.Module, input: Tensor, target: Tensor) -> Tensor:
         """The loss, () or (R,), of a network with ``weight`` and ``activation`` such as :class:`TwoLayerPatchCNN`.
@@ -110,7 +127,7 @@ class PairwiseMixupLoss(nn.Module):
         if not isinstance(weight, Tensor) or not isinstance(activation, Activation):
             raise TypeError(f"model must be a TwoLayerPatchCNN, or have its weight and activation, got {model!r}")
         return functional.pairwise_mixup_loss(
-            input, weight, target, activation, lam=self.lam, lam_weight=self.lam_weight
+            input, weight, target, activation, lam=self.lam, lam_weight=self.lam_weight, group=self.group
         )
 
     def extra_repr(self) -> str:

@@ -361,10 +361,10 @@ def test_opcheck(backend, device, nodes, runs):
     lam, weight = (torch.tensor([0.5]), torch.ones(1)) if nodes == "midpoint" else NODES[nodes].values()
     for requires_grad in (False, True):
         arguments = (x.requires_grad_(requires_grad), w.requires_grad_(requires_grad), y, lam, weight, POLY.polynomial)
-        opcheck(torch.ops.mixfeat.pairwise_mixup_loss.default, (*arguments, False, False))
+        opcheck(torch.ops.mixfeat.pairwise_mixup_loss.default, (*arguments, "", False, False))
     x, w = x.detach(), w.detach()
     for needs in ((True, True), (True, False), (False, True)):
-        opcheck(torch.ops.mixfeat.pairwise_mixup_loss.default, (x, w, y, lam, weight, POLY.polynomial, *needs))
+        opcheck(torch.ops.mixfeat.pairwise_mixup_loss.default, (x, w, y, lam, weight, POLY.polynomial, "", *needs))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

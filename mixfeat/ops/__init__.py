@@ -7,3 +7,5 @@ from mixfeat.ops.pairwise_mixup_loss import check_nodes as check_nodes
 from mixfeat.ops.pairwise_mixup_loss import pairwise_mixup_block as pairwise_mixup_block
 from mixfeat.ops.pairwise_mixup_loss import pairwise_mixup_loss as pairwise_mixup_loss
 from mixfeat.ops.patch_conv import patch_conv as patch_conv
+from mixfeat.ops.sharding import group_name as group_name
+from mixfeat.ops.sharding import refuse as refuse

@@ -2,10 +2,12 @@
 
 Samples are convolved once, by plain matrix products; kernels take it from there. They see a block of row samples and a
 block of column samples, so that both can be parts of a larger problem. The loss's upstream gradient is one number per
-run: forward yields the gradients with the loss, backward scales them.
+run: forward yields the gradients with the loss, backward scales them. Of samples that are spread over a process group,
+every rank holds a block (:mod:`mixfeat.ops.sharding`).
 """
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,24 +16,28 @@ from torch import Tensor
 
 from mixfeat import backends, reference
 from mixfeat.activations import Polynomial
+from mixfeat.ops import sharding
 from mixfeat.ops.dispatch import accumulation, may_go_direct, refuse_twice
 
 __all__ = ["check_nodes", "pairwise_mixup_block", "pairwise_mixup_loss"]
 
 torch.library.define(
     "mixfeat::pairwise_mixup_loss",
-    "(Tensor input, Tensor weight, Tensor target, Tensor lam, Tensor lam_weight, float[] polynomial, bool need_input, "
-    "bool need_weight) -> (Tensor, Tensor, Tensor)",
+    "(Tensor input, Tensor weight, Tensor target, Tensor lam, Tensor lam_weight, float[] polynomial, str group, "
+    "bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _op = torch.ops.mixfeat.pairwise_mixup_loss.default
 
 
 def pairwise_mixup_loss(
-    input: Tensor, weight: Tensor, target: Tensor, lam: Tensor, lam_weight: Tensor, polynomial: Polynomial
+    input: Tensor, weight: Tensor, target: Tensor, lam: Tensor, lam_weight: Tensor, polynomial: Polynomial, group: str
 ) -> Tensor:
-    """The loss (R,), with R = 1 where neither input nor weight has runs. Nodes and their weights (K,), on the CPU."""
-    arguments = (input, weight, target, lam, lam_weight, polynomial, False, False)
+    """The loss (R,), with R = 1 where neither input nor weight has runs.
+
+    Nodes and their weights (K,), on the CPU; the name of the process group whose samples are all meant, "" for none.
+    """
+    arguments = (input, weight, target, lam, lam_weight, polynomial, group, False, False)
     if not may_go_direct(input, weight):
         return _op(*arguments)[0]
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
@@ -107,7 +113,6 @@ def _exactness(values: Tensor) -> float:
 
 def _merged(lam: Tensor, lam_weight: Tensor) -> dict[float, float]:
     """Weights by node. As pairs (i, j) and (j, i) are both visited, lam and 1 - lam are one node."""
-    check_nodes(lam, lam_weight)
     merged: dict[float, float] = {}
     for node, weight in zip(lam.tolist(), lam_weight.tolist(), strict=True):
         mirrored = (other for other in merged if abs(other + node - 1) <= _exactness(lam))
@@ -127,24 +132,40 @@ def _forward(
     lam: Tensor,
     lam_weight: Tensor,
     fields: Sequence[float],
+    group: str,
     need_input: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     device = input.device.type
-    *_, num_samples, num_patches, _ = input.shape
+    *_, num_samples, num_patches, patch_dim = input.shape
+    num_classes, filters = weight.shape[-3:-1]
     num_runs, dtype = _num_runs(input, weight), accumulation(input.dtype)
-    _check_target(target, weight.shape[-3])
+    need_grad = need_input or need_weight
+    sizes: tuple[int, ...] = (num_samples,)
+    if group:
+        settings = {
+            "dtype": input.dtype, "device": device, "num_runs": num_runs, "target.dim()": target.dim(),
+            "num_patches": num_patches, "patch_dim": patch_dim, "num_classes": num_classes,
+            "filters_per_class": filters, "activation": Polynomial.of(fields), "lam": lam.tolist(),
+            "lam_weight": lam_weight.tolist(), "whether gradients are wanted": need_grad,
+        }  # fmt: skip
+        sizes = sharding.agree(
+            group, num_samples, settings, lambda: _check_values(target, num_classes, lam, lam_weight)
+        )
+    else:
+        _check_values(target, num_classes, lam, lam_weight)
     x, w = input.flatten(-3, -2), weight.flatten(-3, -2)  # (..., N*P, D), (..., C*M, D)
     if backends.serving(device, input.dtype) != "triton":
         x, w = x.to(dtype), w.to(dtype)
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
-        s = (x @ w.mT).view(num_runs, num_samples, num_patches, *weight.shape[-3:-1])
-        nodes = _merged(lam, lam_weight)
-        weights = [value / max(1, num_samples**2) for value in nodes.values()]
-        need_grad = need_input or need_weight
-        loss, grad, _ = pairwise_mixup_block(
-            s, None, target, None, list(nodes), weights, Polynomial.of(fields), need_grad
-        )
+        s = (x @ w.mT).view(num_runs, num_samples, num_patches, num_classes, filters)
+        nodes, polynomial = _merged(lam, lam_weight), Polynomial.of(fields)
+        if group:
+            block = functools.partial(pairwise_mixup_block, polynomial=polynomial, need_grad=need_grad)
+            loss, grad = sharding.all_pairs(block, s, target, nodes, sizes, group)
+        else:
+            weights = [value / max(1, num_samples**2) for value in nodes.values()]
+            loss, grad, _ = pairwise_mixup_block(s, None, target, None, list(nodes), weights, polynomial, need_grad)
         del s
         input_grad, weight_grad = loss.new_empty(0), loss.new_empty(0)
         if grad is not None:
@@ -154,6 +175,12 @@ def _forward(
             if need_input:
                 input_grad = (grad @ w.to(dtype)).view(num_runs, *input.shape[-3:])
     return loss, input_grad, weight_grad
+
+
+def _check_values(target: Tensor, num_classes: int, lam: Tensor, lam_weight: Tensor) -> None:
+    """Refuse what can be read without waiting; a target out of range on a GPU gives NaN."""
+    check_nodes(lam, lam_weight)
+    _check_target(target, num_classes)
 
 
 def _check_target(target: Tensor, num_classes: int) -> None:
@@ -181,7 +208,7 @@ class _PairwiseMixupLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 9
+            return (None,) * 10
         scale = grad.detach()[:, None, None, None]
         sides = (  # what all runs share gets the sum over them
             refuse_twice(
@@ -192,7 +219,7 @@ class _PairwiseMixupLoss(torch.autograd.Function):
             else None
             for saved, shape, need in zip(ctx.saved_tensors, ctx.shapes, ctx.needs_input_grad[1:3], strict=True)
         )
-        return None, *sides, *[None] * 6
+        return None, *sides, *[None] * 7
 
 
 # Function.apply without what it does for functorch's transforms
