@@ -1,4 +1,4 @@
-# make install | reproduce | test | lint | bench | gpu | gpu-sanitize
+# make install | reproduce | test | lint | docs | bench | gpu | gpu-sanitize
 # Each works on a fresh machine with python >= 3.11, a C++ compiler and git. PYTHON names another interpreter, OUT another folder.
 
 PYTHON ?= python3
@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 RESULTS ?= benchmarks/results
 
-.PHONY: install reproduce test test-native test-interpreted lint bench gpu gpu-sanitize
+.PHONY: install reproduce test test-native test-interpreted lint docs bench gpu gpu-sanitize
 
 install: .venv/installed
 
@@ -15,7 +15,7 @@ install: .venv/installed
 .venv/installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools ninja torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[experiments,test,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[experiments,test,docs,dev]'
 	@touch $@
 
 reproduce: install
@@ -37,6 +37,10 @@ lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# The site, into build/docs, with warnings as errors
+docs: install
+	$(BIN)/python -m sphinx -W --keep-going -q -d build/doctrees docs build/docs
 
 bench: install
 	$(BIN)/mixfeat bench

@@ -1,7 +1,7 @@
 """The operators in plain PyTorch: the definition that every kernel is held to, for any dtype and device.
 
 Differentiable by autograd, readable as the formulas they stand for, and without any check of their arguments: those are
-:mod:`mixfeat.functional`'s.
+``mixfeat.functional``'s.
 """
 
 from collections.abc import Sequence
@@ -69,10 +69,12 @@ def patch_conv_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`patch_conv` to input and weight, given ``grad`` = dL/dg, as formulas::
 
-    E[n,p,c,m]  = dL/dg[n,c] phi'(s[n,p,c,m])
-    dL/dw[c,m]  = sum_{n,p} E[n,p,c,m] z[n,p]
-    dL/dz[n,p]  = sum_{c,m} E[n,p,c,m] w[c,m]
-    dL/dx_i     = lam_i dL/dz_i + sum_{n: index_n = i} (1 - lam_n) dL/dz_n
+        E[n,p,c,m]  = dL/dg[n,c] phi'(s[n,p,c,m])
+        dL/dw[c,m]  = sum_{n,p} E[n,p,c,m] z[n,p]
+        dL/dz[n,p]  = sum_{c,m} E[n,p,c,m] w[c,m]
+        dL/dx_i     = lam_i dL/dz_i + sum_{n: index_n = i} (1 - lam_n) dL/dz_n
+
+    Returns (gradient to input, gradient to weight).
     """
     z = input if index is None or lam is None else mixup(input, index, lam, dim=-3)
     s = torch.einsum("...npd,...cmd->...npcm", z, weight)
@@ -127,10 +129,10 @@ def pairwise_mixup_block(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The sum over pairs of a row sample and a column sample, and its gradients, from pre-activations, as formulas::
 
-    t_ijpcm = lam row_ipcm + (1 - lam) column_jpcm;  g_ijc = sum_{p,m} phi(t_ijpcm)
-    L       = sum_{i,j} lam_weight [lam CE(g_ij, y_i) + (1 - lam) CE(g_ij, y_j)], summed over the nodes lam
-    D_ijc   = lam_weight (softmax(g_ij)_c - lam [c = y_i] - (1 - lam) [c = y_j])
-    dL/drow_ipcm = lam sum_j D_ijc phi'(t_ijpcm);  dL/dcolumn_jpcm = (1 - lam) sum_i D_ijc phi'(t_ijpcm)
+        t_ijpcm = lam row_ipcm + (1 - lam) column_jpcm;  g_ijc = sum_{p,m} phi(t_ijpcm)
+        L       = sum_{i,j} lam_weight [lam CE(g_ij, y_i) + (1 - lam) CE(g_ij, y_j)], summed over the nodes lam
+        D_ijc   = lam_weight (softmax(g_ij)_c - lam [c = y_i] - (1 - lam) [c = y_j])
+        dL/drow_ipcm = lam sum_j D_ijc phi'(t_ijpcm);  dL/dcolumn_jpcm = (1 - lam) sum_i D_ijc phi'(t_ijpcm)
 
     ``row`` (R,N,P,C,M), ``column`` (R,N',P,C,M) or None for row itself; targets (N,) or (R,N). Returns the loss (R,)
     and both gradients, in float32, or float64 for float64; a few rows at a time, so in memory linear in N and N'. A
@@ -208,8 +210,8 @@ def cross_entropy_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """Loss (N,) of each row, and its gradient to ``input``, given what each class counts for::
 
-    loss_n  = - sum_c label_nc log softmax(x_n)_c
-    grad_nc = softmax(x_n)_c sum_k label_nk - label_nc
+        loss_n  = - sum_c label_nc log softmax(x_n)_c
+        grad_nc = softmax(x_n)_c sum_k label_nk - label_nc
 
     ``input`` and ``label`` (N,C). A row whose label is 0 throughout has loss 0 and gradient 0, whatever its logits.
     With ``sparse`` a class whose label is 0 adds nothing to the loss, even where its logit is minus infinity.

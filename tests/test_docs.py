@@ -1,24 +1,118 @@
-"""Every Python block of README and docs/ runs; the blocks of a page follow each other, as a reader would type them."""
+"""README and docs/: every Python block runs, every command and link is right, and the site builds without a warning."""
 
+import argparse
+import json
 import re
+import shlex
+import subprocess
+import sys
+import tomllib
 
 import pytest
 from conftest import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+from mixfeat import cli
+from mixfeat.experiments import images, sweep, theory
+
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def having(language):
+    pages = [page for page in PAGES if blocks(page, language)]
+    return pytest.mark.parametrize("page", pages, ids=lambda page: page.name)
+
+
+@having("python")
 def test_examples_run(page, run_python):
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    assert blocks
-    output = run_python("\n".join(blocks))
+    """The blocks of a page follow each other, as a reader would type them."""
+    output = run_python("\n".join(blocks(page, "python")))
     if page.name == "README.md":
         assert output.startswith("tensor([")
+
+
+def anchors(page):
+    """Of a page's headings, as GitHub and MyST name them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
-        if not re.match(r"https?://", link):
-            assert (page.parent / link.partition("#")[0]).exists(), link
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@having("console")
+def test_commands_exist(page):
+    """Every line after a prompt is one that mixfeat's parser, the Makefile or the package's extras know."""
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    lines = [line[2:] for block in blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
+    assert lines
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[0] == "mixfeat":
+            cli._parser().parse_args(words[1:])  # exits, and so fails, where it refuses
+        elif words[0] == "make":
+            assert {word for word in words[1:] if "=" not in word} <= set(targets), line
+        else:
+            assert words[:2] in (["pip", "install"], ["pip", "wheel"]), line
+            named = re.findall(r"\[([\w,]+)\]", line)
+            assert {extra for group in named for extra in group.split(",")} <= set(extras), line
+
+
+def test_every_setting_of_the_experiments_is_described():
+    """By its option, and where its default is one plain value by that."""
+    text = (DOCS / "experiments.md").read_text()
+    theorem, rest = text.split("## Where the theorem holds")
+    for kind, part in ((theory.Settings, theorem), (images.Settings, rest)):
+        for setting in kind.__dataclass_fields__.values():
+            option = f"`--{setting.name.replace('_', '-')}`"
+            row = next((line for line in part.splitlines() if line.startswith("|") and option in line), None)
+            assert row, f"{kind.__module__}: {option}"
+            default = str(setting.default).strip("()").replace(",", "")
+            assert setting.default is None or re.search(rf"(?<![\w.]){re.escape(default)}(?![\w.])", row), row
+    for name, value in sweep.DEFAULTS.items():
+        assert f"{value} {name}" in rest
+
+
+def test_results_are_described():
+    """Every field of the committed results, and every column of the reports, is on the page that explains them."""
+    text = (DOCS / "check-and-bench.md").read_text()
+    for path in (ROOT / "benchmarks/results").glob("*.json"):
+        document = json.loads(path.read_text())
+        for field in {*document, *(name for row in document["rows"] for name in row)}:
+            assert f"`{field}`" in text, field
+
+
+def test_commands_of_the_reference_are_all_there():
+    """Each command of mixfeat is shown on some page."""
+    shown = " ".join(line for page in PAGES for block in blocks(page, "console") for line in block.splitlines())
+    (commands,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    for command in commands.choices:
+        assert f"$ mixfeat {command}" in shown, command
+
+
+def test_site_builds(tmp_path):
+    """Without a warning, so no broken link or reference inside, no formula that is no TeX; readable without network."""
+    pytest.importorskip("myst_parser", reason="needs pip install '.[docs]'")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", tmp_path / "doctrees", DOCS, tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    reference = (tmp_path / "api.html").read_text()
+    for name in ("mixfeat.pairwise_mixup_loss", "mixfeat.TwoLayerPatchCNN", "mixfeat.data.multi_view"):
+        assert f'id="{name}"' in reference
+    assert (tmp_path / "operators.html").read_text().count("<math") > 20
+    for page in tmp_path.glob("*.html"):
+        assert not re.search(r"""(src|<link[^>]+href)=["']?https?:""", page.read_text()), page.name

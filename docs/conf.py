@@ -1,0 +1,48 @@
+"""The documentation site: ``make docs`` builds it into build/docs, with warnings as errors and without network."""
+
+from docutils import nodes
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.application import Sphinx
+from sphinx.util import logging
+
+import mixfeat
+
+project = "mixfeat"
+version = release = mixfeat.__version__
+html_title = f"mixfeat {version}"
+html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["math.css"]
+html_copy_source = html_show_sphinx = html_show_copyright = False
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+html_math_renderer = "mathml"
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 88
+napoleon_use_rtype = False
+
+# A name inside the package must lead somewhere; those of Python and of PyTorch have their pages elsewhere.
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(?!mixfeat).*")]
+
+
+def _mathml(translator, node: nodes.math | nodes.math_block) -> None:
+    """Formulas as browsers show them by themselves: no script, no network, and one that is no TeX fails the build."""
+    block = isinstance(node, nodes.math_block)
+    try:
+        formula = tex2mathml(node.astext(), as_block=block)
+    except MathError as error:
+        logging.getLogger(__name__).warning("formula: %s: %s", error, node.astext(), location=node)
+        formula = ""
+    translator.body.append(f'<div class="math">{formula}</div>' if block else formula)
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> None:
+    app.add_html_math_renderer("mathml", (_mathml, None), (_mathml, None))
