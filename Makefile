@@ -41,6 +41,7 @@ lint: install
 # The site, into build/docs, with warnings as errors
 docs: install
 	$(BIN)/python -m sphinx -W --keep-going -q -d build/doctrees docs build/docs
+	@echo build/docs/index.html
 
 bench: install
 	$(BIN)/mixfeat bench
