@@ -40,6 +40,8 @@ def _mathml(translator, node: nodes.math | nodes.math_block) -> None:
     except MathError as error:
         logging.getLogger(__name__).warning("formula: %s: %s", error, node.astext(), location=node)
         formula = ""
+    for bracket in "⟨⟩":  # as low as round ones
+        formula = formula.replace(f"<mo>{bracket}", f'<mo stretchy="false">{bracket}')
     translator.body.append(f'<div class="math">{formula}</div>' if block else formula)
     raise nodes.SkipNode
 
