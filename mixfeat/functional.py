@@ -37,8 +37,8 @@ def patch_conv(
         z_n    = lam_n x_n + (1 - lam_n) x_{index_n}
         g[n,c] = sum_{p,m} phi(<w[c,m], z[n,p]>)
 
-    The pre-activations are never stored: the backward pass computes them again, but for up to 32 MiB of slopes phi' that
-    the CPU backend keeps.
+    The pre-activations are never stored: the backward pass computes them again, but for up to 32 MiB of slopes phi'
+    that the CPU backend keeps.
 
     This is the network of Chidambaram et al., "Provably Learning Diverse Features in Multi-View Data with Midpoint
     Mixup" (ICML 2023): a hidden layer of C*M filters shared by P patches, and a second layer fixed to ones.
