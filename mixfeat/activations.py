@@ -5,6 +5,7 @@ a :class:`Polynomial`, the one family that holds them all.
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -141,8 +142,8 @@ class Identity(Activation):
 
 def _degree(value: Any) -> int:
     try:
-        degree = value.__index__()
-    except AttributeError:
+        degree = operator.index(value)
+    except TypeError:
         raise TypeError(f"degree must be an integer, got {value!r}") from None
     if isinstance(value, bool):
         raise TypeError(f"degree must be an integer, got {value!r}")
@@ -154,6 +155,10 @@ def _degree(value: Any) -> int:
 def _positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value > 0):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{name} must be finite and positive, got {value}")
-    return float(value)
+    return number

@@ -1,6 +1,7 @@
 """Data: the multi-view distribution of the feature-learning theory, images of two features, images cut into patches."""
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -297,8 +298,7 @@ def _orthonormal(count: int, dim: int, generator: torch.Generator | None, device
 
 
 def _check_features(features: Tensor, num_classes: int) -> None:
-    if not isinstance(features, Tensor):
-        raise TypeError(f"features must be a tensor, got {type(features).__name__}")
+    _check_tensor("features", features)
     if not features.is_floating_point():
         raise TypeError(f"features must be of a floating-point type, got {features.dtype}")
     if features.dim() != 3 or features.shape[:2] != (num_classes, 2):
@@ -312,17 +312,22 @@ def _check_features(features: Tensor, num_classes: int) -> None:
         )
 
 
+def _check_tensor(name: str, value: Any, wanted: str = "a tensor") -> None:
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        got = value.layout if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be {wanted}, got {got}")
+
+
 def _check_images(images: Tensor) -> None:
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+    _check_tensor("images", images)
     if images.dim() != 4:
         raise ValueError(f"images must have 4 dimensions (N, channels, H, W), got shape {tuple(images.shape)}")
 
 
 def _check_classes(target: Tensor, images: Tensor) -> None:
-    if not isinstance(target, Tensor) or target.dtype != torch.int64:
-        got = target.dtype if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"target must be an int64 tensor, got {got}")
+    _check_tensor("target", target, "an int64 tensor")
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be an int64 tensor, got {target.dtype}")
     if target.shape != images.shape[:1]:
         raise ValueError(f"target must be of shape ({len(images)},), one class per image, got {tuple(target.shape)}")
     if target.device != images.device:
@@ -332,9 +337,9 @@ def _check_classes(target: Tensor, images: Tensor) -> None:
 
 
 def _check_pairing(partner_class: Tensor, least: int) -> None:
-    if not isinstance(partner_class, Tensor) or partner_class.dtype != torch.int64:
-        got = partner_class.dtype if isinstance(partner_class, Tensor) else type(partner_class).__name__
-        raise TypeError(f"partner_class must be an int64 tensor, got {got}")
+    _check_tensor("partner_class", partner_class, "an int64 tensor")
+    if partner_class.dtype != torch.int64:
+        raise TypeError(f"partner_class must be an int64 tensor, got {partner_class.dtype}")
     if partner_class.dim() != 1 or len(partner_class) < least:
         raise ValueError(f"partner_class must be of shape (C,), C at least {least}, got {tuple(partner_class.shape)}")
     pairs = partner_class.tolist()
@@ -366,20 +371,29 @@ def _patch_dim(patch_dim: int | None, num_classes: int, features: Tensor | None)
 
 
 def _integer(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        number = operator.index(value)
+    except TypeError:  # a tensor has __index__, and refuses
+        number = None
+    if isinstance(value, bool) or number is None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    value = value.__index__()
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    if number >= 2**63:
+        raise ValueError(f"{name} must be less than 2**63, got {number}")
+    return number
 
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
+    return number
 
 
 def _weight(value: Any) -> tuple[float, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from numbers import Real
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -160,10 +161,7 @@ def beta_quadrature(
             dtype that is not floating-point.
     """
     _check_alpha(alpha)
-    if isinstance(num_nodes, bool) or not isinstance(num_nodes, int):
-        raise TypeError(f"num_nodes must be an integer, got {num_nodes!r}")
-    if num_nodes < 1:
-        raise ValueError(f"num_nodes must be at least 1, got {num_nodes}")
+    _check_integer("num_nodes", num_nodes, 1)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}")
     n = torch.arange(2, max(2, num_nodes), dtype=torch.float64)
@@ -204,10 +202,7 @@ def sample_mixup(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it needs.
     """
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int):
-        raise TypeError(f"num_samples must be an integer, got {num_samples!r}")
-    if num_samples < 0:
-        raise ValueError(f"num_samples must be at least 0, got {num_samples}")
+    _check_integer("num_samples", num_samples, 0)
     _check_sampling(alpha, lam, generator)
     if device is None:
         device = torch.get_default_device() if generator is None else generator.device
@@ -252,8 +247,7 @@ def mixup(input: Tensor, index: Tensor, lam: float | Tensor, *, dtype: torch.dty
         IndexError: an index outside [0, N) on a CPU. On CUDA, where it cannot be read without waiting for the device,
             it makes that sample NaN.
     """
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a tensor, got {type(input).__name__}")
+    _check_is_tensor("input", input)
     if input.dtype not in (*_DTYPES, torch.uint8):
         raise TypeError(f"input must be float32, bfloat16, float16, float64 or uint8, got {input.dtype}")
     if input.dim() == 0:
@@ -339,9 +333,8 @@ def soft_target_cross_entropy(
     """
     _check_logits(input)
     _check_loss_options(label_smoothing, -100, reduction)
-    if not isinstance(target, Tensor) or target.dtype not in _DTYPES:
-        got = target.dtype if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"target must be a floating-point tensor of probabilities, got {got}")
+    if not _is_dense(target) or target.dtype not in _DTYPES:
+        raise TypeError(f"target must be a floating-point tensor of probabilities, got {_kind(target)}")
     if target.shape != input.shape:
         raise ValueError(f"target must have input's shape {tuple(input.shape)}, got {tuple(target.shape)}")
     if target.device != input.device:
@@ -394,9 +387,34 @@ def _check_pairwise(
     return input, weight, *_check_nodes(lam, lam_weight)
 
 
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided
+
+
+def _kind(value: Any) -> str:
+    """What a message says of something of the wrong kind."""
+    if isinstance(value, Tensor):
+        return str(value.dtype if value.layout == torch.strided else value.layout)
+    return type(value).__name__
+
+
+def _check_is_tensor(name: str, value: Tensor) -> None:
+    if not _is_dense(value):
+        raise TypeError(f"{name} must be a tensor, got {_kind(value)}")
+
+
+def _check_integer(name: str, value: int, least: int) -> None:
+    """Refuse what is no integer of 64 bits, or less than ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if value >= 2**63:
+        raise ValueError(f"{name} must be less than 2**63, got {value}")
+
+
 def _check_tensor(name: str, value: Tensor, shape: str) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    _check_is_tensor(name, value)
     if value.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
     if not 3 <= value.dim() <= 4:
@@ -411,9 +429,8 @@ def _check_mixing(
         raise ValueError(f"index is needed where lam is given (lam = {lam})")
     if lam is None:
         raise ValueError("lam is needed where index is given; lam = 0.5 is Midpoint Mixup")
-    if not isinstance(index, Tensor) or index.dtype != torch.int64:
-        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"index must be an int64 tensor, got {got}")
+    if not _is_dense(index) or index.dtype != torch.int64:
+        raise TypeError(f"index must be an int64 tensor, got {_kind(index)}")
     if index.shape != (samples,):
         raise ValueError(f"index must have shape ({samples},), one partner for each sample, got {tuple(index.shape)}")
     if index.device != device:
@@ -430,8 +447,8 @@ def _check_lam(lam: float | Tensor, samples: int, device: torch.device, dtype: t
         if not 0 <= lam <= 1:
             raise ValueError(f"lam must be in [0, 1], got {lam}")
         return torch.full((), float(lam), dtype=dtype, device=device)
-    if not lam.is_floating_point():
-        raise TypeError(f"lam must be a floating-point tensor, got {lam.dtype}")
+    if not _is_dense(lam) or not lam.is_floating_point():
+        raise TypeError(f"lam must be a floating-point tensor, got {_kind(lam)}")
     if lam.shape != () and lam.shape != (samples,):
         raise ValueError(f"lam must have shape () or ({samples},), got {tuple(lam.shape)}")
     if lam.device != device:
@@ -444,7 +461,7 @@ def _check_lam(lam: float | Tensor, samples: int, device: torch.device, dtype: t
 def _check_alpha(alpha: float) -> None:
     if isinstance(alpha, bool) or not isinstance(alpha, Real):
         raise TypeError(f"alpha must be a number, got {alpha!r}")
-    if not 0 < alpha < float("inf"):
+    if not 0 < alpha <= sys.float_info.max:
         raise ValueError(f"alpha must be finite and positive, got {alpha} (for Midpoint Mixup pass lam=0.5 instead)")
 
 
@@ -455,13 +472,16 @@ def _check_sampling(alpha: float, lam: float | None, generator: torch.Generator 
             raise TypeError(f"lam must be a number, got {lam!r}")
         if not 0 <= lam <= 1:
             raise ValueError(f"lam must be in [0, 1], got {lam}")
+    _check_generator(generator)
+
+
+def _check_generator(generator: torch.Generator | None) -> None:
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
 
 
 def _check_logits(input: Tensor) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a tensor, got {type(input).__name__}")
+    _check_is_tensor("input", input)
     if input.dtype not in _DTYPES:
         raise TypeError(f"input must be float32, bfloat16, float16 or float64, got {input.dtype}")
     if input.dim() != 2 or input.shape[1] == 0:
@@ -471,8 +491,7 @@ def _check_logits(input: Tensor) -> None:
 def _check_loss_options(label_smoothing: float, ignore_index: int, reduction: str) -> None:
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, Real):
         raise TypeError(f"label_smoothing must be a number, got {label_smoothing!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+    _check_integer("ignore_index", ignore_index, -(2**63))
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if reduction not in ("mean", "sum", "none"):
@@ -480,9 +499,8 @@ def _check_loss_options(label_smoothing: float, ignore_index: int, reduction: st
 
 
 def _check_target(target: Tensor, shape: tuple[int, ...], device: torch.device, name: str = "target") -> None:
-    if not isinstance(target, Tensor) or target.dtype != torch.int64:
-        got = target.dtype if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"{name} must be an int64 tensor of classes, got {got}")
+    if not _is_dense(target) or target.dtype != torch.int64:
+        raise TypeError(f"{name} must be an int64 tensor of classes, got {_kind(target)}")
     if target.shape != shape and target.shape != shape[-1:]:
         shapes = " or ".join(str(tuple(s)) for s in dict.fromkeys((shape[-1:], shape)))
         raise ValueError(f"{name} must have shape {shapes}, one class for each sample, got {tuple(target.shape)}")
@@ -505,9 +523,8 @@ def _check_nodes(lam: float | Tensor, lam_weight: Tensor | None) -> tuple[Tensor
     elif lam.dim() != 1 or lam.shape[0] == 0:
         raise ValueError(f"lam must be a tensor of nodes (K,) where lam_weight is given, got shape {tuple(lam.shape)}")
     for name, value in (("lam", lam), ("lam_weight", lam_weight)):
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} must be a floating-point tensor, got {got}")
+        if not _is_dense(value) or not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {_kind(value)}")
         if value.shape != lam.shape:
             raise ValueError(f"{name} must have lam's shape {tuple(lam.shape)}, got {tuple(value.shape)}")
         if value.device.type != "cpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -59,16 +60,18 @@ class TwoLayerPatchCNN(nn.Module):
         super().__init__()
         sizes = {"num_classes": num_classes, "filters_per_class": filters_per_class, "patch_dim": patch_dim}
         for name, size in (sizes if num_runs is None else {"num_runs": num_runs, **sizes}).items():
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise TypeError(f"{name} must be an integer, got {size!r}")
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+            functional._check_integer(name, size, 1)
         if not isinstance(activation, Activation):
             raise TypeError(f"activation must be a mixfeat activation such as PolyReLU(8, 0.1), got {activation!r}")
         if init_std is None:
             init_std = 0.7 * activation.rho if isinstance(activation, PolyReLU) else patch_dim**-0.5
-        if not 0 < init_std < float("inf"):
+        if isinstance(init_std, bool) or not isinstance(init_std, int | float):
+            raise TypeError(f"init_std must be a number, got {init_std!r}")
+        if not 0 < init_std <= sys.float_info.max:
             raise ValueError(f"init_std must be finite and positive, got {init_std}")
+        functional._check_generator(generator)
+        if dtype is not None and dtype not in functional._DTYPES:
+            raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
         self.activation = activation
         self.init_std = float(init_std)
         shape = (num_classes, filters_per_class, patch_dim)
@@ -162,10 +165,7 @@ class Mixup(nn.Module):
         super().__init__()
         functional._check_sampling(alpha, lam, generator)
         if num_classes is not None:
-            if isinstance(num_classes, bool) or not isinstance(num_classes, int):
-                raise TypeError(f"num_classes must be an integer, got {num_classes!r}")
-            if num_classes < 1:
-                raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+            functional._check_integer("num_classes", num_classes, 1)
         self.alpha, self.lam, self.per_sample = alpha, lam, per_sample
         self.num_classes, self.generator = num_classes, generator
 
@@ -184,8 +184,7 @@ class Mixup(nn.Module):
         Raises:
             TypeError, ValueError: as :func:`mixfeat.mixup`, and for a target of the wrong type, shape or device.
         """
-        if not isinstance(input, Tensor):
-            raise TypeError(f"input must be a tensor, got {type(input).__name__}")
+        functional._check_is_tensor("input", input)
         functional._check_target(target, tuple(input.shape[:1]), input.device)
         if self.training:
             index, lam = functional.sample_mixup(

@@ -1,9 +1,10 @@
 """Shared by all tests: fresh random inputs (the seed is in the report), backends to run on, errors to hold results to.
 
 ``TRITON_INTERPRET=1 pytest -m triton`` runs the Triton kernels in their interpreter; without it, and without a GPU,
-they are compiled but not run.
+they are compiled but not run. ``MIXFEAT_TEST_LONG=1`` draws many more examples and kills many more processes.
 """
 
+import functools
 import math
 import os
 import subprocess
@@ -17,6 +18,52 @@ import mixfeat as mf
 
 ROOT = Path(__file__).parents[1]
 SEED = int(os.environ.get("MIXFEAT_TEST_SEED", torch.seed() % 2**32))
+LONG = os.environ.get("MIXFEAT_TEST_LONG") == "1"
+
+try:
+    import hypothesis
+except ModuleNotFoundError:  # where only a GPU's tests are run
+    hypothesis = None
+else:
+    # Triton compiles kernels anew for many an example, or interprets them
+    few = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+    fixtures = [hypothesis.HealthCheck.function_scoped_fixture]  # they hold for all examples: backend, device, threads
+    slow = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
+    hypothesis.settings.register_profile(
+        "mixfeat", max_examples=(20 if LONG else 5) if few else (1000 if LONG else 20), deadline=None,
+        derandomize=False, database=None, suppress_health_check=fixtures + slow,
+    )  # fmt: skip
+    hypothesis.settings.load_profile("mixfeat")
+
+_examples = 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "hypothesis_seed", "") is None:
+        config.option.hypothesis_seed = SEED
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have every example of a property counted."""
+    for test in {item.obj for item in items if getattr(getattr(item, "obj", None), "is_hypothesis_test", False)}:
+        test.hypothesis.inner_test = _counted(test.hypothesis.inner_test)
+
+
+def _counted(test):
+    @functools.wraps(test)
+    def counted(*args, **kwargs):
+        global _examples
+        result = test(*args, **kwargs)
+        _examples += 1
+        return result
+
+    return counted
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _examples:
+        terminalreporter.write_line(f"{_examples} examples of properties passed")
 
 
 def pytest_report_header() -> str:
