@@ -16,10 +16,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -27,7 +28,8 @@ import mixfeat
 from mixfeat import report, validate
 from mixfeat.experiments import datasets, images, sweep
 from mixfeat.experiments.common import METHODS, DivergedError, identity
-from mixfeat.experiments.store import Store, StoreError
+from mixfeat.experiments.ranks import Ranks, RanksError
+from mixfeat.experiments.store import Record, Store, StoreError, merge
 from mixfeat.experiments.theory import Settings, summarise, train
 
 __all__ = ["environment", "main"]
@@ -35,6 +37,10 @@ __all__ = ["environment", "main"]
 
 class RefusedError(Exception):
     """A request that cannot be served; the message is the one line that the user sees."""
+
+
+class FailedError(Exception):
+    """A run that failed, of which the user has been told."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RefusedError as refused:
         print(f"{args.prog}: error: {refused}", file=sys.stderr)
         return 2
+    except FailedError:
+        return 1
     except KeyboardInterrupt:
         again = shlex.join(["mixfeat", *argv] + ["--resume"] * (getattr(args, "resume", None) is False))
         print(f"{args.prog}: stopped; go on with: {again}", file=sys.stderr)
@@ -106,7 +114,23 @@ def _parser() -> argparse.ArgumentParser:
             f"--{name}", nargs="+", default=default, metavar=("SETTING", "VALUE"),
             help=f"a numeric setting and its values (default: {' '.join(default)})",
         )  # fmt: skip
+    diagram.add_argument(
+        "--shard", type=_shard, default=(0, 1), metavar="I/N",
+        help="run only every N-th cell, from cell I on, 0 <= I < N: one of N machines; mixfeat merge joins the stores",
+    )  # fmt: skip
     _experiment_options(diagram, Settings, Path("results/sweep"), sweep.DEFAULTS)
+    joining = commands.add_parser(
+        "merge",
+        allow_abbrev=False,
+        help="join the stores of a sweep that was run in shards",
+        description="Join stores of mixfeat sweep that have the same settings, as --shard makes them on several "
+        "machines, in a new one. Cells that several have must agree.",
+    )
+    joining.add_argument("sources", nargs="+", type=Path, metavar="FOLDER", help="an output folder of mixfeat sweep")
+    joining.add_argument(
+        "--out", type=Path, default=Path("results/sweep"), metavar="FOLDER",
+        help="for the new store (default: %(default)s)",
+    )  # fmt: skip
     checking = commands.add_parser(
         "check",
         allow_abbrev=False,
@@ -159,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         (theory, _reproduce_theory),
         (pictures, _reproduce_images),
         (diagram, _sweep),
+        (joining, _merge),
     )
     for command, run in runs:
         command.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
@@ -193,6 +218,13 @@ def _experiment_options(
         parser.add_argument(
             "--" + setting.name.replace("_", "-"), type=kind, default=argparse.SUPPRESS, help=text, **shape
         )
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"must be I/N with 0 <= I < N, got {text!r}")
+    return int(part), int(parts)
 
 
 def environment() -> dict[str, Any]:
@@ -427,23 +459,10 @@ def _reproduce_theory(args: argparse.Namespace) -> int:
     json_file = _writable_file(args.json)
     figure = _writable_folder(args.out) / "theory.png"
 
-    records = {}
-    try:
-        with Store(args.out / "theory.sqlite", "theory", key, resume=args.resume) as store:
-            done = sum(record.step for record in map(store.get, methods) if record)
-            with _progress(len(methods) * settings.steps, done) as bar:
-                for method in methods:
-                    bar.set_description(METHODS[method])
-                    records[method] = train(settings, method, store, bar.update)
-                    if bar.disable:
-                        print(f"{METHODS[method]}: {settings.steps} steps, {settings.seeds} seeds at once, on "
-                              f"{settings.device}: {records[method].seconds:.1f} s", file=sys.stderr)  # fmt: skip
-    except StoreError as error:
-        raise RefusedError(str(error)) from None
-    except DivergedError as error:
-        print(f"{args.prog}: error: {error}", file=sys.stderr)
-        return 1
-
+    runs = [Run(method, METHODS[method], settings.steps, partial(train, settings, method)) for method in methods]
+    records = _train_all(args, "theory", key, runs)
+    if records is None:
+        return 0
     results = {method: summarise(settings, record) for method, record in records.items()}
     print(_table(settings, results))
     plots.plot_theory(settings, records, figure)
@@ -465,25 +484,19 @@ def _reproduce_images(args: argparse.Namespace) -> int:
     figure = _writable_folder(args.out) / "images.png"
 
     seeds = range(settings.seed, settings.seed + settings.seeds)
-    records: dict[str, dict[int, Any]] = {method: {} for method in methods}
-    runs = [(method, seed) for method in methods for seed in seeds]
     steps = settings.epochs * images.steps_of_epoch(settings, data)
+    runs = [
+        Run(images.name_of(method, seed), f"{METHODS[method]}, seed {seed}", steps,
+            partial(images.train, settings, method, seed, data))
+        for method in methods for seed in seeds
+    ]  # fmt: skip
     try:
-        with Store(args.out / "images.sqlite", "images", key, resume=args.resume) as store:
-            done = sum(record.step for record in (store.get(images.name_of(*run)) for run in runs) if record)
-            with _progress(len(runs) * steps, done) as bar:
-                for method, seed in runs:
-                    bar.set_description(f"{METHODS[method]}, seed {seed}")
-                    record = records[method][seed] = images.train(settings, method, seed, data, store, bar.update)
-                    if bar.disable:
-                        print(f"{METHODS[method]}, seed {seed}: {settings.epochs} epochs on {settings.device}: "
-                              f"{record.seconds:.1f} s", file=sys.stderr)  # fmt: skip
-    except (StoreError, ValueError) as error:  # the latter: data that this batch size or model cannot train on
+        found = _train_all(args, "images", key, runs)
+    except ValueError as error:  # data that this batch size or model cannot train on
         raise RefusedError(str(error)) from None
-    except DivergedError as error:
-        print(f"{args.prog}: error: {error}", file=sys.stderr)
-        return 1
-
+    if found is None:
+        return 0
+    records = {method: {seed: found[images.name_of(method, seed)] for seed in seeds} for method in methods}
     results = {method: images.summarise(of_method) for method, of_method in records.items()}
     print(_images_table(settings, results))
     plots.plot_images(settings, results, figure)
@@ -505,36 +518,85 @@ def _sweep(args: argparse.Namespace) -> int:
     figure = _writable_folder(args.out) / "sweep.png"
 
     cells = grid.cells(methods)
-    records = {}
-    try:
-        with Store(args.out / "sweep.sqlite", "sweep", key, resume=args.resume) as store:
-            done = sum(record.step for record in (store.get(cell.name) for cell in cells) if record)
-            with _progress(sum(cell.settings.steps for cell in cells), done) as bar:
-                for cell in cells:
-                    bar.set_description(cell.name)
-                    record = records[cell] = sweep.run_cell(cell, store, bar.update)
-                    if bar.disable:
-                        end = f"{record.seconds:.1f} s" if record.state else "diverged"
-                        print(f"{len(records)} of {len(cells)}: {cell.name}: {end}", file=sys.stderr)
-    except StoreError as error:
-        raise RefusedError(str(error)) from None
+    part, parts = args.shard
+    mine = cells[part::parts]
+    found = _train_all(
+        args, "sweep", key, [Run(c.name, c.name, c.settings.steps, partial(sweep.run_cell, c)) for c in mine]
+    )
+    if found is None:
+        return 0
+    records = {cell: found[cell.name] for cell in mine}
+    facts = {"settings": key, "x": x._asdict(), "y": y._asdict(), "environment": environment()}
+    numbers = {"cells": sweep.summarise(grid, records)}
+    if parts > 1:
+        print(
+            f"shard {part}/{parts}: {len(mine)} of {len(cells)} cells are in {args.out}; mixfeat merge joins the shards"
+        )
+        _write_json(json_file, {**facts, "shard": f"{part}/{parts}", **numbers})
+        return 0
 
     tables = sweep.tables(grid, records)
     print("\n\n".join(_grid_table(grid, method, of_method) for method, of_method in tables.items()))
     plots.plot_sweep(grid, tables, figure)
     print(f"\nfigure: {figure}")
-    facts = {"settings": key, "x": x._asdict(), "y": y._asdict(), "environment": environment()}
-    _write_json(json_file, {**facts, "tables": _without_nan(tables), "cells": sweep.summarise(grid, records)})
+    _write_json(json_file, {**facts, "tables": _without_nan(tables), **numbers})
     return 0
 
 
-def _progress(total: int, done: int) -> Any:
-    """A bar on a terminal, with the time left; elsewhere one that is disabled."""
+def _merge(args: argparse.Namespace) -> int:
+    json_file = _writable_file(args.json)
+    sources = [path / "sweep.sqlite" if path.is_dir() else path for path in args.sources]
+    target = _writable_folder(args.out) / "sweep.sqlite"
+    try:
+        count = merge(target, sources)
+    except StoreError as error:
+        raise RefusedError(str(error)) from None
+    print(f"{count} records of {len(sources)} stores are in {target}; tables and figure: mixfeat sweep with the same "
+          f"options and --resume --out {args.out}")  # fmt: skip
+    _write_json(json_file, {"store": str(target), "records": count, "sources": [str(path) for path in sources]})
+    return 0
+
+
+class Run(NamedTuple):
+    """One run of an experiment."""
+
+    name: str  # of its record
+    label: str
+    steps: int
+    train: Callable[[Store, Callable[[int], Any]], Record]
+
+
+def _train_all(
+    args: argparse.Namespace, experiment: str, key: dict[str, Any], runs: Sequence[Run]
+) -> dict[str, Record] | None:
+    """The finished records by name, of a store in the output folder; None on all ranks of a launch but the first."""
+    try:
+        ranks = Ranks()
+        with ranks.open(args.out / f"{experiment}.sqlite", experiment, key, resume=args.resume) as store:
+            done = sum(record.step for record in (store.get(run.name) for run in runs) if record)
+            with _progress(sum(run.steps for run in runs), done, ranks.count > 1) as bar:
+                for number, run in ranks.share(list(enumerate(runs, 1))):
+                    bar.set_description(run.label)
+                    record = run.train(store, bar.update)
+                    if bar.disable:
+                        end = f"{record.seconds:.1f} s" if record.state else "diverged"
+                        where = f"rank {ranks.rank}: " if ranks.count > 1 else ""
+                        print(f"{where}{number} of {len(runs)}: {run.label}: {end}", file=sys.stderr)
+            found = {run.name: store.get(run.name) for run in runs}
+            return {name: record for name, record in found.items() if record} if ranks.rank == 0 else None
+    except (StoreError, RanksError) as error:
+        raise RefusedError(str(error)) from None
+    except DivergedError as error:
+        print(f"{args.prog}: error: {error}", file=sys.stderr)
+        raise FailedError from None
+
+
+def _progress(total: int, done: int, several: bool) -> Any:
+    """A bar on a terminal, with the time left; elsewhere, and for one of several processes, one that is disabled."""
     import tqdm
 
-    return tqdm.tqdm(
-        total=total, initial=done, unit=" steps", unit_scale=True, smoothing=0, disable=not sys.stderr.isatty()
-    )
+    disable = several or not sys.stderr.isatty()
+    return tqdm.tqdm(total=total, initial=done, unit=" steps", unit_scale=True, smoothing=0, disable=disable)
 
 
 def _grid_table(grid: sweep.Sweep, method: str, tables: Mapping[str, Sequence[Sequence[float]]]) -> str:

@@ -1,9 +1,12 @@
 """Where an experiment keeps what it has done: one SQLite file that survives being killed at any moment."""
 
+import contextlib
 import hashlib
 import io
 import json
 import sqlite3
+import urllib.parse
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -11,10 +14,11 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-__all__ = ["Record", "Store", "StoreError"]
+__all__ = ["Record", "Store", "StoreError", "merge"]
 
 _APPLICATION_ID = 0x6D666561  # "mfea": marks the file as ours
 _VERSION = 1
+_SHARED_SECONDS = 60  # to wait for others who write; they take milliseconds
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE record (
@@ -45,30 +49,36 @@ class Store:
     """The records of one experiment with one set of settings, by name.
 
     Every :meth:`save` is one transaction: a process killed at any moment leaves the record before or after it, never a
-    part. The file is locked while it is open. A damaged file, or one that is no store of this experiment, is left
-    as it was.
+    part. The file is locked while it is open, to all but those who share it. A damaged file, or one that is no store of
+    this experiment, is left as it was.
 
     Args:
         path: of the SQLite file; created where missing.
         experiment: name of the experiment.
         settings: JSON-serialisable; records belong to them.
         resume: go on with the records that are there. Without it a file that holds any is refused.
+        shared: other processes of this machine have it open too, in the same way; of those who save the same record,
+            the last wins. The file must have been made before.
 
     Raises:
         StoreError: for a file that cannot be used.
     """
 
-    def __init__(self, path: Path, experiment: str, settings: dict[str, Any], *, resume: bool = False) -> None:
+    def __init__(
+        self, path: Path, experiment: str, settings: dict[str, Any], *, resume: bool = False, shared: bool = False
+    ) -> None:
         self.path = path
         _check_header(path)
         try:
-            self._db = sqlite3.connect(path, timeout=0, isolation_level=None)
+            self._db = sqlite3.connect(path, timeout=_SHARED_SECONDS if shared else 0, isolation_level=None)
         except sqlite3.Error as error:
             raise StoreError(f"{path} cannot be opened: {error}") from None
         try:
-            # the lock taken here is kept until the connection closes or the process dies
-            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self._db.execute("BEGIN EXCLUSIVE")
+            # the lock taken here is kept until the connection closes or the process dies; with a write-ahead log a
+            # connection keeps a shared one, which shuts out those that ask for the whole file
+            self._db.execute(f"PRAGMA locking_mode = {'NORMAL' if shared else 'EXCLUSIVE'}")
+            self._db.execute(f"PRAGMA journal_mode = {'WAL' if shared else 'DELETE'}")
+            self._db.execute(f"BEGIN {'IMMEDIATE' if shared else 'EXCLUSIVE'}")
             if not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 self._create(experiment)
             self._read(experiment, settings, resume)
@@ -91,6 +101,10 @@ class Store:
         """The record of that name, if there is one."""
         row = self._db.execute("SELECT * FROM record WHERE name = ?", (name,)).fetchone()
         return None if row is None else _record(row)
+
+    def names(self) -> list[str]:
+        """Of all records."""
+        return [name for (name,) in self._db.execute("SELECT name FROM record ORDER BY rowid")]
 
     def save(self, name: str, record: Record) -> None:
         """Replace the record of that name, atomically."""
@@ -152,6 +166,66 @@ class Store:
             return json.loads(row[0])
         except (TypeError, ValueError):
             raise sqlite3.DatabaseError(f"its {key} cannot be read") from None
+
+
+def merge(target: Path, sources: Sequence[Path]) -> int:
+    """Join stores of one experiment and one set of settings in a new one, and return the number of its records.
+
+    Of a record that several hold the one that is further is taken; finished ones must agree but for the seconds.
+    ``target`` appears when it is complete.
+
+    Raises:
+        StoreError: a target that is there; sources that are no such stores, are in use, have other settings, or
+            disagree.
+    """
+    if target.exists():
+        raise StoreError(f"{target} is there already: choose another folder")
+    part = target.with_name(f".{target.name}.part")
+    part.unlink(missing_ok=True)
+    try:
+        experiment, settings = _of_what(sources[0])
+        with Store(part, experiment, settings) as joined:
+            for path in sources:
+                if not path.exists():  # which would be made
+                    raise StoreError(f"{path} is not there")
+                with Store(path, experiment, settings, resume=True) as store:
+                    for name in store.names():
+                        _join(joined, name, store.get(name), path)
+            count = len(joined.names())
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+    return count
+
+
+def _join(joined: Store, name: str, record: Record | None, path: Path) -> None:
+    there = joined.get(name)
+    if record is not None and there is not None and there.finished and record.finished:
+        same = there.step == record.step and there.state.keys() == record.state.keys()
+        if not (same and all(_same(there.state[key], value) for key, value in record.state.items())):
+            raise StoreError(f"{path} has another result of {name} than the stores before it")
+    elif record is not None and (there is None or (record.finished, record.step) > (there.finished, there.step)):
+        joined.save(name, record)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _of_what(path: Path) -> tuple[str, dict[str, Any]]:
+    """Experiment and settings of a store."""
+    _check_header(path)
+    try:
+        db = sqlite3.connect(f"file:{urllib.parse.quote(str(path))}?mode=ro", uri=True, timeout=0)
+        with contextlib.closing(db):
+            found = {key: json.loads(value) for key, value in db.execute("SELECT key, value FROM meta")}
+            return found["experiment"], found["settings"]
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error):
+            raise StoreError(f"{path} is in use by another process: wait for it") from None
+        raise StoreError(f"{path} cannot be used: {error}") from None
+    except (sqlite3.DatabaseError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path} is damaged, or holds nothing yet ({error}): leave it out") from None
 
 
 def _record(row: tuple[str, int, int, float, bytes, str]) -> Record:
