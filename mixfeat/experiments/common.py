@@ -90,9 +90,12 @@ def _digest(value: Any) -> bytes:
 @contextmanager
 def _deterministic(device: str) -> Iterator[None]:
     """Have a GPU repeat its results bit for bit, as the CPU does anyway."""
+    if device == "cpu":
+        yield  # not to set what is set already: torch takes seconds for that
+        return
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(before or device != "cpu", warn_only=warn_only)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
     try:
         yield
     finally:

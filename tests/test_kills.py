@@ -1,0 +1,135 @@
+"""kill -9 at any moment of a long command: nothing is lost, and resumed it ends in the numbers of an unbroken run."""
+
+import json
+import random
+import shutil
+import signal
+import sqlite3
+import sys
+import time
+from multiprocessing import get_context
+
+import pytest
+import torch
+from conftest import LONG
+
+from mixfeat import cli
+from mixfeat.experiments import theory
+
+KILLS = 17 if LONG else 1  # of each command
+THEORY = [
+    "--num-classes=3", "--filters-per-class=2", "--num-patches=4", "--num-samples=9", "--seeds=2", "--test-samples=30",
+    "--lr=4", "--device=cpu",
+]  # fmt: skip
+COMMANDS = {
+    "theory": ["reproduce", "theory", *THEORY, "--steps=400", "--evaluations=4"],
+    "images": ["reproduce", "images", "--epochs=3", "--seeds=2", "--batch-size=200", "--device=cpu"],
+    "sweep": ["sweep", *THEORY, "--steps=60", "--evaluations=3", "--x", "degree", "2", "4", "--y", "rho", "0.5"],
+}  # fmt: skip
+# Processes fork from a server that has imported everything, so that a kill finds a command and not Python's start
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(["test_kills", "mixfeat.experiments.plots", "sklearn.datasets"])
+
+
+def run(arguments, log):
+    """What a process does: one command."""
+    torch.set_num_threads(1)
+    theory._CHECKPOINT_SECONDS = 0.02
+    with open(log, "w", buffering=1) as sys.stdout:
+        sys.stderr = sys.stdout
+        sys.exit(cli.main(arguments))
+
+
+def started(arguments, log):
+    process = CONTEXT.Process(target=run, args=(arguments, log))
+    process.start()
+    return process
+
+
+def finish(arguments, log):
+    process = started(arguments, log)
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+
+
+def numbers(path):
+    """A JSON result but for how long it took."""
+
+    def without_seconds(value):
+        if isinstance(value, dict):
+            return {key: without_seconds(item) for key, item in value.items() if key not in ("seconds", "environment")}
+        return [without_seconds(item) for item in value] if isinstance(value, list) else value
+
+    return without_seconds(json.loads(path.read_text()))
+
+
+def records(folder, name):
+    """What a store holds, read from a copy, as opening it may mend it: (finished, step, checksum) by name."""
+    copy = folder.with_name("copy")
+    shutil.rmtree(copy, ignore_errors=True)
+    if not (folder / f"{name}.sqlite").exists():
+        return {}
+    shutil.copytree(folder, copy)
+    database = sqlite3.connect(copy / f"{name}.sqlite")
+    try:
+        tables = database.execute("SELECT count(*) FROM sqlite_master WHERE name = 'record'").fetchone()[0]
+        rows = database.execute("SELECT name, finished, step, sha256 FROM record").fetchall() if tables else []
+    finally:
+        database.close()
+    return {name: row for name, *row in rows}
+
+
+def assert_nothing_lost(before, after):
+    for name, (finished, step, checksum) in before.items():
+        assert after[name][1] >= step, name
+        assert not finished or after[name] == [finished, step, checksum], name
+
+
+def assert_files_whole(folder, name):
+    for path in folder.glob("*.png"):
+        assert path.read_bytes()[-8:-4] == b"IEND"
+    for path in folder.glob("*.json"):
+        json.loads(path.read_text())
+    allowed = {f"{name}{end}" for end in (".sqlite", ".sqlite-journal", ".png", ".json")}
+    assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} <= allowed
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_killed_at_any_moment(name, tmp_path):
+    if name == "images":
+        pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+
+    def command(folder):
+        return [*COMMANDS[name], "--resume", "--out", str(folder), "--json", str(folder / f"{name}.json")]
+
+    log = tmp_path / "log"
+    start = time.monotonic()
+    finish(command(tmp_path / "unbroken"), log)
+    duration = time.monotonic() - start
+    unbroken = numbers(tmp_path / "unbroken" / f"{name}.json")
+    files = sorted(path.name for path in (tmp_path / "unbroken").iterdir())
+
+    def assert_finished(folder):
+        assert numbers(folder / f"{name}.json") == unbroken
+        assert sorted(path.name for path in folder.iterdir()) == files
+
+    kills, moments = 0, random.Random(torch.initial_seed())
+    folder, held = tmp_path / "0", {}
+    while kills < KILLS:
+        process = started(command(folder), log)
+        process.join(moments.uniform(0, duration))
+        process.kill()
+        process.join()
+        if folder.exists():
+            assert_files_whole(folder, name)
+            assert_nothing_lost(held, now := records(folder, name))
+            held = now
+        if process.exitcode == -signal.SIGKILL:
+            kills += 1
+            continue
+        assert process.exitcode == 0, log.read_text()
+        assert_finished(folder)
+        folder, held = folder.with_name(str(int(folder.name) + 1)), {}
+    finish(command(folder), log)
+    assert_finished(folder)
