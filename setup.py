@@ -26,7 +26,7 @@ class BuildLibrary(build_ext):
     """A plain shared library, without Python in it, at the place of an extension module."""
 
     def get_ext_filename(self, fullname):
-        return str(Path(*fullname.split(".")[:-1]) / load_build().LIBRARY)
+        return str(Path(*fullname.split(".")[:-1]) / load_build().library_name())
 
     def build_extension(self, ext):
         builder = load_build()
@@ -38,6 +38,8 @@ class BuildLibrary(build_ext):
                 return
             target = Path(self.get_ext_fullpath(ext.name))
             target.parent.mkdir(parents=True, exist_ok=True)
+            for old in target.parent.glob("libmixfeat_cpu*.so"):
+                old.unlink()
             shutil.copyfile(library, target)
 
     def get_outputs(self):

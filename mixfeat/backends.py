@@ -1,14 +1,15 @@
 """Which kernels serve a tensor: ``"triton"`` (CUDA, ROCm), ``"cpu"`` (native C++) or ``"reference"`` (plain PyTorch).
 
 The best one that is there serves by default. ``with mixfeat.backend("reference"):`` or the environment variable
-``MIXFEAT_BACKEND`` choose another; ``with`` holds for the thread that enters it and wins over the environment.
+``MIXFEAT_BACKEND`` choose another; ``with`` holds for the thread that enters it, with the backward passes of what was
+called there, and wins over the environment.
 """
 
 import functools
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -67,6 +68,16 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+def chosen() -> str | None:
+    """What the ``with`` block around this call names, to be kept for its backward pass."""
+    return _chosen.get()
+
+
+def as_chosen(name: str | None) -> AbstractContextManager[None]:
+    """The block around a forward call again, for its backward pass, which may run later, in another thread."""
+    return nullcontext() if name is None else backend(name)
 
 
 def _checked(name: str, source: str) -> str:

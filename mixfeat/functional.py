@@ -205,7 +205,8 @@ def sample_mixup(
     _check_integer("num_samples", num_samples, 0)
     _check_sampling(alpha, lam, generator)
     if device is None:
-        device = torch.get_default_device() if generator is None else generator.device
+        # of an empty tensor, because torch.compile cannot trace torch.get_default_device
+        device = torch.empty(0).device if generator is None else generator.device
     source = torch.device(device) if generator is None else generator.device
     index = torch.randperm(num_samples, generator=generator, device=source)
     shape = (num_samples,) if per_sample else ()

@@ -58,6 +58,24 @@ def test_refuses_unknown_backend(name):
         pass
 
 
+def test_backward_is_served_as_forward_was(monkeypatch):
+    """Also after the block."""
+    x, w = torch.randn(3, 2, 4, requires_grad=True), torch.randn(2, 1, 4)
+    index, lam = torch.tensor([1, 2, 0]), torch.tensor(0.5)
+    calls = []
+    for name in ("patch_conv_backward", "mixup_backward"):
+        formula = getattr(mf.reference, name)
+        monkeypatch.setattr(mf.reference, name, lambda *a, f=formula, n=name, **k: calls.append(n) or f(*a, **k))
+    losses = {}
+    for backend in ("reference", "cpu"):
+        with mf.backend(backend):
+            losses[backend] = mf.patch_conv(x, w, mf.ReLU()).sum() + mf.mixup(x, index, lam).sum()
+    losses["cpu"].backward()
+    assert not calls
+    losses["reference"].backward()
+    assert sorted(calls) == ["mixup_backward", "patch_conv_backward"]
+
+
 @pytest.mark.skipif("triton" in mf.backends.available(), reason="a GPU is here")
 def test_refuses_backend_that_is_not_here():
     with pytest.raises(ValueError, match="backend 'triton' is not available here: triton"), mf.backend("triton"):
@@ -113,7 +131,7 @@ def test_builds_at_first_use_once(tmp_path):
     assert [process.returncode for process in run] == [0] * 4
     assert sum("building" in output for output in outputs) == 1
     (folder,) = tmp_path.iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == sorted([cpu.build.__globals__["LIBRARY"], "lock"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([cpu.library_name(), "lock"])
 
 
 @pytest.mark.parametrize(
@@ -166,4 +184,15 @@ def test_wheel_holds_all_it_needs(tmp_path):
     mapped = [p for folder in ("benchmarks", "kernels") for p in (ROOT / folder).rglob("*")]
     sources = {f"mixfeat/{p.relative_to(ROOT).as_posix()}" for p in mapped if p.suffix in (".py", ".cpp", ".h")}
     assert modules | sources <= names
-    assert {"mixfeat/py.typed", "mixfeat/kernels/cpu/libmixfeat_cpu.so"} <= names
+    assert {"mixfeat/py.typed", f"mixfeat/kernels/cpu/{cpu.library_name()}"} <= names
+    # installed by pip, which sets files' times as it likes, and without a compiler
+    installed = tmp_path / "installed"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", installed, wheel]
+    subprocess.run(command, check=True)
+    code = "import mixfeat as mf; print(mf.__file__, mf.backends.available())"
+    environment = os.environ | {"PYTHONPATH": str(installed), "CXX": "no-such-compiler"}
+    output = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "installed", env=environment, capture_output=True, text=True
+    ).stdout
+    assert str(installed) in output
+    assert "'cpu'" in output

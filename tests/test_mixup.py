@@ -250,6 +250,16 @@ def test_compile(backend, device, dynamic):
         torch.testing.assert_close((z, grad), expected)
 
 
+def test_compile_draws_too():
+    """Drawn and mixed in one graph, on the default device."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: (x, *mf.sample_mixup(x.shape[0], 0.3)), fullgraph=True)
+    x, index, lam = compiled(torch.randn(5, 3))
+    assert sorted(index.tolist()) == list(range(5))
+    assert 0 <= lam.item() <= 1
+    assert index.device == lam.device == x.device
+
+
 def test_manifold_mixup_inside_autocast(backend, device):
     layer = torch.nn.Linear(8, 8, device=device)
     x, index, lam = make_inputs((6, 8), torch.float32, device)

@@ -1,7 +1,7 @@
 """The CPU backend: a shared library of torch operators (``torch.ops.mixfeat_cpu``), loaded or built at first use.
 
 ``pip install --no-build-isolation .`` builds it ahead. Where it was not, the first use builds it into the user's cache
-(``MIXFEAT_CACHE``, else ``XDG_CACHE_HOME``/mixfeat, else ``~/.cache/mixfeat``), in a folder named after the sources,
+(``MIXFEAT_CACHE``, else ``XDG_CACHE_HOME``/mixfeat, else ``~/.cache/mixfeat``), in a folder named after
 PyTorch and the compiler; of several processes that start at once, one builds and the others wait.
 """
 
@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from mixfeat.kernels.cpu.build import LIBRARY, BuildError, build, compiler, sources
+from mixfeat.kernels.cpu.build import BuildError, build, compiler, library_name
 
 __all__ = ["BuildError", "cache_directory", "capability", "compiler_version", "library_path", "load"]
 
@@ -39,21 +39,17 @@ def compiler_version() -> str:
 
 
 def _built_ahead() -> Path | None:
-    """The library beside this file, unless the sources there are newer (as after an edit in a source tree)."""
-    path = Path(__file__).with_name(LIBRARY)
-    if path.exists() and path.stat().st_mtime >= max(p.stat().st_mtime for p in sources()):
-        return path
-    return None
+    """The library beside this file, if it was made of the sources there."""
+    path = Path(__file__).with_name(library_name())
+    return path if path.exists() else None
 
 
 def _built_at_first_use() -> Path:
     key = hashlib.sha256()
     for part in (torch.__version__, sys.platform, compiler(), compiler_version()):
         key.update(part.encode() + b"\0")
-    for source in sources():
-        key.update(source.read_bytes() + b"\0")
     folder = cache_directory() / f"cpu-{key.hexdigest()[:16]}"
-    path = folder / LIBRARY
+    path = folder / library_name()
     if path.exists():
         return path
     try:

@@ -3,6 +3,7 @@
 Imports nothing of mixfeat, so that setup.py can load it by its path.
 """
 
+import hashlib
 import os
 import platform
 import shlex
@@ -12,7 +13,6 @@ import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent
-LIBRARY = "libmixfeat_cpu.so"
 
 # Oldest PyTorch whose stable ABI the library asks for: 2.10, as TORCH_TARGET_VERSION spells it.
 TORCH_TARGET = "0x020a000000000000"
@@ -32,6 +32,19 @@ class BuildError(RuntimeError):
 def sources() -> list[Path]:
     """Every file that the library is made of."""
     return sorted([*SOURCE.glob("*.cpp"), *SOURCE.glob("*.h")])
+
+
+def digest() -> str:
+    """Of the sources and of how they are built: what a library must have been made of to be the right one."""
+    key = hashlib.sha256()
+    for path in [*sources(), Path(__file__)]:
+        key.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return key.hexdigest()[:16]
+
+
+def library_name() -> str:
+    """Of the file, which the digest is a part of: files' times say nothing, as installers set them."""
+    return f"libmixfeat_cpu-{digest()}.so"
 
 
 def compiler() -> str:
@@ -96,11 +109,12 @@ def build(directory: Path, torch_directory: Path) -> Path:
         for name, flags in variants.items():
             objects.append(f"{source.stem}.{name}.o")
             lines += [f"build {objects[-1]}: compile {path(source)}", f"  flags = {quote([*common, *flags])}"]
-    lines.append(f"build {LIBRARY}: link {' '.join(objects)}")
+    name = library_name()
+    lines.append(f"build {name}: link {' '.join(objects)}")
 
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "build.ninja").write_text("\n".join(lines) + "\n")
     result = subprocess.run([_ninja(), "-C", str(directory)], capture_output=True, text=True)
     if result.returncode:
         raise BuildError(f"building the CPU library failed:\n{result.stdout}{result.stderr}")
-    return directory / LIBRARY
+    return directory / name

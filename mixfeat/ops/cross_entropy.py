@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixfeat import backends, reference
-from mixfeat.ops.dispatch import accumulation, check_lam, may_go_direct, refuse_twice
+from mixfeat.ops.dispatch import accumulation, check_lam, may_go_direct, refuse_tangents, refuse_twice
 
 __all__ = ["mixup_cross_entropy", "soft_target_cross_entropy"]
 
@@ -230,6 +230,7 @@ _apply = super(torch.autograd.Function, _CrossEntropy).apply
 
 def _register(name: str, op: Any, forward: Any) -> None:
     def autograd(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        refuse_tangents(name.removeprefix("mixfeat::"), input, *rest)
         if torch.is_grad_enabled() and input.requires_grad:
             return _CrossEntropy.apply(op, False, input, *rest[:-1])
         with torch._C._AutoDispatchBelowAutograd():

@@ -4,14 +4,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["accumulation", "check_lam", "check_partners", "may_go_direct", "refuse_twice"]
+__all__ = ["accumulation", "check_lam", "check_partners", "may_go_direct", "refuse_tangents", "refuse_twice"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def may_go_direct(*tensors: Tensor) -> bool:
-    """Whether nobody watches this call: no tracing, mode, functorch transform or tensor subclass.
+    """Whether nobody watches this call: no tracing, mode, functorch transform, dual numbers or tensor subclass.
 
     The way through the dispatcher then changes nothing, and costs a small problem more time than its kernel.
     """
@@ -19,6 +20,7 @@ def may_go_direct(*tensors: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or any(type(tensor) not in _PLAIN for tensor in tensors)
     )
 
@@ -49,6 +51,14 @@ def check_lam(lam: Tensor) -> None:
         low, high = (float(bound) for bound in lam.aminmax())
         if not (low >= 0 and high <= 1):
             raise ValueError(f"lam must be in [0, 1], got {low if not low >= 0 else high}")
+
+
+def refuse_tangents(name: str, *arguments: Any) -> None:
+    """Forward-mode derivatives raise: an operator that knows none would drop them, and the result pass for constant."""
+    if forward_ad._current_level >= 0 and any(
+        isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None for argument in arguments
+    ):
+        raise NotImplementedError(f"{name} has no forward-mode derivative (jvp, jacfwd): differentiate it backward")
 
 
 def refuse_twice(name: str, grad: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mixfeat import backends, reference
-from mixfeat.ops.dispatch import check_partners, may_go_direct
+from mixfeat.ops.dispatch import check_partners, may_go_direct, refuse_tangents
 
 __all__ = ["mixup"]
 
@@ -102,13 +102,15 @@ class _Mixup(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(index, lam)
         ctx.backward = backward
+        ctx.chosen = backends.chosen()
         with torch._C._AutoDispatchBelowAutograd():
             return forward(input, index, lam, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, ctx.backward(grad, *ctx.saved_tensors), None, None, None
+        with backends.as_chosen(ctx.chosen):
+            return None, None, ctx.backward(grad, *ctx.saved_tensors), None, None, None
 
 
 # Function.apply without what it does for functorch's transforms
@@ -116,6 +118,7 @@ _apply = super(torch.autograd.Function, _Mixup).apply
 
 
 def _autograd(input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> Tensor:
+    refuse_tangents("mixup", input, lam)
     if torch.is_grad_enabled() and input.requires_grad:
         return _Mixup.apply(_op, _backward_op, input, index, lam, dtype)
     with torch._C._AutoDispatchBelowAutograd():

@@ -17,7 +17,7 @@ from torch import Tensor
 from mixfeat import backends, reference
 from mixfeat.activations import Polynomial
 from mixfeat.ops import sharding
-from mixfeat.ops.dispatch import accumulation, may_go_direct, refuse_twice
+from mixfeat.ops.dispatch import accumulation, may_go_direct, refuse_tangents, refuse_twice
 
 __all__ = ["check_nodes", "pairwise_mixup_block", "pairwise_mixup_loss"]
 
@@ -227,6 +227,7 @@ _apply = super(torch.autograd.Function, _PairwiseMixupLoss).apply
 
 
 def _autograd(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    refuse_tangents("pairwise_mixup_loss", input, weight)
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
         return _PairwiseMixupLoss.apply(_op, input, weight, *rest)
     with torch._C._AutoDispatchBelowAutograd():

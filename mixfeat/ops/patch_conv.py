@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mixfeat import backends, reference
 from mixfeat.activations import Polynomial
-from mixfeat.ops.dispatch import accumulation, check_partners, may_go_direct
+from mixfeat.ops.dispatch import accumulation, check_partners, may_go_direct, refuse_tangents
 
 __all__ = ["patch_conv"]
 
@@ -186,6 +186,7 @@ class _PatchConv(torch.autograd.Function):
         ctx.save_for_backward(slope, input, weight, index, lam)
         ctx.fields = fields
         ctx.direct = direct
+        ctx.chosen = backends.chosen()
         if direct:
             return logits
         ctx.mark_non_differentiable(slope)
@@ -195,7 +196,8 @@ class _PatchConv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         need_input, need_weight, *others = ctx.needs_input_grad
         backward: Any = _backward if ctx.direct and not torch.is_grad_enabled() else _backward_op
-        input_grad, weight_grad = backward(grad, *ctx.saved_tensors, ctx.fields, need_input, need_weight)
+        with backends.as_chosen(ctx.chosen):
+            input_grad, weight_grad = backward(grad, *ctx.saved_tensors, ctx.fields, need_input, need_weight)
         return input_grad if need_input else None, weight_grad if need_weight else None, *[None] * len(others)
 
 
@@ -217,6 +219,7 @@ class _PatchConvBackward(torch.autograd.Function):
 def _autograd(
     input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, fields: list[float], saved: int
 ) -> tuple[Tensor, Tensor]:
+    refuse_tangents("patch_conv", input, weight)
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
         return _PatchConv.apply(input, weight, index, lam, fields, False)
     with torch._C._AutoDispatchBelowAutograd():
@@ -224,6 +227,7 @@ def _autograd(
 
 
 def _backward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
+    refuse_tangents("patch_conv", *args)
     if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
         return _PatchConvBackward.apply(*args)
     with torch._C._AutoDispatchBelowAutograd():
