@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ROOT", "Timing", "compare", "describe", "load", "markdown", "of_limit", "ratios", "tables", "with_tables"]
+__all__ = [
+    "ROOT", "Timing", "compare", "describe", "load", "markdown", "of_limit", "rates", "ratios", "tables",
+    "with_tables",
+]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[1]
 #: what a document must have beside its rows
@@ -53,23 +56,36 @@ def of_limit(row: Mapping[str, Any]) -> float | None:
     return row["limit"]["seconds"] / row["timings"]["mixfeat"]["p50"] if row["limit"] else None
 
 
+def rates(row: Mapping[str, Any]) -> dict[str, float]:
+    """What mixfeat does of each kind of work in a second, by its median: "evaluations/s", "FLOP/s", "bytes/s"."""
+    if not row["timings"]:
+        return {}
+    return {f"{unit}/s": amount / row["timings"]["mixfeat"]["p50"] for unit, amount in row["work"].items()}
+
+
 def describe(row: Mapping[str, Any]) -> str:
     """A row in one line."""
     parts = [f"{row['suite']} {row['case']} {row['direction']} {row['dtype']}:"]
     if row["timings"]:
-        seconds = row["timings"]["mixfeat"]["p50"]
-        parts.append(f"{seconds * 1e3:.3g} ms")
+        parts.append(f"{row['timings']['mixfeat']['p50'] * 1e3:.3g} ms")
         parts += [f"{name} {ratio:.2f}x" for name, ratio in ratios(row).items()]
-        parts += [f"{amount / seconds / 1e9:.3g}e9 {unit}/s" for unit, amount in row["work"].items()]
+        parts += [_rate(unit, value) for unit, value in rates(row).items()]
     share = of_limit(row)
     if share is not None:
         parts.append(f"{share:.0%} of {row['limit']['name']}")
+    for mode, times in row.get("also", {}).items():
+        parts.append(f"{mode}: {times['mixfeat'] * 1e3:.3g} ms")
     peaks = row["peak_bytes"]
     if peaks:
         parts.append("peak " + ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in peaks.items()))
     for name, value in row["figures"].items():
         parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
     return "  ".join(parts)
+
+
+def _rate(unit: str, value: float) -> str:
+    short = {"bytes/s": "GB/s", "FLOP/s": "GFLOP/s"}
+    return f"{value / 1e9:.3g} {short[unit]}" if unit in short else f"{value / 1e9:.3g}e9 {unit}"
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, ...]:

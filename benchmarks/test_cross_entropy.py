@@ -1,48 +1,64 @@
-"""mixup_cross_entropy, forward + backward, against what users write."""
+"""mixup_cross_entropy and soft_target_cross_entropy, against what users write."""
+
+import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import mixfeat as mf
 
 from . import baselines, harness
-from .harness import CUDA, DEVICE, Limit
+from .harness import DEVICE
+from .shapes import LOGITS, cases
 
-SHAPES = {
-    "imagenet": (1024, 1000),
-    "vocabulary": (4096 if CUDA else 256, 50257),
-    "cifar": (512, 10),
-}
+#: per logit: a maximum, a difference, an exponential, a sum; for its gradient a product and a difference more
+FLOP = {"forward": 4, "forward + backward": 6}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", SHAPES)
-def test_mixup_cross_entropy(benchmark, capsys, name, dtype):
-    samples, classes = SHAPES[name]
-    x = torch.randn(samples, classes, device=DEVICE).to(dtype).requires_grad_()
-    a, b = torch.randint(classes, (2, samples), device=DEVICE)
-    lam = torch.tensor(0.3, device=DEVICE)
-
-    def step(f):
-        return lambda: torch.autograd.grad(f(x, a, b, lam), x)
-
-    functions = {
-        "mixfeat": mf.mixup_cross_entropy,
-        "torch.compile of two": torch.compile(baselines.two_cross_entropies, dynamic=False),
-        "torch.compile of dense targets": torch.compile(baselines.dense_cross_entropy, dynamic=False),
-        "two F.cross_entropy": baselines.two_cross_entropies,
-        "dense targets": baselines.dense_cross_entropy,
-    }
-    with torch.no_grad():
-        truth = baselines.two_cross_entropies(x.double(), a, b, lam.double()).item()
-    for f in functions.values():
-        assert f(x, a, b, lam).item() == pytest.approx(truth, rel=1e-5 if dtype == torch.float32 else 2e-2)
-    contenders = {key: step(f) for key, f in functions.items()}
-    timings = harness.compare(contenders)
+def time_formulas(benchmark, capsys, suite, case, dtype, direction, formulas, x, targets, read):
+    """Time ``formulas`` of logits ``x`` and ``targets``; ``read`` is the targets' share of the bytes."""
+    contenders = {key: harness.directed(direction, functools.partial(f, x, *targets), x) for key, f in formulas.items()}
+    exact = x.detach().double().requires_grad_()
+    doubles = [t.double() if t.is_floating_point() else t for t in targets]
+    truth = harness.directed(direction, functools.partial(formulas["naive"], exact, *doubles), exact)
+    harness.check(contenders, truth(), dtype)
+    measured = harness.measure(contenders)
     benchmark.pedantic(contenders["mixfeat"], rounds=5)
-    bytes = 2 * x.nbytes  # logits read, gradient written
+    bytes = x.nbytes * (1 + (direction != "forward")) + read  # the gradient is written
     harness.record(
-        capsys, "mixup_cross_entropy", f"{name} {(samples, classes)}", "forward + backward", dtype=dtype,
-        timings=timings, memory=harness.peak_bytes(contenders), work={"bytes": bytes},
-        limit=Limit("a copy", bytes / harness.copy_rates(bytes)["new"]),
+        capsys, suite, case, direction, dtype=dtype, measured=measured, memory=harness.peak_bytes(contenders),
+        work={"FLOP": FLOP[direction] * x.numel(), "bytes": bytes}, limit=harness.copy_limit(bytes),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "dtype", "direction"), cases(LOGITS, ("imagenet", "vocabulary", "cifar")))
+def test_mixup_cross_entropy(benchmark, capsys, name, dtype, direction):
+    samples, classes = LOGITS[name]
+    x = torch.randn(samples, classes, device=DEVICE).to(dtype).requires_grad_()
+    targets = (*torch.randint(classes, (2, samples), device=DEVICE), torch.tensor(0.3, device=DEVICE))
+    formulas = {
+        "mixfeat": mf.mixup_cross_entropy,
+        "torch.compile": baselines.compiled(baselines.two_cross_entropies),
+        "timm, compiled": baselines.compiled(baselines.dense_cross_entropy),
+        "naive": baselines.two_cross_entropies,
+        "timm": baselines.dense_cross_entropy,
+    }
+    case = f"{name} {(samples, classes)}"
+    time_formulas(benchmark, capsys, "mixup_cross_entropy", case, dtype, direction, formulas, x, targets, 16 * samples)
+
+
+@pytest.mark.parametrize(("name", "dtype", "direction"), cases(["imagenet", "cifar"], ("imagenet",)))
+def test_soft_target_cross_entropy(benchmark, capsys, name, dtype, direction):
+    samples, classes = LOGITS[name]
+    x = torch.randn(samples, classes, device=DEVICE).to(dtype).requires_grad_()
+    target = torch.rand(samples, classes, device=DEVICE).softmax(1).to(dtype)
+    formulas = {
+        "mixfeat": mf.soft_target_cross_entropy,
+        "torch.compile": baselines.compiled(F.cross_entropy),
+        "timm, compiled": baselines.compiled(baselines.soft_cross_entropy_timm),
+        "naive": F.cross_entropy,
+        "timm": baselines.soft_cross_entropy_timm,
+    }
+    case, read = f"{name} {(samples, classes)}", target.nbytes
+    time_formulas(benchmark, capsys, "soft_target_cross_entropy", case, dtype, direction, formulas, x, (target,), read)

@@ -10,39 +10,49 @@ from torch import nn
 import mixfeat as mf
 
 from . import baselines, harness
-from .harness import DEVICE, Limit
+from .harness import DEVICE
+from .shapes import BATCHES, cases
 
-SHAPES = {"imagenet": (256, 3, 224, 224), "cifar": (512, 3, 32, 32), "hidden": (128, 256, 14, 14)}
+#: images need no gradient; activations of a hidden layer do
+CASES = cases(BATCHES, ("imagenet", "hidden", "cifar"), ("forward",)) + cases(
+    ["hidden"], ("hidden",), ("forward + backward",)
+)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", SHAPES)
-def test_mixup(benchmark, capsys, name, dtype):
-    shape = SHAPES[name]
-    x = torch.rand(shape, device=DEVICE).to(dtype)
+@pytest.mark.parametrize(("name", "dtype", "direction"), CASES)
+def test_operator(benchmark, capsys, name, dtype, direction):
+    shape, backward = BATCHES[name], direction != "forward"
+    x = torch.rand(shape, device=DEVICE).to(dtype).requires_grad_(backward)
+    grad = torch.rand(shape, device=DEVICE).to(dtype)
     index, lam = mf.sample_mixup(shape[0], lam=0.3, device=DEVICE)
-    functions = {
+    formulas = {
         "mixfeat": mf.mixup,
-        "torch.compile": torch.compile(baselines.mixup, dynamic=False),
-        "lerp": baselines.mixup_lerp,
-        "lam * x + (1 - lam) * x[index]": baselines.mixup,
+        "torch.compile": baselines.compiled(baselines.mixup),
+        "best eager": baselines.mixup_lerp,
+        "naive": baselines.mixup,
         "torchvision": baselines.mixup_torchvision,
         "timm": baselines.mixup_timm,
     }
-    truth = torch.lerp(x[index].double(), x.double(), 0.3)
-    for key, f in functions.items():
-        if key not in ("timm", "torchvision"):  # which pair in their own way
-            assert (f(x, index, lam).double() - truth).norm() / truth.norm() < (1e-6 if x.itemsize == 4 else 1e-2)
-    theirs = x.clone()  # overwritten by timm's
-    contenders = {key: functools.partial(f, theirs if key == "timm" else x, index, lam) for key, f in functions.items()}
-    timings = harness.compare(contenders)
+    if backward:
+        del formulas["timm"]  # it overwrites its input
+    theirs = x.detach().clone()  # overwritten by timm's
+    contenders = {
+        key: harness.directed(direction, functools.partial(f, theirs if key == "timm" else x, index, lam), x, grad)
+        for key, f in formulas.items()
+    }
+    exact = x.detach().double().requires_grad_()
+    truth = harness.directed(direction, lambda: baselines.mixup(exact, index, lam.double()), exact, grad.double())
+    own_pairs = ("timm", "torchvision")  # which pair in their own way
+    harness.check({key: run for key, run in contenders.items() if key not in own_pairs}, truth(), dtype)
+    measured = harness.measure(contenders)
     benchmark.pedantic(contenders["mixfeat"], rounds=5)
-    bytes = 3 * x.nbytes  # two samples read, one written
-    copies = harness.copy_rates(bytes)
+    bytes = 3 * x.nbytes * (1 + backward)  # two samples read, one written; and so for the gradient
+    old = harness.copy_rates(bytes)["old"]
     harness.record(
-        capsys, "mixup", f"{name} {shape}", "forward", dtype=dtype, timings=timings,
-        memory=harness.peak_bytes(contenders), work={"bytes": bytes}, limit=Limit("a copy", bytes / copies["new"]),
-        figures={"of a copy into memory that is there": bytes / copies["old"] / timings["mixfeat"].p50},
+        capsys, "mixup", f"{name} {shape}", direction, dtype=dtype, measured=measured,
+        memory=harness.peak_bytes(contenders), work={"FLOP": 3 * x.numel() * (1 + backward), "bytes": bytes},
+        limit=harness.copy_limit(bytes),
+        figures={"of a copy into memory that is there": bytes / old / measured.timings["mixfeat"].p50},
     )  # fmt: skip
 
 
@@ -74,21 +84,24 @@ def test_training_step_of_a_small_resnet(benchmark, capsys):
         loss().backward()
         optimizer.step()
 
-    def mixed():
+    def ours():
         images, target = mix(x, y)
         return mixed_loss(model(images), target)
+
+    def naive():
+        index, lam = torch.randperm(len(x), device=DEVICE), torch.distributions.Beta(1.0, 1.0).sample().to(DEVICE)
+        return baselines.two_cross_entropies(model(baselines.mixup(x, index, lam)), y, y[index], lam)
 
     def plain():
         return F.cross_entropy(model(x), y)
 
     # the plain step against itself says how well the machine can tell steps apart
-    contenders = {"mixed": lambda: step(mixed), "plain": lambda: step(plain), "again": lambda: step(plain)}
-    timing = harness.compare(contenders, share=6)
-    benchmark.pedantic(contenders["mixed"], rounds=3)
-    ms = {name: 1e3 * found.p50 for name, found in timing.items()}
-    figures = {
-        "ms": ms["mixed"],
-        "of the step without mixing": ms["mixed"] / ms["plain"],
-        "that step against itself": ms["again"] / ms["plain"],
-    }
-    harness.record(capsys, "mixup", "small ResNet, N=128", "training step", figures=figures)
+    losses = {"mixfeat": ours, "naive": naive, "no mixing": plain, "no mixing again": plain}
+    contenders = {name: functools.partial(step, loss) for name, loss in losses.items()}
+    measured = harness.measure(contenders, share=8)
+    again = measured.timings.pop("no mixing again").p50
+    benchmark.pedantic(contenders["mixfeat"], rounds=3)
+    figures = {"the step without mixing against itself": again / measured.timings["no mixing"].p50}
+    harness.record(
+        capsys, "mixup", "small ResNet (128, 3, 32, 32)", "training step", measured=measured, figures=figures
+    )

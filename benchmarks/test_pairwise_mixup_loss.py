@@ -1,13 +1,9 @@
-"""pairwise_mixup_loss, forward and forward + backward to the weight, against what a user could write and the limit.
-
-E, the evaluations, are N(N+1)/2 * P*C*M: what symmetry leaves of N^2.
-"""
+"""pairwise_mixup_loss, and a training step of eight networks, against what a user could write and the limit."""
 
 import functools
 import math
 import subprocess
 import sys
-from dataclasses import astuple
 
 import pytest
 import torch
@@ -16,163 +12,138 @@ import mixfeat as mf
 from mixfeat.ops import pairwise_mixup_block
 
 from . import baselines, harness
-from .harness import CUDA, DEVICE, Limit
-from .results import Timing
+from .harness import CUDA, DEVICE
+from .shapes import NETWORKS, Network, cases
 
 ACTIVATION = mf.PolyReLU(8, 0.1)
-PATCHES, FEATURES, CLASSES = 12, 20, 10
-SAMPLES = (256, 1024, 4096) if CUDA else (256, 1024)
-SLOW = ("eager", "mixing the inputs")
+#: the batch of many samples is for patch_conv, to which it is not pairs
+NAMES = [name for name in NETWORKS if name != "patches"]
 
 
-def make_inputs(samples, filters, runs=None):
-    x = torch.randn(samples, PATCHES, FEATURES, device=DEVICE)
-    shape = (CLASSES, filters, FEATURES) if runs is None else (runs, CLASSES, filters, FEATURES)
-    w = torch.randn(shape, device=DEVICE) * (0.1 / math.sqrt(FEATURES))
-    return x, w.requires_grad_(), torch.arange(samples, device=DEVICE) % CLASSES
+def make_inputs(shape, runs=None):
+    samples, patches, features, classes, filters = shape
+    x = torch.randn(samples, patches, features, device=DEVICE)
+    w = torch.randn((*([runs] if runs else []), classes, filters, features), device=DEVICE) * (
+        0.1 / math.sqrt(features)
+    )
+    return x, w.requires_grad_(), torch.arange(samples, device=DEVICE) % classes
 
 
-def evaluations(samples, filters, runs=1):
-    return runs * samples * (samples + 1) / 2 * PATCHES * CLASSES * filters
+def on_threads(run, threads):
+    """``run`` on so many of the CPU's threads."""
 
-
-def limit(rates, samples, filters, direction):
-    """The time of all evaluations at the rates of a loop in registers; None where those are not measured."""
-    if not rates:
-        return None
-    count = evaluations(samples, filters)
-    seconds = count / rates["forward"] + (count / rates["backward"] if direction != "forward" else 0)
-    return Limit("arithmetic peak", seconds)
-
-
-@pytest.mark.parametrize("samples", SAMPLES)
-def test_against_baselines(benchmark, capsys, samples):
-    x, w, y = make_inputs(samples, filters=10)
-    compiled = baselines.PairwiseRows(mode="max-autotune-no-cudagraphs" if CUDA else None)
-    eager = baselines.PairwiseRows(compile=False)
-
-    def ours(backward):
-        w.grad = None
-        with torch.set_grad_enabled(backward):
-            loss = mf.pairwise_mixup_loss(x, w, y, ACTIVATION)
-        if backward:
-            loss.backward()
-        return loss
-
-    def naive(backward):
-        w.grad = None
-        with torch.set_grad_enabled(backward):
-            loss = baselines.pairwise_naive(x, w, y, ACTIVATION)
-        if backward:
-            loss.backward()
-        return loss
-
-    most = torch.get_num_threads()
-
-    def rows(f, threads=most):
-        def run(backward):
-            torch.set_num_threads(threads)
-            loss = f(x, w, y, ACTIVATION, backward)
+    def limited():
+        most = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return run()
+        finally:
             torch.set_num_threads(most)
-            return loss
 
+    return limited
+
+
+def fastest(run):
+    """``run`` on all threads or on one: what torch.compile makes of this can be much slower on several."""
+    if CUDA:
         return run
-
-    one = "torch.compile on one thread"  # what it makes of this can be much slower on several
-    functions = {"mixfeat": ours, "torch.compile": rows(compiled), one: rows(compiled, 1)}
-    if samples <= 256:  # at 1024 the inputs' mixes alone would take 5 GB, several times over
-        functions |= {"eager": rows(eager), "mixing the inputs": naive}
-    losses = {name: float(f(False)) for name, f in functions.items()}
-    assert all(loss == pytest.approx(losses["mixfeat"], rel=1e-5) for loss in losses.values()), losses
-    gradients = {}
-    for name, f in functions.items():
-        f(True)
-        gradients[name] = w.grad.clone()
-    for gradient in gradients.values():
-        assert (gradient - gradients["mixfeat"]).norm() <= 1e-3 * gradient.norm()
-    rates = None if CUDA else harness.activation_rates(torch.get_num_threads())
-    for backward, direction in ((False, "forward"), (True, "forward + backward")):
-        runs = {name: functools.partial(f, backward) for name, f in functions.items()}
-        # one by one: gigabytes of activations in between, and another number of threads, slow down who comes next
-        pairs = {
-            name: harness.compare(
-                {"mixfeat": runs["mixfeat"], name: run}, share=0 if name in SLOW else 0.75, min_turns=5
-            )
-            for name, run in runs.items()
-            if name != "mixfeat"
-        }
-        own = pairs["torch.compile"]["mixfeat"]
-        # times as they would be if mixfeat had taken the same in every pair
-        timings = {"mixfeat": own}
-        for name, pair in pairs.items():
-            scale = own.p50 / pair["mixfeat"].p50
-            timings[name] = Timing(*(scale * seconds for seconds in astuple(pair[name])))
-        single = timings.pop(one)
-        if single.p50 < timings["torch.compile"].p50:
-            timings["torch.compile"] = single
-        measured = {name: run for name, run in runs.items() if name in timings}
-        harness.record(
-            capsys, "pairwise_mixup_loss", f"N={samples} {(PATCHES, FEATURES, CLASSES, 10)}", direction,
-            timings=timings, memory=harness.peak_bytes(measured), work={"evaluations": evaluations(samples, 10)},
-            limit=limit(rates, samples, 10, direction),
-        )  # fmt: skip
-    benchmark.pedantic(lambda: ours(True), rounds=3)
+    contenders = {"all": run, "one": on_threads(run, 1)}
+    timing = harness.compare(contenders, share=0.25)
+    return contenders[min(timing, key=lambda name: timing[name].p50)]
 
 
-@pytest.mark.skipif(CUDA, reason="threads of the CPU")
-def test_threads(benchmark, capsys):
-    x, w, y = make_inputs(512, filters=10)
-    most = torch.get_num_threads()
+def affordable(shape, dtype):
+    """Baselines beyond the compiled one: eager where it ends soon, the naive one where its mixes fit in memory."""
+    if dtype != torch.float32:
+        return []
+    samples, patches, features, classes, filters = shape
+    names = ["best eager"] if shape.pair_evaluations <= (5e9 if CUDA else 5e7) else []
+    mixes = 4 * samples**2 * patches * (features + classes * filters)
+    return names + (["naive"] if mixes <= (5e9 if CUDA else 5e8) else [])
 
-    def step(threads):
-        def run():
-            torch.set_num_threads(threads)
-            for _ in range(5):  # the first of them waits for threads to start
-                mf.pairwise_mixup_loss(x, w, y, ACTIVATION).backward()
 
-        return run
-
-    try:
-        timing = harness.compare({"one": step(1), "all": step(most)})
-        benchmark.pedantic(step(most), rounds=3)
-    finally:
-        torch.set_num_threads(most)
-    figures = {"threads": most, "times as fast as one": timing["one"].p50 / timing["all"].p50}
-    harness.record(capsys, "pairwise_mixup_loss", "N=512", "threads", figures=figures)
+@pytest.mark.parametrize(("name", "dtype", "direction"), cases(NAMES, ("paper-10", "image")))
+def test_operator(benchmark, capsys, name, dtype, direction):
+    shape = NETWORKS[name]
+    x, w, y = make_inputs(shape)
+    x, w = x.to(dtype), w.detach().to(dtype).requires_grad_()
+    backward = direction != "forward"
+    rows = {"torch.compile": baselines.PairwiseRows(), "best eager": baselines.PairwiseRows(compile=False)}
+    contenders = {
+        "mixfeat": harness.directed(direction, lambda: mf.pairwise_mixup_loss(x, w, y, ACTIVATION), w),
+        **{key: functools.partial(f, x, w, y, ACTIVATION, backward) for key, f in rows.items()},
+        "naive": harness.directed(direction, lambda: baselines.pairwise_naive(x, w, y, ACTIVATION), w),
+    }
+    contenders = {key: contenders[key] for key in ("mixfeat", "torch.compile", *affordable(shape, dtype))}
+    exact = w.detach().float().requires_grad_()
+    truth = harness.directed(direction, lambda: mf.pairwise_mixup_loss(x.float(), exact, y, ACTIVATION), exact)
+    harness.check(contenders, truth(), dtype)
+    contenders["torch.compile"] = fastest(contenders["torch.compile"])
+    measured = harness.measure(contenders, apart=True)
+    benchmark.pedantic(contenders["mixfeat"], rounds=3)
+    work, limit = harness.network_work(
+        direction, dtype, products=shape.products, evaluations=shape.pair_evaluations,
+        bytes=x.nbytes + w.nbytes * (1 + backward),
+    )  # fmt: skip
+    harness.record(
+        capsys, "pairwise_mixup_loss", f"{name} {tuple(shape)}", direction, dtype=dtype, measured=measured,
+        memory=harness.peak_bytes(contenders), work=work, limit=limit,
+    )  # fmt: skip
 
 
 def test_training_step(benchmark, capsys):
-    """A step of eight of the paper's networks, beyond the operator with its gradients, and beyond its kernel alone."""
-    x, w, y = make_inputs(50, filters=5, runs=8)
+    """Of eight of the paper's networks at once, against one after the other; and beyond the operator and its kernel."""
+    shape, runs = Network(50, 12, 20, 10, 5), 8
+    x, w, y = make_inputs(shape, runs)
     polynomial, operator = ACTIVATION.polynomial, torch.ops.mixfeat.pairwise_mixup_loss.default
     lam, lam_weight, detached = torch.tensor([0.5]), torch.ones(1), w.detach()
     s = torch.einsum("npd,rcmd->rnpcm", x, detached).contiguous()
 
-    def step():
-        (grad,) = torch.autograd.grad(mf.pairwise_mixup_loss(x, w, y, ACTIVATION).sum(), w)
-        with torch.no_grad():
-            w.sub_(grad, alpha=1e-6)
+    def ours():
+        return torch.autograd.grad(mf.pairwise_mixup_loss(x, w, y, ACTIVATION).sum(), w)[0]
 
-    timing = harness.compare(
+    def rows(f):
+        return lambda: torch.stack([f(x, network, y, ACTIVATION, True) for network in detached])
+
+    def naive():
+        losses = [baselines.pairwise_naive(x, network, y, ACTIVATION) for network in w]
+        return torch.autograd.grad(sum(losses), w)[0]
+
+    gradients = {
+        "mixfeat": ours,
+        "torch.compile": rows(baselines.PairwiseRows(rows=25)),
+        "best eager": rows(baselines.PairwiseRows(rows=25, compile=False)),
+        "naive": naive,
+    }
+    harness.check(gradients, ours(), torch.float32)
+    gradients["torch.compile"] = fastest(gradients["torch.compile"])
+
+    def step(gradient):
+        return lambda: detached.sub_(gradient(), alpha=1e-6)
+
+    contenders = {key: step(gradient) for key, gradient in gradients.items()}
+    measured = harness.measure(contenders, apart=True)
+    parts = harness.compare(
         {
-            "step": step,
+            "step": contenders["mixfeat"],
             "operator": lambda: operator(x, detached, y, lam, lam_weight, polynomial, "", False, True),
             "kernel": lambda: pairwise_mixup_block(s, None, y, None, [0.5], [1 / 2500], polynomial, True),
         }
     )
-    benchmark.pedantic(step, rounds=5)
-    seconds = timing["step"].p50
-    figures = {
-        "ms": seconds * 1e3,
-        "of its operator": seconds / timing["operator"].p50,
-        "of its kernel": seconds / timing["kernel"].p50,
-        "1e9 evaluations/s": evaluations(50, 5, 8) / seconds / 1e9,
-    }
-    harness.record(capsys, "pairwise_mixup_loss", "N=50 M=5 R=8", "training step", figures=figures)
+    benchmark.pedantic(contenders["mixfeat"], rounds=5)
+    figures = {f"of its {part}": parts["step"].p50 / parts[part].p50 for part in ("operator", "kernel")}
+    work, limit = harness.network_work(
+        "training step", torch.float32, products=runs * shape.products, evaluations=runs * shape.pair_evaluations,
+        bytes=x.nbytes + 2 * w.nbytes,
+    )  # fmt: skip
+    harness.record(
+        capsys, "pairwise_mixup_loss", f"paper-10, R={runs} {tuple(shape)}", "training step", measured=measured,
+        memory=harness.peak_bytes(contenders), work=work, limit=limit, figures=figures,
+    )  # fmt: skip
 
 
 def train(x, y, filters, steps, lr):
-    w = (torch.randn(CLASSES, filters, x.shape[-1], device=DEVICE) * 0.05).requires_grad_()
+    w = (torch.randn(10, filters, x.shape[-1]) * 0.05).requires_grad_()
     for _ in range(steps):
         (grad,) = torch.autograd.grad(mf.pairwise_mixup_loss(x, w, y, ACTIVATION), w)
         with torch.no_grad():
@@ -188,16 +159,16 @@ def test_skipping(benchmark, capsys, data):
     Glyphs are images of 16 patches, of which a margin of 12 is blank: as digits on a page are.
     """
     samples = 256
-    y = torch.arange(samples) % CLASSES
+    y = torch.arange(samples) % 10
     if data == "random":
-        x, w = torch.randn(samples, 12, 20), torch.randn(CLASSES, 10, 20) * 0.02
+        x, w = torch.randn(samples, 12, 20), torch.randn(10, 10, 20) * 0.02
     elif data == "multi-view":
-        problem = mf.data.multi_view(samples, CLASSES, 12, noise_scale=0.02, dtype=torch.float32)
+        problem = mf.data.multi_view(samples, 10, 12, noise_scale=0.02, dtype=torch.float32)
         x, y = problem.input, problem.target
         w = train(x, y, 10, steps=500, lr=64.0)
     else:
         images = torch.zeros(samples, 1, 16, 16)
-        images[..., 4:12, 4:12] = (torch.rand(CLASSES, 1, 8, 8) < 0.3).float()[y] + 0.1 * torch.rand(samples, 1, 8, 8)
+        images[..., 4:12, 4:12] = (torch.rand(10, 1, 8, 8) < 0.3).float()[y] + 0.1 * torch.rand(samples, 1, 8, 8)
         x = mf.data.images_to_patches(images / 4, 4)
         w = train(x, y, 10, steps=300, lr=1.0)
     s = torch.einsum("npd,cmd->npcm", x, w)[None].contiguous()

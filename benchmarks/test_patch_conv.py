@@ -1,5 +1,6 @@
-"""patch_conv, forward + backward to the weight, against what a user could write; and the cost of a call itself."""
+"""patch_conv, and a training step of its network, against what a user could write; and the cost of a call itself."""
 
+import functools
 import math
 import statistics
 import time
@@ -11,47 +12,89 @@ import mixfeat as mf
 from mixfeat import reference
 
 from . import baselines, harness
-from .harness import CUDA, DEVICE, Limit
+from .harness import CUDA, DEVICE
+from .shapes import NETWORKS, cases
 
 ACTIVATION = mf.PolyReLU(8, 0.1)
-SHAPES = {
-    "patches": (8192 if CUDA else 1024, 16, 64, 10, 16),
-    "paper": (256, 12, 20, 10, 10),
-    "image": (256, 196, 768, 10, 16),
-}
-DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", SHAPES)
-def test_training_step(benchmark, capsys, name, dtype):
-    samples, patches, features, classes, filters = shape = SHAPES[name]
-    x = torch.randn(samples, patches, features, device=DEVICE, dtype=dtype)
-    w = torch.randn(classes, filters, features, device=DEVICE, dtype=dtype) * (0.1 / math.sqrt(features))
-    w.requires_grad_()
-    grad = torch.randn(samples, classes, device=DEVICE, dtype=dtype)
+def make_inputs(name, dtype):
+    samples, patches, features, classes, filters = NETWORKS[name]
+    x = torch.randn(samples, patches, features, device=DEVICE).to(dtype)
+    w = (torch.randn(classes, filters, features, device=DEVICE) * (0.1 / math.sqrt(features))).to(dtype)
+    return x, w.requires_grad_()
 
-    def step(f):
-        return lambda: torch.autograd.grad(f(x, w, ACTIVATION), w, grad)
 
-    functions = {
+def formulas():
+    return {
         "mixfeat": mf.patch_conv,
-        "torch.compile": baselines.compiled("max-autotune-no-cudagraphs" if CUDA else None),
+        "torch.compile": baselines.compiled(baselines.eager),
         "best eager": baselines.eager,
-        "the authors' way": baselines.naive,
+        "naive": baselines.naive,
     }
-    truth = reference.patch_conv(x[:64].double(), w.double(), ACTIVATION)
-    for f in functions.values():  # nothing is timed that is wrong
-        error = (f(x, w, ACTIVATION)[:64].double() - truth).norm() / truth.norm()
-        assert error < (1e-5 if dtype == torch.float32 else 0.1)
-    contenders = {key: step(f) for key, f in functions.items()}
-    timings = harness.compare(contenders)
+
+
+@pytest.mark.parametrize(("name", "dtype", "direction"), cases(NETWORKS, ("paper-10", "image", "patches")))
+def test_operator(benchmark, capsys, name, dtype, direction):
+    shape = NETWORKS[name]
+    x, w = make_inputs(name, dtype)
+    grad = torch.randn(shape.samples, shape.classes, device=DEVICE).to(dtype)
+    contenders = {
+        key: harness.directed(direction, functools.partial(f, x, w, ACTIVATION), w, grad)
+        for key, f in formulas().items()
+    }
+    exact = w.detach().double().requires_grad_()
+    truth = harness.directed(
+        direction, lambda: reference.patch_conv(x.double(), exact, ACTIVATION), exact, grad.double()
+    )
+    harness.check(contenders, truth(), dtype)
+    measured = harness.measure(contenders)
     benchmark.pedantic(contenders["mixfeat"], rounds=5)
-    products = 2 * samples * patches * features * classes * filters  # forward and weight gradient; slopes are kept
+    bytes = (x.nbytes + w.nbytes + grad.nbytes) * (1 + (direction != "forward"))
+    work, limit = harness.network_work(
+        direction, dtype, products=shape.products, evaluations=shape.evaluations, bytes=bytes
+    )
     harness.record(
-        capsys, "patch_conv", f"{name} {shape}", "forward + backward", dtype=dtype,
-        timings=timings, memory=harness.peak_bytes(contenders), work={"multiply-adds": products},
-        limit=Limit("matrix rate", products / harness.matrix_rate(dtype)),
+        capsys, "patch_conv", f"{name} {tuple(shape)}", direction, dtype=dtype, measured=measured,
+        memory=harness.peak_bytes(contenders), work=work, limit=limit,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["paper-10", "image"])
+def test_training_step(benchmark, capsys, name):
+    """A step on a batch that is mixed in itself: mix, convolve, compare with both labels, update."""
+    shape = NETWORKS[name]
+    x, w = make_inputs(name, torch.float32)
+    y = torch.arange(shape.samples, device=DEVICE) % shape.classes
+    index, lam = mf.sample_mixup(shape.samples, lam=0.3, device=DEVICE)
+
+    def ours(w):
+        return mf.mixup_cross_entropy(mf.patch_conv(x, w, ACTIVATION, index=index, lam=lam), y, y[index], lam)
+
+    def theirs(f, w):
+        mixed = baselines.mixup(x, index, lam)
+        return baselines.two_cross_entropies(f(mixed, w, ACTIVATION), y, y[index], lam)
+
+    losses = {
+        "mixfeat": ours,
+        "torch.compile": baselines.compiled(functools.partial(theirs, baselines.eager)),
+        "best eager": functools.partial(theirs, baselines.eager),
+        "naive": functools.partial(theirs, baselines.naive),
+    }
+
+    def step(loss):
+        (grad,) = torch.autograd.grad(loss(w), w)
+        with torch.no_grad():
+            w.sub_(grad, alpha=1e-6)
+
+    gradients = {key: harness.directed("training step", functools.partial(loss, w), w) for key, loss in losses.items()}
+    harness.check(gradients, gradients["best eager"](), torch.float32)
+    contenders = {key: functools.partial(step, loss) for key, loss in losses.items()}
+    measured = harness.measure(contenders)
+    benchmark.pedantic(contenders["mixfeat"], rounds=5)
+    harness.record(
+        capsys, "patch_conv", f"{name} {tuple(shape)}", "training step", measured=measured,
+        memory=harness.peak_bytes(contenders), work={"evaluations": shape.evaluations},
     )  # fmt: skip
 
 

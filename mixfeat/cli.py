@@ -5,6 +5,7 @@ cannot be served (one line on stderr), 130 for Ctrl-C.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -12,6 +13,7 @@ import math
 import os
 import platform
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -165,9 +167,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     benching.add_argument("--suite", nargs="+", metavar="SUITE", help="of benchmarks/test_SUITE.py (default: all)")
     benching.add_argument(
-        "--seconds", type=float, default=8.0, metavar="FLOAT", help="for each comparison (default: %(default)s)"
+        "-k", "--filter", metavar="EXPRESSION",
+        help="of the cases only these, by shape, dtype and direction, as pytest -k: 'paper-10 and not bfloat16'",
+    )  # fmt: skip
+    benching.add_argument(
+        "--seconds", type=float, default=2.0, metavar="FLOAT", help="for each comparison (default: %(default)s)"
     )
-    benching.add_argument("--limit", type=float, metavar="FLOAT", help="stop after so many seconds, with what there is")
+    benching.add_argument(
+        "--limit", type=float, metavar="FLOAT",
+        help="stop after so many seconds, with what there is: the most telling cases come first",
+    )  # fmt: skip
     benching.add_argument(
         "--out", type=Path, default=Path("results/bench.json"), metavar="FILE",
         help="for the results (default: %(default)s)",
@@ -395,13 +404,23 @@ def _run_benchmarks(args: argparse.Namespace, folder: Path) -> tuple[dict[str, A
     with tempfile.TemporaryDirectory() as scratch:
         lines = Path(scratch, "rows.jsonl")
         command = [sys.executable, "-m", "pytest", "-q", "--benchmark-disable", "-p", "no:cacheprovider"]
+        command += ["-k", args.filter] if args.filter else []
         paths = [str(files[suite]) for suite in args.suite or files]
         variables = {"MIXFEAT_BENCH_OUT": str(lines), "MIXFEAT_BENCH_SECONDS": str(args.seconds)}
+        process = subprocess.Popen([*command, *paths], env=os.environ | variables)
         try:
-            status = subprocess.run([*command, *paths], env=os.environ | variables, timeout=args.limit).returncode
+            status = process.wait(args.limit)
         except subprocess.TimeoutExpired:
-            print(f"stopped after {args.limit:g} s")
+            print(f"stopped after {args.limit:g} s", flush=True)
+            process.send_signal(signal.SIGINT)  # has pytest end, and what it started
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
             status = 1
+        finally:
+            process.kill()
+            process.wait()
+        if args.filter and status in (4, 5):  # of pytest: not understood, nothing found
+            raise RefusedError(f"--filter {args.filter!r} chooses no benchmark")
         rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
     facts = environment()
     gpu = torch.cuda.is_available()

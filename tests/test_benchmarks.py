@@ -1,6 +1,7 @@
 """What `mixfeat bench` makes of its results; the timing itself is not for tests."""
 
 import copy
+import functools
 import json
 import re
 
@@ -19,7 +20,8 @@ def row(seconds, **changes):
         "suite": "mixup", "case": "paper (2, 3)", "direction": "forward", "dtype": "float32",
         "timings": {"mixfeat": timing, "eager": slower}, "work": {"bytes": 4e6},
         "limit": {"name": "a copy", "seconds": 1e-3}, "peak_bytes": {"mixfeat": 2**20, "eager": 3 * 2**20},
-        "figures": {"threads": 2}, **changes,
+        "figures": {"threads": 2}, "cache": "warm", "graph": False, "also": {"cold cache": {"mixfeat": 3 * seconds}},
+        "rates": {"bytes/s": 4e6 / seconds}, **changes,
     }  # fmt: skip
 
 
@@ -31,8 +33,14 @@ def document():
 
 def test_row_in_words(document):
     text = results.describe(document["rows"][0])
-    assert text.startswith("mixup paper (2, 3) forward float32:  2 ms  eager 3.00x  2e9 bytes/s  50% of a copy")
+    assert text.startswith("mixup paper (2, 3) forward float32:  2 ms  eager 3.00x  2 GB/s  50% of a copy")
+    assert "  cold cache: 6 ms  " in text
     assert "peak mixfeat 1.0 MiB, eager 3.0 MiB" in text
+
+
+def test_rates_of_all_kinds_of_work():
+    text = results.describe(row(2e-3, work={"evaluations": 8e6, "FLOP": 6e7, "bytes": 1e6}))
+    assert "  4e9 evaluations/s  30 GFLOP/s  0.5 GB/s  " in text
 
 
 def test_tables(document):
@@ -66,15 +74,48 @@ def test_command_without_a_run(document, tmp_path, capsys):
     assert "nothing is slower" in capsys.readouterr().out
 
 
-def test_command_runs_a_suite(tmp_path, monkeypatch):
-    out = tmp_path / "bench.json"
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """Run `mixfeat bench` as far as it goes; its exit status and document."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert cli.main(["bench", "--suite", "scaling", "--seconds", "0.01", "--out", str(out)]) == 0
-    document = results.load(out)
-    assert len(document["rows"]) == 8
+
+    def run(*arguments):
+        out = tmp_path / "bench.json"
+        status = cli.main(["bench", "--seconds", "0.01", "--out", str(out), *arguments])
+        return status, results.load(out)
+
+    return run
+
+
+def test_command_runs_a_suite(bench):
+    status, document = bench("--suite", "scaling")
+    assert status == 0
+    assert len(document["rows"]) == 12
     for found in document["rows"]:
         assert set(found) == set(row(1.0))
         assert -0.5 < found["figures"]["exponent"] < 2.5
+
+
+def test_command_runs_chosen_cases(bench, monkeypatch, capsys):
+    """Of each operator the smallest: all contenders agree, and a row has all that it should."""
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # that is PyTorch's to test, and takes a minute
+    status, document = bench("--filter", "tiny and not one_call")
+    assert status == 0
+    found = [(row["suite"], row["direction"]) for row in document["rows"]]
+    suites = ("patch_conv", "pairwise_mixup_loss", "mixup_cross_entropy")
+    expected = [(suite, direction) for suite in suites for direction in ("forward", "forward + backward")]
+    assert sorted(found) == sorted([*expected, ("mixup", "forward")])
+    for row in document["rows"]:
+        assert {"mixfeat", "torch.compile", "naive"} <= set(row["timings"])
+        assert row["cache"] == ("cold" if torch.cuda.is_available() else "warm")
+        assert isinstance(row["graph"], bool)
+        assert all("mixfeat" in times for times in row["also"].values())
+        assert row["rates"] == results.rates(row)
+        assert {"FLOP/s", "bytes/s"} <= set(row["rates"])
+        assert row["limit"]["seconds"] > 0
+        assert row["peak_bytes"]["mixfeat"] > 0
+    assert cli.main(["bench", "--filter", "no_such_case"]) == 2
+    assert "--filter 'no_such_case' chooses no benchmark" in capsys.readouterr().err
 
 
 def test_what_there_is_when_the_time_is_up(tmp_path, capfd):
@@ -87,7 +128,7 @@ def test_what_there_is_when_the_time_is_up(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--suite", "none"], "--suite must be of cross_entropy, mixup, .*, got none"),
+        (["--suite", "none"], "--suite must be of cross_entropy, .*limits, .*, got none"),
         (["--limit", "nan"], "--limit must be finite and positive, got nan"),
         (["--seconds", "0"], "--seconds must be finite and positive, got 0.0"),
         (["--results", "/no/such.json"], r"/no/such.json cannot be read: .*No such file"),
@@ -105,6 +146,39 @@ def test_a_file_of_something_else(tmp_path, capsys):
     file.write_text('{"version": 1}')
     assert cli.main(["bench", "--results", str(file)]) == 2
     assert "holds no results of `mixfeat bench`: it lacks commit, device" in capsys.readouterr().err
+
+
+def test_slowdown_is_seen(tmp_path, monkeypatch, capsys):
+    """From the clock over the rows to the comparison: four times the work."""
+    work = torch.randn(256, 256)
+
+    def document(name, calls):
+        file = tmp_path / name
+        monkeypatch.setenv("MIXFEAT_BENCH_OUT", str(file))
+        measured = harness.measure({"mixfeat": lambda: [work @ work for _ in range(calls)]}, share=0.1)
+        harness.record(capsys, "mixup", "paper", "forward", measured=measured)
+        return {"device": "this", "rows": [json.loads(file.read_text())]}
+
+    old, new = document("old", 2), document("new", 8)
+    (line,) = results.compare(new, old)
+    assert line.startswith("mixup paper forward float32: ")
+    assert results.compare(old, new) == []
+
+
+def test_baselines_alone():
+    """Times of pairs are brought to one scale, that of the first contender."""
+    calls = []
+    names = ("mixfeat", "eager", "naive")
+    timings = harness.compare_apart({name: functools.partial(calls.append, name) for name in names}, share=0)
+    assert list(timings) == list(names)
+    assert calls[: len(calls) // 2].count("naive") == 0
+
+
+def test_cold_caches():
+    """The walk before a cold call is not part of its time, and is over more than a cache holds."""
+    assert harness._buffer().nbytes >= 2 << 20
+    timings = {clock.__name__: min(clock(lambda: None) for _ in range(5)) for clock in (harness.cold, harness.warm)}
+    assert timings["cold"] < 1e-3
 
 
 def test_peak_of_memory():

@@ -1,0 +1,83 @@
+"""The named shapes of all suites: ``mixfeat bench --filter NAME`` chooses by name. The most telling come first.
+
+On a GPU most have more samples. Batches of images and logits are as networks of our days meet them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+__all__ = ["BATCHES", "LOGITS", "NETWORKS", "Network", "cases"]
+
+_MORE = 8 if torch.cuda.is_available() else 1
+
+
+class Network(NamedTuple):
+    """A batch of samples and the network that takes it."""
+
+    samples: int
+    patches: int
+    features: int
+    classes: int
+    filters: int
+
+    @property
+    def evaluations(self) -> int:
+        """Of the activation, for all samples."""
+        return self.samples * self.patches * self.classes * self.filters
+
+    @property
+    def pair_evaluations(self) -> int:
+        """Of the activation, for all pairs: N(N+1)/2 of them, which is what symmetry leaves of N^2."""
+        return (self.samples + 1) * self.evaluations // 2
+
+    @property
+    def products(self) -> int:
+        """Multiply-adds of the convolution."""
+        return self.features * self.evaluations
+
+
+NETWORKS = {
+    "paper-10": Network(256, 12, 20, 10, 10),  # paper-k: k classes, k filters for each, the 2k features as a basis
+    "paper-10-large": Network(4096 if _MORE > 1 else 1024, 12, 20, 10, 10),
+    "image": Network(64 * _MORE, 196, 768, 10, 16),  # 224 x 224 in three colours, by patches of 16 x 16
+    "patches": Network(1024 * _MORE, 16, 64, 10, 16),  # many small images
+    "paper-50": Network(128 * _MORE, 12, 100, 50, 50),
+    "paper-20": Network(256 * _MORE, 12, 40, 20, 20),
+    "wide": Network(128 * _MORE, 12, 64, 10, 256),
+    "tiny": Network(2, 3, 4, 2, 2),  # what a call costs
+}
+
+#: what is mixed: images, activations of a hidden layer, the paper's samples
+BATCHES = {
+    "imagenet": (256, 3, 224, 224),
+    "hidden": (128, 256, 14, 14),
+    "cifar": (512, 3, 32, 32),
+    "paper-10": (256, 12, 20),
+    "tiny": (2, 3, 8, 8),
+}
+
+#: samples and classes
+LOGITS = {
+    "imagenet": (1024, 1000),
+    "vocabulary": (512 * _MORE, 50257) if _MORE > 1 else (256, 50257),
+    "cifar": (512, 10),
+    "paper-50": (128 * _MORE, 50),
+    "tiny": (2, 10),
+}
+
+
+def cases(
+    names: Sequence[str] | Mapping[str, Any],
+    half: Sequence[str] = (),
+    directions: Sequence[str] = ("forward + backward", "forward"),
+) -> list[Any]:
+    """Parameters ``name, dtype, direction`` of a suite: ``names`` in float32, ``half`` in bfloat16 as well."""
+    dtypes = [(name, dtype) for name in names for dtype in (torch.float32, torch.bfloat16)[: 1 + (name in half)]]
+    return [
+        pytest.param(name, dtype, direction, id="-".join((name, str(dtype).removeprefix("torch."), direction)))
+        for name, dtype in dtypes
+        for direction in directions
+    ]
