@@ -1,76 +1,233 @@
 """Figures of benchmark results. Needs matplotlib."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullFormatter, PercentFormatter
 
-from mixfeat.experiments.plots import INK, MUTED, plain, save
+from mixfeat.experiments.plots import INK, MUTED, plain
 
-from .results import of_limit, ratios
+from .results import fingerprint, of_limit, ratios
 
-__all__ = ["plot"]
+__all__ = ["MARK", "plot"]
 
-_OURS, _OTHERS = "#d9480f", ["#1d4ed8", "#60a5fa", "#94a3b8", "#cbd5e1", "#e2e8f0"]
+#: the key in a figure's PNG of the fingerprint of the results that it shows
+MARK = "mixfeat results"
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; marks differ as well
+_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#7f7f7f")
+_OURS = "#d55e00"
+_MARKERS = "os^DvPX*"
+_TITLE: dict[str, Any] = {"loc": "left", "fontsize": 11, "fontweight": "bold", "color": INK}
+_SMALL = 8.5
+_MOST = 1.2  # of the limit: where its axis ends
+_FLOP_PER_ACTIVATION = 8
+
+_Rows = Sequence[Mapping[str, Any]]
 
 
 def plot(document: Mapping[str, Any], path: Path) -> None:
-    """Write a figure with three panels: time against baselines, peak memory, and the share of the limit reached."""
-    rows = [row for row in document["rows"] if len(row["timings"]) > 1]
-    height = 1.2 + 0.62 * len(rows)
-    figure = Figure(figsize=(15, height), layout="constrained", facecolor="white")
-    speed, memory, limit = figure.subplots(1, 3, sharey=True, width_ratios=[3, 2, 1.2])
+    """Write a figure: per row speed, peak memory and the share of the limit; below a roofline, and how times grow.
+
+    What the document has no rows for is left out. The PNG holds the document's fingerprint, under MARK.
+    """
+    timed = [row for row in document["rows"] if len(row["timings"]) > 1]
+    counted = [row for row in document["rows"] if row["timings"] and {"FLOP", "bytes"} <= set(row["work"])]
+    curves = [row for row in document["rows"] if row["direction"].startswith("growth with")]
+    suites = list(dict.fromkeys(row["suite"] for row in [*timed, *counted, *curves]))
+    lines = len(timed) + len({row["suite"] for row in timed})
+    parts = [(1.6 + 0.175 * lines, _table, timed), (4.4, _roofline, counted), (2.8, _curves, curves)]
+    parts = [part for part in parts if part[2]]
+    figure = Figure(figsize=(11, 0.4 + sum(part[0] for part in parts)), layout="constrained", facecolor="white")
+    where = f"{document['device']}, PyTorch {document['torch']}, mixfeat {document['version']}, {document['date']}"
+    figure.suptitle(where, x=0.01, ha="left", fontsize=9, color=MUTED)
+    if parts:
+        figures = figure.subfigures(len(parts), 1, height_ratios=[part[0] for part in parts], squeeze=False)[:, 0]
+        colours = dict(zip(suites, itertools.cycle((_OURS, *_COLOURS)), strict=False))
+        for subfigure, (_, draw, rows) in zip(figures, parts, strict=True):
+            draw(subfigure, rows, colours, document)
+    figure.savefig(path, dpi=160, format="png", metadata={MARK: fingerprint(document)})
+
+
+def _table(figure: Any, rows: _Rows, colours: Mapping[str, str], document: Mapping[str, Any]) -> None:
+    """A line per row under its suite's name: times of baselines, everyone's memory, mixfeat's share of the limit."""
+    speed, memory, limit = figure.subplots(1, 3, sharey=True, width_ratios=[3.4, 2, 1.5])
     names = list(dict.fromkeys(name for row in rows for name in ratios(row)))
-    colours = {"mixfeat": _OURS} | {name: _OTHERS[min(i, len(_OTHERS) - 1)] for i, name in enumerate(names)}
-
-    _bars(speed, [{"mixfeat": 1.0, **ratios(row)} for row in rows], colours, "{:.1f}x")
+    styles = dict(zip(names, _styles(), strict=False))
+    ticks, labels, y = [], [], 0
+    for suite in dict.fromkeys(row["suite"] for row in rows):
+        speed.text(
+            0, y, f"{suite}  ", transform=speed.get_yaxis_transform(), ha="right", va="center", fontsize=9,
+            fontweight="bold", color=INK,
+        )  # fmt: skip
+        for row in (row for row in rows if row["suite"] == suite):
+            y += 1
+            ticks.append(y)
+            labels.append(_label(row))
+            if y % 2:
+                for axes in (speed, memory, limit):
+                    axes.axhspan(y - 0.5, y + 0.5, color="#f3f4f6", linewidth=0, zorder=0)
+            found = ratios(row)
+            ends = [min(1, *found.values()), max(1, *found.values())]
+            speed.plot(ends, [y, y], color="#cbd5e1", linewidth=1, zorder=1)
+            for name, ratio in found.items():
+                speed.plot(ratio, y, **styles[name])
+            for name, size in reversed(row["peak_bytes"].items()):
+                if size:
+                    memory.plot(size / 2**20, y, **styles.get(name, _OUR_STYLE))
+            _share(limit, row, y)
+        y += 1
+    speed.plot([1, 1], [0.5, y - 0.5], color=_OURS, linewidth=1.4, zorder=1)
     speed.set_title("time, mixfeat = 1", **_TITLE)
-    peaks = [{name: size / 2**20 for name, size in row["peak_bytes"].items() if size} for row in rows]
-    _bars(memory, peaks, colours, "{:.3g}")
-    memory.set_title("peak memory of a call, MiB", **_TITLE)
-    shares = [{"mixfeat": of_limit(row)} if row["limit"] else {} for row in rows]
-    _bars(limit, shares, colours, "{:.0%}", logarithmic=False)
-    for i, row in enumerate(rows):
-        if row["limit"]:
-            limit.text(0.02, i + 0.47, f"of {row['limit']['name']}", fontsize=7, color=MUTED, va="center")
-    limit.axvline(1, color=MUTED, linewidth=0.8)
-    limit.set_title("share of the limit", **_TITLE)
-    labels = ["\n".join((row["suite"], f"{row['case']}, {row['direction']}, {row['dtype']}")) for row in rows]
-    speed.set_yticks(range(len(rows)), labels, fontsize=8, color=INK)
-    speed.invert_yaxis()
-    handles = [speed.barh([0], [0], color=colour, label=name) for name, colour in colours.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=8.5, labelcolor=INK)
-    where = f"{document['device']}, PyTorch {document['torch']}, {document['date']}"
-    figure.suptitle(where, x=0.01, ha="left", fontsize=9.5, color=MUTED)
-    save(figure, path)
-
-
-_TITLE: dict[str, Any] = {"loc": "left", "fontsize": 12, "fontweight": "bold", "color": INK}
-
-
-def _bars(
-    axes: Axes,
-    rows: Sequence[Mapping[str, float | None]],
-    colours: Mapping[str, str],
-    form: str,
-    logarithmic: bool = True,
-) -> None:
-    """One group of bars per row, labelled with their values."""
-    for i, row in enumerate(rows):
-        width = (0.8 if len(row) > 1 else 0.5) / max(len(row), 1)
-        for j, (name, value) in enumerate(row.items()):
-            if value is None:
-                continue
-            y = i + (j + 0.5 - len(row) / 2) * width
-            axes.barh(y, value, height=0.9 * width, color=colours.get(name, _OTHERS[-1]))
-            axes.annotate(
-                form.format(value), (value, y), xytext=(3, 0), textcoords="offset points", va="center", fontsize=6.5,
-                color=INK,
-            )  # fmt: skip
-    if logarithmic:
+    memory.set_title("peak memory, MiB", **_TITLE)
+    for axes in (speed, memory):
         axes.set_xscale("log")
-    axes.margins(x=0.15)
-    plain(axes, "x")
-    axes.tick_params(labelsize=8)
+        _plain_numbers(axes.xaxis)
+    limit.axvline(1, color=MUTED, linewidth=1, zorder=2)
+    limit.set_xlim(0, _MOST)
+    limit.xaxis.set_major_locator(MultipleLocator(0.5))
+    limit.xaxis.set_major_formatter(PercentFormatter(1))
+    limit.set_title("mixfeat, of the limit", **_TITLE)
+    for axes in (speed, memory, limit):
+        plain(axes, "x")
+        axes.tick_params(labelsize=8.5)
+        axes.tick_params(axis="y", length=0)
+    speed.set_yticks(ticks, labels, fontsize=_SMALL, color=INK)
+    speed.set_ylim(y - 0.3, -0.7)
+    ours = [Line2D([], [], label="mixfeat", **_OUR_STYLE)]
+    handles = ours + [Line2D([], [], label=name, **style) for name, style in styles.items()]
+    columns = 120 // (4 + max(len(name) for name in styles))
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), frameon=False, fontsize=8.5,
+        labelcolor=INK,
+    )  # fmt: skip
+
+
+_OUR_STYLE: dict[str, Any] = {"color": _OURS, "marker": "o", "markersize": 5.5, "linestyle": "none", "zorder": 3}
+
+
+def _styles() -> Iterator[dict[str, Any]]:
+    """How each baseline is drawn: filled, then, where there are more than colours, hollow."""
+    for i in itertools.count():
+        colour = _COLOURS[i % len(_COLOURS)]
+        yield {
+            "color": colour, "marker": _MARKERS[i % len(_MARKERS)], "markersize": 5, "linestyle": "none", "zorder": 2,
+            "markerfacecolor": colour if i < len(_COLOURS) else "white",
+        }  # fmt: skip
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """1000 and not 10^3, at the larger ticks only."""
+    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x < 1e4 else f"{x / 1e3:g}k"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    """A row's name without its shape, which is in the tables."""
+    case = re.sub(r" \([\d, ]+\)$", "", row["case"])
+    return ", ".join([case, row["direction"], *(["bfloat16"] if row["dtype"] == "bfloat16" else [])]) + "  "
+
+
+def _share(axes: Axes, row: Mapping[str, Any], y: float) -> None:
+    share = of_limit(row)
+    if share is None:
+        return
+    axes.barh(y, min(share, _MOST), height=0.62, color="#f0b48f", zorder=1)
+    text = f"{share:.0%} of {row['limit']['name']}"
+    axes.text(0.02, y, text, fontsize=7.5, color=INK, va="center", zorder=3)
+
+
+def _roofline(figure: Any, rows: _Rows, colours: Mapping[str, str], document: Mapping[str, Any]) -> None:
+    """Rates of arithmetic against its intensity, under the roofs that were measured."""
+    axes = figure.subplots()
+    for row in rows:
+        colour, half = colours[row["suite"]], row["dtype"] == "bfloat16"
+        seconds = row["timings"]["mixfeat"]["p50"]
+        axes.plot(
+            row["work"]["FLOP"] / row["work"]["bytes"], row["work"]["FLOP"] / seconds / 1e9, linestyle="none",
+            marker="o" if row["direction"] == "forward" else "^", color=colour, markersize=7, zorder=3,
+            markerfacecolor="white" if half else colour,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    left, right = axes.get_xlim()
+    limits: Mapping[str, float] = next((row["figures"] for row in document["rows"] if row["suite"] == "limits"), {})
+    roofs = {name.removesuffix(" FLOP/s"): rate for name, rate in limits.items()}
+    flat = {
+        "matrix products, float32": roofs.get("matrix FLOP/s in float32"),
+        "matrix products, bfloat16": roofs.get("matrix FLOP/s in bfloat16"),
+        "activations in registers": (roofs.get("activations/s forward") or 0) * _FLOP_PER_ACTIVATION,
+    }
+    bandwidth = roofs.get("copied bytes/s")
+    if bandwidth:
+        found = {name: rate for name, rate in flat.items() if rate}
+        for i, (name, rate) in enumerate(found.items()):  # names side by side, as roofs can be close to each other
+            axes.plot([rate / bandwidth, right], [rate / 1e9] * 2, color=MUTED, linewidth=1.2, zorder=1)
+            place = ((i + 2.5) / (len(found) + 2.5), rate / 1e9)
+            axes.text(
+                *place, name, transform=axes.get_yaxis_transform(), ha="center", va="bottom", fontsize=8, color=MUTED
+            )
+        top = max(found.values(), default=right * bandwidth)
+        axes.plot([left, top / bandwidth], [left * bandwidth / 1e9, top / 1e9], color=MUTED, linewidth=1.2, zorder=1)
+        text = f"copies, {bandwidth / 1e9:.3g} GB/s"
+        place = (top / bandwidth / 2, top / 2e9)
+        axes.annotate(text, place, xytext=(-8, 2), textcoords="offset points", ha="right", fontsize=8, color=MUTED)
+    axes.set_xlim(left, right)
+    axes.set_title("roofline: what mixfeat computes a second, against the traffic that the work needs", **_TITLE)
+    axes.set_xlabel("intensity, FLOP per byte that must be read or written", fontsize=9, color=MUTED)
+    axes.set_ylabel("GFLOP/s", fontsize=9, color=MUTED)
+    _plain_numbers(axes.xaxis)
+    _plain_numbers(axes.yaxis)
+    plain(axes, "both")
+    axes.tick_params(labelsize=8.5)
+    marks = {"forward": ("o", True), "with the gradient": ("^", True), "bfloat16": ("o", False)}
+    handles = [
+        Line2D([], [], color=colours[suite], marker="s", linestyle="none", label=suite)
+        for suite in dict.fromkeys(row["suite"] for row in rows)
+    ]
+    handles += [
+        Line2D([], [], color=INK, marker=mark, linestyle="none", markerfacecolor=INK if full else "white", label=name)
+        for name, (mark, full) in marks.items()
+    ]
+    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=8.5, labelcolor=INK)
+
+
+def _curves(figure: Any, rows: _Rows, colours: Mapping[str, str], document: Mapping[str, Any]) -> None:
+    """A panel for each thing that grows; at the end of each line the fitted exponent."""
+    names = list(dict.fromkeys(row["direction"].removeprefix("growth with ") for row in rows))
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        found = [row for row in rows if row["direction"] == f"growth with {name}"]
+        for row in found:
+            values, times = row["figures"][name], row["figures"]["ms"]
+            axes.plot(values, times, color=colours[row["suite"]], marker="o", markersize=4, linewidth=1.6)
+            axes.annotate(
+                f"{row['figures']['exponent']:.2f}", (values[-1], times[-1]), xytext=(5, 0),
+                textcoords="offset points", va="center", fontsize=8.5, color=colours[row["suite"]],
+            )  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xmargin(0.2)
+        axes.set_title(f"more {name}" if name == "threads" else f"larger {name}", **_TITLE)
+        values = sorted({value for row in found for value in row["figures"][name]})
+        if values[-1] > 20 * values[0]:
+            axes.xaxis.set_major_locator(LogLocator(10))
+        else:
+            axes.set_xticks(values)
+        _plain_numbers(axes.xaxis)
+        plain(axes, "both")
+        axes.tick_params(labelsize=8.5)
+    panels[0].set_ylabel("ms of a step, and exponents", fontsize=9, color=MUTED)
+    _plain_numbers(panels[0].yaxis)
+    handles = [
+        Line2D([], [], color=colours[suite], marker="o", label=suite)
+        for suite in dict.fromkeys(row["suite"] for row in rows)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5, labelcolor=INK)

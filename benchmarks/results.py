@@ -1,8 +1,9 @@
 """Results of the benchmarks: one JSON document per device, its tables in README, and what has become slower.
 
-``python -m mixfeat.benchmarks.results`` writes README's tables anew from the documents in results/.
+``python -m mixfeat.benchmarks.results`` writes README's tables anew from the documents in results/, and its figure.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "ROOT", "Timing", "compare", "describe", "load", "markdown", "of_limit", "rates", "ratios", "tables",
-    "with_tables",
+    "FIGURE", "ROOT", "Timing", "committed", "compare", "describe", "fingerprint", "load", "markdown", "of_limit",
+    "rates", "ratios", "tables", "with_tables",
 ]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[1]
+#: in README, of the first document
+FIGURE = "docs/benchmarks.png"
 #: what a document must have beside its rows
 KEYS = ("version", "commit", "device", "torch", "triton", "date", "rows")
 
@@ -43,6 +46,11 @@ def load(path: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path} holds no results of `mixfeat bench`: it lacks {', '.join(missing)}")
     return document
+
+
+def fingerprint(document: Mapping[str, Any]) -> str:
+    """What tells this document from all others."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def ratios(row: Mapping[str, Any]) -> dict[str, float]:
@@ -125,10 +133,11 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def tables(document: Mapping[str, Any]) -> str:
-    """A table per operator, and as a list the other figures but for curves, in Markdown."""
+    """A table per operator, one of exponents of growth, and the other figures as a list, in Markdown."""
     where = f"{document['device']}, PyTorch {document['torch']}"
     where += f", Triton {document['triton']}" if document["triton"] else ""
     parts = [f"{where}; {document['date']}, mixfeat {document['version']} at {document['commit'][:10]}."]
+    parts[0] += "".join(f" Caches are {mode}." for mode in {row.get("cache") for row in document["rows"]} - {None})
     timed = [row for row in document["rows"] if len(row["timings"]) > 1]
     for suite in dict.fromkeys(row["suite"] for row in timed):
         rows = [row for row in timed if row["suite"] == suite]
@@ -140,15 +149,16 @@ def tables(document: Mapping[str, Any]) -> str:
         head += ["memory, of the least other"] if memory else []
         body = []
         for row in rows:
-            name = ", ".join(filter(None, (row["case"], row["direction"], row["dtype"].replace("float32", ""))))
             found, share = ratios(row), of_limit(row)
-            cells = [name, f"{row['timings']['mixfeat']['p50'] * 1e3:.3g} ms"]
+            cells = [_name(row), f"{row['timings']['mixfeat']['p50'] * 1e3:.3g} ms"]
             cells += [f"{found[name]:.1f}x" if name in found else "" for name in baselines]
             cells += [f"{share:.0%}" if share else ""] if limit else []
             cells += [_memory(row["peak_bytes"])] if memory else []
             body.append(cells)
         parts.append(markdown([head, *body]))
-    others = [row for row in document["rows"] if row["figures"] and not row["direction"].startswith("growth")]
+    growth = [row for row in document["rows"] if row["direction"].startswith(_GROWTH)]
+    parts.append(_exponents(growth) if growth else "")
+    others = [row for row in document["rows"] if row["figures"] and row not in growth]
     parts.append("\n".join(f"- {_figures(row)}" for row in others))
     return "\n\n".join(part for part in parts if part)
 
@@ -158,28 +168,54 @@ def _memory(peaks: Mapping[str, int]) -> str:
     return f"{peaks['mixfeat'] / 2**20:.1f} of {min(others) / 2**20:.1f} MiB" if others else ""
 
 
+_GROWTH = "growth with "
+
+
+def _exponents(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Of the growth of time, by operator and by what grows."""
+    found = {(row["suite"], row["direction"].removeprefix(_GROWTH)): row["figures"]["exponent"] for row in rows}
+    suites, names = (list(dict.fromkeys(key)) for key in zip(*found, strict=True))
+    body = [
+        [f"`{suite}`", *(f"{found[suite, n]:.2f}" if (suite, n) in found else "" for n in names)] for suite in suites
+    ]
+    return markdown([["time grows with the power", *names], *body])
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    """Of a row in its operator's table: a device's plain launches are named, where graphs are the rule."""
+    launches = "no graph" if row.get("cache") == "cold" and not row["graph"] else ""
+    return ", ".join(filter(None, (row["case"], row["direction"], row["dtype"].replace("float32", ""), launches)))
+
+
 def _figures(row: Mapping[str, Any]) -> str:
     texts = [
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in row["figures"].items()
     ]
-    where = ", ".join(filter(None, (row["case"], row["direction"], row["dtype"].replace("float32", ""))))
-    return f"`{row['suite']}`, {where}: {', '.join(texts)}"
+    return f"`{row['suite']}`, {_name(row)}: {', '.join(texts)}"
 
 
 def with_tables(text: str, documents: Iterable[Mapping[str, Any]]) -> str:
-    """README's text with the tables of these documents between its two markers."""
+    """README's text with its figure and the tables of these documents between its two markers."""
     begin, end = "<!-- benchmarks -->\n", "<!-- end of benchmarks -->"
     found = re.search(f"{begin}.*?{end}", text, re.DOTALL)
     assert found, "README has no place for the tables"
-    body = "\n\n".join(tables(document) for document in documents)
+    figure = f"![Times, memory, shares of the limits, roofline and growth of all operators]({FIGURE})"
+    body = "\n\n".join([figure, *(tables(document) for document in documents)])
     return text[: found.start()] + f"{begin}\n{body}\n\n{end}" + text[found.end() :]
 
 
+def committed() -> list[dict[str, Any]]:
+    """The documents in results/; README's figure is of the first."""
+    return [load(path) for path in sorted((ROOT / "benchmarks/results").glob("bench-*.json"))]
+
+
 def _main() -> None:
-    readme = ROOT / "README.md"
-    documents = [load(path) for path in sorted((ROOT / "benchmarks/results").glob("bench-*.json"))]
+    from .plots import plot  # which needs matplotlib
+
+    readme, documents = ROOT / "README.md", committed()
     readme.write_text(with_tables(readme.read_text(), documents))
+    plot(documents[0], ROOT / FIGURE)
 
 
 if __name__ == "__main__":

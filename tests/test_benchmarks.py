@@ -48,6 +48,25 @@ def test_tables(document):
     assert "| paper (2, 3), forward            | 2 ms    | 3.0x       | 50%       | 1.0 of 3.0 MiB" in text
     assert "| paper (2, 3), backward, bfloat16 | 4 ms    | 3.0x       |           |  " in text
     assert "- `mixup`, paper (2, 3), forward: threads 2" in text
+    assert "2026-01-01, mixfeat 1 at abc. Caches are warm." in text
+
+
+def test_table_of_a_gpu(document):
+    """Graphs are the rule there; exponents have a table of their own."""
+    changes = {
+        "cache": "cold",
+        "timings": {},
+        "limit": None,
+        "figures": {"exponent": 1.987, "N": [1, 2], "ms": [1.0, 4.0]},
+    }
+    document["rows"] = [row(1e-3, cache="cold", graph=graph) for graph in (True, False)]
+    document["rows"].append(row(1.0, direction="growth with N", graph=None, **changes))
+    text = results.tables(document)
+    assert "Caches are cold." in text
+    assert "| paper (2, 3), forward           |" in text
+    assert "| paper (2, 3), forward, no graph |" in text
+    assert "| time grows with the power | N    |" in text
+    assert "| `mixup`                   | 1.99 |" in text
 
 
 @pytest.mark.parametrize(("factor", "slower"), [(1.0, 0), (1.15, 0), (1.5, 1), (0.5, 0)])
@@ -192,9 +211,38 @@ def test_peak_of_memory():
     assert 4 << 20 <= harness.peak_bytes({"run": run})["run"] < 4.1 * 2**20
 
 
+def results_of(figure):
+    """What a figure says which results it shows."""
+    from mixfeat.benchmarks.plots import MARK  # needs matplotlib, which not every machine with a GPU has
+    from PIL import Image
+
+    with Image.open(figure) as image:
+        return image.text[MARK]
+
+
 def test_readme_has_the_committed_results():
-    """`python -m mixfeat.benchmarks.results` writes them there."""
-    documents = [results.load(path) for path in sorted((ROOT / "benchmarks/results").glob("bench-*.json"))]
+    """`python -m mixfeat.benchmarks.results` writes them there, and draws them."""
+    documents = results.committed()
     text = (ROOT / "README.md").read_text()
     assert documents
     assert results.with_tables(text, documents) == text
+    assert results_of(ROOT / results.FIGURE) == results.fingerprint(documents[0])
+
+
+def test_figure_tells_its_results(document, tmp_path):
+    """By more than its pixels, which differ between versions of matplotlib; of rows of every kind."""
+    from mixfeat.benchmarks.plots import plot
+
+    limits = {"copied bytes/s": 1e10, "matrix FLOP/s in float32": 5e10, "activations/s forward": 1e10}
+    growth = {"exponent": 1.0, "N": [10, 100], "ms": [1.0, 10.0]}
+    bare = {"timings": {}, "work": {}, "limit": None, "peak_bytes": {}}
+    document["rows"] += [
+        row(1e-3, work={"FLOP": 1e7, "bytes": 1e6}),
+        row(1.0, suite="limits", figures=limits, **bare),
+        row(1.0, direction="growth with N", figures=growth, **bare),
+    ]
+    for rows in (document["rows"], document["rows"][3:], document["rows"][:1], []):
+        plot(document | {"rows": rows}, tmp_path / "figure.png")
+        assert results_of(tmp_path / "figure.png") == results.fingerprint(document | {"rows": rows})
+    assert results.fingerprint(document) != results.fingerprint(document | {"rows": []})
+    assert results.fingerprint(json.loads(json.dumps(document, indent=3))) == results.fingerprint(document)
