@@ -290,9 +290,9 @@ def _info(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     wanted = args.backend or []
-    if "triton" in wanted and not torch.cuda.is_available():
+    interpreted = "triton" in wanted and not torch.cuda.is_available()
+    if interpreted:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first needed, below
-        print("No GPU here: triton means Triton's interpreter, on small shapes.\n")
     json_file = _writable_file(args.json)
     available = mixfeat.backends.available()
     for name in wanted:
@@ -304,6 +304,8 @@ def _check(args: argparse.Namespace) -> int:
     cells = validate.checks(chosen, args.operator or validate.OPERATORS, args.dtype or validate.DTYPES)
     if not cells:
         raise RefusedError("nothing to check: triton has no float64")
+    if interpreted:
+        print("No GPU here: triton means Triton's interpreter, on small shapes.\n")
     form = "{:<26}  {:<10}  {:<9}  {:>6}  {:<22}  {:>9}  {:>9}  {:>9}  {}"
     print(form.format("operator", "backend", "dtype", "shapes", "worst of", "error", "PyTorch's", "budget", ""))
     outcomes = []

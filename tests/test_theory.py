@@ -382,7 +382,7 @@ def test_store_refuses_foreign_and_damaged_files(tmp_path):
         "text": (b"my notes\n" * 100, "is not a mixfeat store: move it away, or choose another folder"),
         "short": (b"x", "is not a mixfeat store"),
         "database": (database.read_bytes(), "is not a mixfeat store"),
-        "version": (content[:60] + b"\0\0\0\2" + content[64:], "is of store version 2, this mixfeat needs 1"),
+        "version": (content[:60] + b"\0\0\0\3" + content[64:], "is of store version 3, this mixfeat needs 2"),
         "cut": (content[:middle], "is damaged"),
         "header": (content[:100], "is damaged"),
         "flipped": (content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :], "has a wrong checksum"),

@@ -17,7 +17,7 @@ from torch import Tensor
 __all__ = ["Record", "Store", "StoreError", "merge"]
 
 _APPLICATION_ID = 0x6D666561  # "mfea": marks the file as ours
-_VERSION = 1
+_VERSION = 2
 _SHARED_SECONDS = 60  # to wait for others who write; they take milliseconds
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -27,7 +27,7 @@ CREATE TABLE record (
     step INTEGER NOT NULL,
     seconds REAL NOT NULL,
     state BLOB NOT NULL,        -- torch.save of a dict of tensors, read with weights_only
-    sha256 TEXT NOT NULL
+    sha256 TEXT NOT NULL        -- of all the others
 );
 """
 
@@ -89,10 +89,10 @@ class Store:
                 raise StoreError(
                     f"{path} is in use by another process: wait for it, or choose another folder"
                 ) from None
-            raise StoreError(f"{path} cannot be used: {error}") from None
-        except sqlite3.DatabaseError as error:
+            raise StoreError(f"{path} cannot be used: {_line(error)}") from None
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             self.close()
-            raise StoreError(f"{path} is damaged ({error}): move it away, or choose another folder") from None
+            raise StoreError(f"{path} is damaged ({_line(error)}): move it away, or choose another folder") from None
         except BaseException:
             self.close()
             raise
@@ -111,9 +111,9 @@ class Store:
         buffer = io.BytesIO()
         torch.save(record.state, buffer)
         blob = buffer.getvalue()
-        row = (name, record.finished, record.step, record.seconds, blob, hashlib.sha256(blob).hexdigest())
+        row = (name, int(record.finished), record.step, float(record.seconds), blob)
         try:
-            self._db.execute("INSERT OR REPLACE INTO record VALUES (?, ?, ?, ?, ?, ?)", row)
+            self._db.execute("INSERT OR REPLACE INTO record VALUES (?, ?, ?, ?, ?, ?)", (*row, _checksum(*row)))
         except sqlite3.Error as error:
             raise StoreError(f"{self.path} cannot be written: {error}") from None
 
@@ -137,9 +137,12 @@ class Store:
         self._put_meta("experiment", experiment)
 
     def _read(self, experiment: str, settings: dict[str, Any], resume: bool) -> None:
-        problem = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        problem = self._db.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if problem != "ok":
             raise sqlite3.DatabaseError(problem)
+        tables = {sql for (sql,) in self._db.execute("SELECT sql FROM sqlite_master") if sql}
+        if tables != {statement.strip() for statement in _SCHEMA.split(";\n") if statement}:
+            raise sqlite3.DatabaseError("its tables are not those of a store")
         found = self._get_meta("experiment")
         if found != experiment:
             raise StoreError(
@@ -150,6 +153,8 @@ class Store:
             self._put_meta("settings", settings)
             return
         there, asked = self._get_meta("settings"), json.loads(json.dumps(settings))
+        if not isinstance(there, dict):
+            raise sqlite3.DatabaseError("its settings cannot be read")
         differing = sorted(key for key in there.keys() | asked.keys() if there.get(key) != asked.get(key))
         if differing:
             listed = ", ".join(f"{key} {there.get(key)} there and {asked.get(key)} asked" for key in differing)
@@ -229,10 +234,22 @@ def _of_what(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _record(row: tuple[str, int, int, float, bytes, str]) -> Record:
-    name, finished, step, seconds, blob, digest = row
-    if hashlib.sha256(blob).hexdigest() != digest:
+    name, finished, step, seconds, blob, checksum = row
+    if _checksum(name, finished, step, seconds, blob) != checksum:
         raise sqlite3.DatabaseError(f"the record of {name} has a wrong checksum")
     return Record(bool(finished), step, seconds, torch.load(io.BytesIO(blob), weights_only=True))
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in a line; SQLite may quote much of a damaged file."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 120 else f"{text[:120]}..."
+
+
+def _checksum(name: str, finished: int, step: int, seconds: float, blob: bytes) -> str:
+    """Of a row as it is stored, whatever damage has made of its types."""
+    text = repr((name, finished, step, seconds)).encode(errors="surrogatepass")
+    return hashlib.sha256(text + (blob if isinstance(blob, bytes) else b"")).hexdigest()
 
 
 def _check_header(path: Path) -> None:
