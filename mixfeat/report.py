@@ -30,6 +30,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
+    "sm_120": ("cuda", 120, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
 
@@ -190,15 +191,15 @@ class CompiledKernel:
         return [loop for loop in _innermost_loops(self.assembly) if "FADD.SAT" in loop]
 
     def occupancy(self) -> float | None:
-        """The most that registers, shared memory and warps leave of a multiprocessor's 64 warps (NVIDIA)."""
+        """The most that registers, shared memory and warps leave of a multiprocessor's 64 or 48 warps (NVIDIA)."""
         shared = _SHARED_BYTES.get(self.target)
         if shared is None:
             return None
-        warps = self.config["num_warps"]
-        programs = [64 // warps, 65536 // (32 * warps * (self.registers + 7 & ~7))]  # registers come in eights
+        warps, most = self.config["num_warps"], _WARPS.get(self.target, 64)
+        programs = [most // warps, 65536 // (32 * warps * (self.registers + 7 & ~7))]  # registers come in eights
         if self.shared_bytes:
             programs.append(shared // (self.shared_bytes + 1024))  # of which the system takes 1 KiB a program
-        return min(programs) * warps / 64
+        return min(programs) * warps / most
 
     def row(self) -> dict[str, Any]:
         """Everything but the assembly, for a table or JSON.
@@ -219,7 +220,9 @@ class CompiledKernel:
 
 
 _LOOP_COLUMNS = ("loop_instructions", "evaluations_per_iteration", "instructions_per_evaluation", "fraction_of_peak")
-_SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}  # of a multiprocessor
+# of a multiprocessor; in sm_120 it holds 48 warps, in the others 64
+_SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "sm_120": 100 << 10}
+_WARPS = {"sm_120": 48}
 
 
 #: the files of kernels/triton that hold kernels
@@ -281,7 +284,8 @@ def compile_case(case: Case, target: str) -> CompiledKernel:
         elif value is None:
             constants[name] = None
     signature |= dict.fromkeys(launch.constants, "constexpr")
-    options = launch.options(TARGETS[target][0])
+    backend, capability, _ = TARGETS[target]
+    options = launch.options(backend, capability if isinstance(capability, int) else 0)
     compiled = triton.compile(
         ASTSource(launch.kernel, signature, constants, attributes),
         target=GPUTarget(*TARGETS[target]),

@@ -32,7 +32,8 @@ class PatchConvConfig:
         block_d: entries of a patch per tile. A patch that fits is read once per tile, a longer one in steps of block_d.
         num_warps: warps per program, 32 (AMD: 64) threads each.
         num_stages: depth of the pipeline of loads.
-        max_registers: cap per thread (NVIDIA, without a mix) that lets a multiprocessor hold several programs.
+        max_registers: cap per thread (NVIDIA, without a mix) that lets a multiprocessor hold several programs; None
+            where the assembler finds by itself how many it needs.
     """
 
     block_n: int
@@ -40,7 +41,7 @@ class PatchConvConfig:
     block_d: int
     num_warps: int = 4
     num_stages: int = 2
-    max_registers: int = 255
+    max_registers: int | None = 255
 
     def holds(self, patch_dim: int) -> bool:
         """Whether a tile holds patches of ``patch_dim`` entries."""
@@ -89,7 +90,7 @@ PATCH_CONV_TILES: dict[str, list[PatchConvTiles]] = {
             patch_dim=32,
             forward=_Config(64, 128, 32, num_warps=8, max_registers=128),
             forward_narrow=_Config(64, 64, 32, max_registers=168),
-            backward_input=_Config(64, 64, 32, max_registers=168),
+            backward_input=_Config(64, 64, 32, max_registers=None),
             backward_weight=_Config(32, 64, 32),
             mixes=True,
         ),
@@ -307,6 +308,14 @@ def multiprocessors(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 2
 
 
+def _capability(tensor: Tensor) -> int:
+    """Of the tensor's device, as its name in sm_90 has it; 0 where there is none."""
+    if not tensor.is_cuda:
+        return 0
+    properties = torch.cuda.get_device_properties(tensor.device)
+    return 10 * properties.major + properties.minor
+
+
 class Launch(NamedTuple):
     """A kernel, the number of its programs, its arguments, its constants by name, and options for the compiler."""
 
@@ -316,14 +325,17 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
-    max_registers: int = 255
+    max_registers: int | None = 255
 
-    def options(self, backend: str) -> dict[str, Any]:
-        """What else a launch says to the compiler, for "cuda" or "hip"."""
+    def options(self, backend: str, capability: int = 0) -> dict[str, Any]:
+        """What else a launch says to the compiler, for "cuda" of a capability such as 90, or for "hip"."""
         # Versions of Triton differ in whether a * b + c may be one instruction: it may. NVIDIA's assembler spills a few
-        # registers to fit one more program on a multiprocessor, unless it is told how many a thread may have.
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        return options | {"maxnreg": self.max_registers} if backend == "cuda" else options
+        # registers to fit one more program on a multiprocessor, unless it is told how many a thread may have. On sm_12x
+        # a pipeline of loads takes so many registers that tiles would spill.
+        num_stages = 1 if capability // 10 == 12 else self.num_stages
+        options = {"num_warps": self.num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+        capped = backend == "cuda" and self.max_registers is not None
+        return options | {"maxnreg": self.max_registers} if capped else options
 
 
 _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
@@ -346,8 +358,8 @@ def run(launch: Launch) -> None:
     if launches is not None:
         launches.append(launch)
         return
-    options = launch.options("hip" if torch.version.hip else "cuda")
     tensor = launch.arguments[0]
+    options = launch.options("hip") if torch.version.hip else launch.options("cuda", _capability(tensor))
     # numbers that are not finite are numpy's to warn of in the interpreter, and nobody's on a GPU
     with np.errstate(all="ignore") if tensor.is_cpu else torch.cuda.device_of(tensor):
         launch.kernel[launch.programs,](*launch.arguments, **launch.constants, **options)
