@@ -27,6 +27,8 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 #: seconds for which contenders are timed together, unless a benchmark needs more or less
 SECONDS = float(os.environ.get("MIXFEAT_BENCH_SECONDS", "2"))
+#: of PolyReLU of degree 8: an activation, and a slope that is added to the gradient
+FLOP = {"forward": 8, "backward": 9}
 #: the relative error from which on a result is wrong and not merely rounded
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
@@ -160,7 +162,18 @@ def _buffer() -> Tensor:
 
 
 def captured(contenders: Mapping[str, Contender]) -> dict[str, Contender] | None:
-    """Each contender as the replay of a CUDA graph; None if one of them cannot be captured."""
+    """Each contender as the replay of a CUDA graph; None if one of them waits for the device, which no graph can.
+
+    That is found out first: a capture that fails can leave PyTorch's allocator unusable.
+    """
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for run in contenders.values():
+            run()
+    except RuntimeError:
+        return None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     replays: dict[str, Contender] = {}
     for name, run in contenders.items():
         side = torch.cuda.Stream()  # on which a graph's capture wants to be prepared
@@ -170,12 +183,8 @@ def captured(contenders: Mapping[str, Contender]) -> dict[str, Contender] | None
                 run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                run()
-        except RuntimeError as error:
-            print(f"{name} cannot be captured: {error}")
-            return None
+        with torch.cuda.graph(graph):
+            run()
         replays[name] = graph.replay
     return replays
 
@@ -241,12 +250,11 @@ def copy_rates(bytes: int) -> dict[str, float]:
 
 @functools.cache
 def activation_rates() -> dict[str, float]:
-    """Evaluations a second of PolyReLU of degree 8 with everything in registers, "forward" and "backward".
-
-    On all threads of a CPU; nothing on a GPU.
-    """
+    """Evaluations a second of PolyReLU of degree 8 with everything in registers, "forward" and "backward"."""
     if CUDA:
-        return {}
+        from . import activation_rate
+
+        return activation_rate.rates()
     threads, rounds = torch.get_num_threads(), 1_000_000
     flags = ["-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", *X86.get(cpu.capability(), [])]
     with tempfile.TemporaryDirectory() as folder:
@@ -289,15 +297,17 @@ def network_work(
     Args:
         direction, dtype: as of the row. What is more than forward also has the gradient to the weight.
         products: multiply-adds of the convolution forward. The gradient has as many again.
-        evaluations: of the activation. FLOP are counted for degree 8, of which forward has 8 and a slope 9.
+        evaluations: of the activation, whose degree is 8.
         bytes: what must be read or written at least.
     """
     more = direction != "forward"
-    limits = [Limit("matrix rate", (1 + more) * products / matrix_rate(dtype)), copy_limit(bytes)]
-    if peak := activation_rates():
-        seconds = evaluations / peak["forward"] + more * evaluations / peak["backward"]
-        limits.append(Limit("arithmetic peak", seconds))
-    flop = 2 * (1 + more) * products + (8 + 9 * more) * evaluations
+    peak = activation_rates()
+    limits = [
+        Limit("matrix rate", (1 + more) * products / matrix_rate(dtype)),
+        Limit("arithmetic peak", evaluations / peak["forward"] + more * evaluations / peak["backward"]),
+        copy_limit(bytes),
+    ]
+    flop = 2 * (1 + more) * products + (FLOP["forward"] + more * FLOP["backward"]) * evaluations
     return {"evaluations": evaluations, "FLOP": flop, "bytes": bytes}, max(limits, key=lambda limit: limit.seconds)
 
 

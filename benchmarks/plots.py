@@ -28,7 +28,7 @@ _MARKERS = "os^DvPX*"
 _TITLE: dict[str, Any] = {"loc": "left", "fontsize": 11, "fontweight": "bold", "color": INK}
 _SMALL = 8.5
 _MOST = 1.2  # of the limit: where its axis ends
-_FLOP_PER_ACTIVATION = 8
+_FLOP = "FLOP/s of "  # how the roofs are called among the limits
 
 _Rows = Sequence[Mapping[str, Any]]
 
@@ -159,26 +159,21 @@ def _roofline(figure: Any, rows: _Rows, colours: Mapping[str, str], document: Ma
     axes.set_yscale("log")
     left, right = axes.get_xlim()
     limits: Mapping[str, float] = next((row["figures"] for row in document["rows"] if row["suite"] == "limits"), {})
-    roofs = {name.removesuffix(" FLOP/s"): rate for name, rate in limits.items()}
-    flat = {
-        "matrix products, float32": roofs.get("matrix FLOP/s in float32"),
-        "matrix products, bfloat16": roofs.get("matrix FLOP/s in bfloat16"),
-        "activations in registers": (roofs.get("activations/s forward") or 0) * _FLOP_PER_ACTIVATION,
-    }
-    bandwidth = roofs.get("copied bytes/s")
+    bandwidth = limits.get("bytes/s of copies")
     if bandwidth:
-        found = {name: rate for name, rate in flat.items() if rate}
-        for i, (name, rate) in enumerate(found.items()):  # names side by side, as roofs can be close to each other
+        flat = {name.removeprefix(_FLOP): rate for name, rate in limits.items() if name.startswith(_FLOP)}
+        for i, (name, rate) in enumerate(flat.items()):  # names side by side, as roofs can be close to each other
             axes.plot([rate / bandwidth, right], [rate / 1e9] * 2, color=MUTED, linewidth=1.2, zorder=1)
-            place = ((i + 2.5) / (len(found) + 2.5), rate / 1e9)
             axes.text(
-                *place, name, transform=axes.get_yaxis_transform(), ha="center", va="bottom", fontsize=8, color=MUTED
-            )
-        top = max(found.values(), default=right * bandwidth)
+                (i + 2.5) / (len(flat) + 2.5), rate / 1e9, name, transform=axes.get_yaxis_transform(), ha="center",
+                va="bottom", fontsize=8, color=MUTED,
+            )  # fmt: skip
+        top = max(flat.values())
         axes.plot([left, top / bandwidth], [left * bandwidth / 1e9, top / 1e9], color=MUTED, linewidth=1.2, zorder=1)
-        text = f"copies, {bandwidth / 1e9:.3g} GB/s"
-        place = (top / bandwidth / 2, top / 2e9)
-        axes.annotate(text, place, xytext=(-8, 2), textcoords="offset points", ha="right", fontsize=8, color=MUTED)
+        axes.annotate(
+            f"copies, {bandwidth / 1e9:.3g} GB/s", (top / bandwidth / 2, top / 2e9), xytext=(-8, 2),
+            textcoords="offset points", ha="right", fontsize=8, color=MUTED,
+        )  # fmt: skip
     axes.set_xlim(left, right)
     axes.set_title("roofline: what mixfeat computes a second, against the traffic that the work needs", **_TITLE)
     axes.set_xlabel("intensity, FLOP per byte that must be read or written", fontsize=9, color=MUTED)

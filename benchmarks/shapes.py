@@ -44,9 +44,9 @@ NETWORKS = {
     "paper-10-large": Network(4096 if _MORE > 1 else 1024, 12, 20, 10, 10),
     "image": Network(64 * _MORE, 196, 768, 10, 16),  # 224 x 224 in three colours, by patches of 16 x 16
     "patches": Network(1024 * _MORE, 16, 64, 10, 16),  # many small images
-    "paper-50": Network(128 * _MORE, 12, 100, 50, 50),
-    "paper-20": Network(256 * _MORE, 12, 40, 20, 20),
-    "wide": Network(128 * _MORE, 12, 64, 10, 256),
+    "paper-50": Network(64 * _MORE, 12, 100, 50, 50),
+    "paper-20": Network(128 * _MORE, 12, 40, 20, 20),
+    "wide": Network(64 * _MORE, 12, 64, 10, 256),
     "tiny": Network(2, 3, 4, 2, 2),  # what a call costs
 }
 

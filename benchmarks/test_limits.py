@@ -7,10 +7,10 @@ from .harness import CUDA
 
 
 def test_limits(benchmark, capsys):
-    figures = {"copied bytes/s": harness.copy_rates((4 << 30) if CUDA else (512 << 20))["old"]}
+    figures = {"bytes/s of copies": harness.copy_rates((4 << 30) if CUDA else (512 << 20))["old"]}
     for dtype in (torch.float32, torch.bfloat16):
-        figures[f"matrix FLOP/s in {str(dtype).removeprefix('torch.')}"] = 2 * harness.matrix_rate(dtype)
+        figures[f"FLOP/s of {str(dtype).removeprefix('torch.')} products"] = 2 * harness.matrix_rate(dtype)
     for name, rate in harness.activation_rates().items():
-        figures[f"activations/s {name}"] = rate
+        figures[f"FLOP/s of activations {name}"] = harness.FLOP[name] * rate
     benchmark.pedantic(lambda: harness.matrix_rate(torch.float32), rounds=1)
     harness.record(capsys, "limits", "of this machine", "measured alone", figures=figures)

@@ -47,9 +47,8 @@ def fastest(run):
     """``run`` on all threads or on one: what torch.compile makes of this can be much slower on several."""
     if CUDA:
         return run
-    contenders = {"all": run, "one": on_threads(run, 1)}
-    timing = harness.compare(contenders, share=0.25)
-    return contenders[min(timing, key=lambda name: timing[name].p50)]
+    one = on_threads(run, 1)
+    return min((run, one), key=lambda contender: min(harness.warm(contender) for _ in range(3)))
 
 
 def affordable(shape, dtype):

@@ -1,0 +1,38 @@
+"""The rate at which a GPU evaluates PolyReLU of degree 8 in registers: what activation_rate.cpp does, in Triton."""
+
+import torch
+import triton
+import triton.language as tl
+from mixfeat.kernels.triton.activation import add_phi_of_sum, mul_slope_of_sum
+
+from .harness import Contender, compare
+
+BLOCK, ROUNDS = 2048, 4096  # 16 entries to a thread: enough to keep its pipeline full
+
+
+@triton.jit
+def evaluate(output, rounds, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
+    """``rounds`` activations, or slopes, for each of the program's entries of output, (programs * BLOCK,)."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, BLOCK).to(tl.float32) / BLOCK
+    row = tl.full([], 0.0, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in range(rounds):
+        if BACKWARD:
+            total += mul_slope_of_sum(column, row, column, 8, True, True)
+        else:
+            total = add_phi_of_sum(total, row, column, 8, True, True)
+        row += 1e-4
+    tl.store(output + n, total)
+
+
+def rates() -> dict[str, float]:
+    """Evaluations a second, "forward" and "backward"."""
+    programs = 32 * torch.cuda.get_device_properties("cuda").multi_processor_count
+    output = torch.empty(programs * BLOCK, device="cuda")
+
+    def launch(backward: bool) -> Contender:
+        return lambda: evaluate[(programs,)](output, ROUNDS, backward, BLOCK, num_warps=4)
+
+    timing = compare({"forward": launch(False), "backward": launch(True)}, share=0.25)
+    return {name: programs * BLOCK * ROUNDS / found.p20 for name, found in timing.items()}
