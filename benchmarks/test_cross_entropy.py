@@ -14,6 +14,10 @@ from .shapes import LOGITS, cases
 
 #: per logit: a maximum, a difference, an exponential, a sum; for its gradient a product and a difference more
 FLOP = {"forward": 4, "forward + backward": 6}
+BOTH, FORWARD = ("forward + backward",), ("forward",)
+#: a loss is for training: without its gradient only a few are timed
+CASES = cases(LOGITS, ("imagenet", "vocabulary", "cifar"), BOTH) + cases(["imagenet", "vocabulary"], (), FORWARD)
+SOFT_CASES = cases(["imagenet", "cifar"], ("imagenet",), BOTH) + cases(["imagenet"], (), FORWARD)
 
 
 def time_formulas(benchmark, capsys, suite, case, dtype, direction, formulas, x, targets, read):
@@ -32,7 +36,7 @@ def time_formulas(benchmark, capsys, suite, case, dtype, direction, formulas, x,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "dtype", "direction"), cases(LOGITS, ("imagenet", "vocabulary", "cifar")))
+@pytest.mark.parametrize(("name", "dtype", "direction"), CASES)
 def test_mixup_cross_entropy(benchmark, capsys, name, dtype, direction):
     samples, classes = LOGITS[name]
     x = torch.randn(samples, classes, device=DEVICE).to(dtype).requires_grad_()
@@ -48,7 +52,7 @@ def test_mixup_cross_entropy(benchmark, capsys, name, dtype, direction):
     time_formulas(benchmark, capsys, "mixup_cross_entropy", case, dtype, direction, formulas, x, targets, 16 * samples)
 
 
-@pytest.mark.parametrize(("name", "dtype", "direction"), cases(["imagenet", "cifar"], ("imagenet",)))
+@pytest.mark.parametrize(("name", "dtype", "direction"), SOFT_CASES)
 def test_soft_target_cross_entropy(benchmark, capsys, name, dtype, direction):
     samples, classes = LOGITS[name]
     x = torch.randn(samples, classes, device=DEVICE).to(dtype).requires_grad_()
