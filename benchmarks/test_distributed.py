@@ -84,7 +84,7 @@ def figures_of(counts, sizes):
 def least_bytes(ranks, num_samples):
     """That a rank must send on average: half of all pairs of ranks' samples, and as many gradients.
 
-    Of two shards at least one travels; half of the other too where their ranks share the pairs, at half of an even ring.
+    Of two shards one travels at least, and half of the other where their ranks share the pairs (half of an even ring).
     """
     shards = (ranks - 1) / 2 if ranks % 2 else ranks / 2 - 1 / 4
     return 2 * shards * num_samples / ranks * PATCHES * CLASSES * FILTERS * 4 if ranks > 1 else 0
