@@ -1,13 +1,14 @@
-# make install | reproduce | test | lint | docs | bench | gpu | gpu-sanitize
+# make install | reproduce | test | test-long | coverage | lint | docs | bench | gpu | gpu-sanitize
 # Each works on a fresh machine with python >= 3.11, a C++ compiler and git. PYTHON names another interpreter, OUT another folder.
 
 PYTHON ?= python3
 OUT ?= results/theory
 BIN := .venv/bin
+RUN := $(BIN)/python
 
 RESULTS ?= benchmarks/results
 
-.PHONY: install reproduce test test-native test-interpreted lint docs bench gpu gpu-sanitize
+.PHONY: install reproduce test test-native test-interpreted test-long coverage lint docs bench gpu gpu-sanitize
 
 install: .venv/installed
 
@@ -27,11 +28,23 @@ test: install lint
 	OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory --jobs=2 --output-sync=target test-native test-interpreted
 
 test-native: install
-	$(BIN)/python -m pytest
+	$(RUN) -m pytest
 
 test-interpreted: install
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m triton tests/test_patch_conv.py \
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m triton tests/test_patch_conv.py \
 		tests/test_pairwise_mixup_loss.py tests/test_mixup.py tests/test_cross_entropy.py
+
+# What is drawn at random: 1000 examples of every property (20 in the interpreter), 51 kills
+test-long: install
+	MIXFEAT_TEST_LONG=1 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_properties.py tests/test_fuzz.py tests/test_kills.py
+	MIXFEAT_TEST_LONG=1 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest -m triton tests/test_properties.py
+
+# Branches of mixfeat/ that both suites run, child processes included
+coverage: install
+	$(BIN)/coverage erase
+	$(MAKE) --no-print-directory RUN="$(BIN)/coverage run" test-native test-interpreted
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 lint: install
 	$(BIN)/ruff check

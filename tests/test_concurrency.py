@@ -113,6 +113,7 @@ class Mixed(Dataset):
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 @pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine of one core
 def test_workers_of_a_data_loader(method):
     """After this process has used its threads: what a fork copies of them must not be waited for."""
     before = torch.get_num_threads()

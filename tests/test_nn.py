@@ -1,5 +1,3 @@
-import copy
-import pickle
 import subprocess
 import sys
 
@@ -45,23 +43,6 @@ def test_dtype_device_and_repr():
     assert model.weight.dtype == torch.float64
     assert repr(model) == "TwoLayerPatchCNN(2, 3, 4, PolyReLU(degree=8, rho=0.1, clamp=True), num_runs=5)"
     assert mf.TwoLayerPatchCNN(2, 3, 4, POLY, device="meta").weight.device.type == "meta"
-
-
-def test_round_trips():
-    model = mf.TwoLayerPatchCNN(2, 3, 4, POLY)
-    x = torch.randn(5, 6, 4)
-    other = mf.TwoLayerPatchCNN(2, 3, 4, POLY)
-    other.load_state_dict(model.state_dict())
-    for twin in (other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(x), model(x))
-
-
-def test_export():
-    model = mf.TwoLayerPatchCNN(2, 3, 4, POLY)
-    x = torch.randn(5, 6, 4)
-    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
-    y = torch.randn(9, 6, 4)
-    torch.testing.assert_close(exported.module()(y), model(y))
 
 
 def test_learns():
@@ -186,11 +167,7 @@ def test_mixing_modules_in_a_compiled_step():
     assert model.weight.grad.isfinite().all()
 
 
-def test_mixing_modules_round_trip():
-    for module in (mf.Mixup(0.3, per_sample=True, num_classes=4), mf.MixupCrossEntropyLoss(0.1)):
-        for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-            assert repr(twin) == repr(module)
-        assert not module.state_dict()
+def test_mixing_modules_say_what_they_are():
     assert repr(mf.Mixup(0.3, per_sample=True, num_classes=4)) == "Mixup(alpha=0.3, per_sample=True, num_classes=4)"
     assert repr(mf.Mixup(lam=0.5)) == "Mixup(lam=0.5)"
     assert repr(mf.MixupCrossEntropyLoss(0.1)) == (
