@@ -36,9 +36,12 @@ _Rows = Sequence[Mapping[str, Any]]
 def plot(document: Mapping[str, Any], path: Path) -> None:
     """Write a figure: per row speed, peak memory and the share of the limit; below a roofline, and how times grow.
 
-    What the document has no rows for is left out. The PNG holds the document's fingerprint, under MARK.
+    Of what was timed with its gradient, forward alone is in the roofline only. What the document has no rows for is
+    left out. The PNG holds the document's fingerprint, under MARK.
     """
     timed = [row for row in document["rows"] if len(row["timings"]) > 1]
+    trained = [_problem(row) for row in timed if row["direction"] != "forward"]
+    timed = [row for row in timed if row["direction"] != "forward" or _problem(row) not in trained]
     counted = [row for row in document["rows"] if row["timings"] and {"FLOP", "bytes"} <= set(row["work"])]
     curves = [row for row in document["rows"] if row["direction"].startswith("growth with")]
     suites = list(dict.fromkeys(row["suite"] for row in [*timed, *counted, *curves]))
@@ -50,10 +53,15 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
     figure.suptitle(where, x=0.01, ha="left", fontsize=9, color=MUTED)
     if parts:
         figures = figure.subfigures(len(parts), 1, height_ratios=[part[0] for part in parts], squeeze=False)[:, 0]
-        colours = dict(zip(suites, itertools.cycle((_OURS, *_COLOURS)), strict=False))
+        colours = dict(zip(suites, itertools.cycle(_COLOURS), strict=False))
         for subfigure, (_, draw, rows) in zip(figures, parts, strict=True):
             draw(subfigure, rows, colours, document)
     figure.savefig(path, dpi=160, format="png", metadata={MARK: fingerprint(document)})
+
+
+def _problem(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a row is about, in whatever direction."""
+    return row["suite"], row["case"], row["dtype"]
 
 
 def _table(figure: Any, rows: _Rows, colours: Mapping[str, str], document: Mapping[str, Any]) -> None:
@@ -200,13 +208,15 @@ def _curves(figure: Any, rows: _Rows, colours: Mapping[str, str], document: Mapp
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
         found = [row for row in rows if row["direction"] == f"growth with {name}"]
-        for row in found:
+        below = 0.0  # where the line below ends
+        for row in sorted(found, key=lambda row: row["figures"]["ms"][-1]):
             values, times = row["figures"][name], row["figures"]["ms"]
             axes.plot(values, times, color=colours[row["suite"]], marker="o", markersize=4, linewidth=1.6)
             axes.annotate(
-                f"{row['figures']['exponent']:.2f}", (values[-1], times[-1]), xytext=(5, 0),
+                f"{row['figures']['exponent']:.2f}", (values[-1], times[-1]), xytext=(5, 7 * (times[-1] < 1.7 * below)),
                 textcoords="offset points", va="center", fontsize=8.5, color=colours[row["suite"]],
             )  # fmt: skip
+            below = times[-1]
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xmargin(0.2)
