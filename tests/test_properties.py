@@ -188,7 +188,7 @@ def exact(lam, dtype):
 
 
 def hold(names, results, truths, bounds, dtypes):
-    for name, result, truth, bound, dtype in zip(names, results, truths, bounds, dtypes, strict=False):
+    for name, result, truth, bound, dtype in zip(names, results, truths, bounds, dtypes[: len(names)], strict=True):
         assert result.dtype == dtype
         assert_within(name, result, truth, bound.rounded(dtype).error)
 
