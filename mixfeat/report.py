@@ -132,7 +132,9 @@ class MixupCase(Case):
 
 @dataclass(frozen=True)
 class CrossEntropyCase(Case):
-    """Direction "classes" or "dense", by its targets, with or without smoothing; or "scale", the gradient's scaling."""
+    """Direction "classes" or "dense", by its targets, with or without smoothing; or what comes before or after:
+    "count", for a mean, and "scale", the gradient's scaling.
+    """
 
     kernel = "cross_entropy"
     classes: int
@@ -154,8 +156,8 @@ class CrossEntropyCase(Case):
             target = _meta(samples, self.classes)
             cross_entropy.soft_target_cross_entropy(input, target, 1.0, self.label_smoothing, *results)
         else:
-            targets = [_meta(samples, dtype=torch.int64)] * 2
-            cross_entropy.cross_entropy(input, *targets, row, row, self.label_smoothing, *results)
+            target = _meta(samples, dtype=torch.int64)
+            cross_entropy.cross_entropy(input, target, target, row, self.label_smoothing, -100, 1.0, *results)
 
 
 @dataclass(frozen=True)
@@ -266,6 +268,7 @@ def shipped(target: str) -> list[Case]:
         cases += [*(labels(classes) for classes in (1000, 50304)), labels(50304, 0.1, need_grad=False)]
         cases += [CrossEntropyCase("dense", dtype, classes, 0.1) for classes in (10, 1000, 1001, 50257, 50304)]
         cases += [CrossEntropyCase("scale", dtype, classes) for classes in (1001, 50304)]
+    cases += [CrossEntropyCase("count", single, 1000)]
     return cases
 
 
@@ -325,7 +328,7 @@ def _no_interpreter() -> None:
 
 
 def recorded_launch(case: Case) -> Any:
-    """What a case launches: its last kernel, or the one that mixes first."""
+    """What a case launches: its last kernel, or the one that mixes or counts first."""
     from mixfeat.kernels.triton import launch
 
     previous = torch.get_float32_matmul_precision()
@@ -335,7 +338,7 @@ def recorded_launch(case: Case) -> Any:
             case.call()
     finally:
         torch.set_float32_matmul_precision(previous)
-    return launches[0 if case.direction == "mix" else -1]
+    return launches[0 if case.direction in ("mix", "count") else -1]
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -347,7 +350,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 _DTYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.uint8: "u8"
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
+    torch.uint8: "u8",
 }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def test_kernel(compiled, key):
         and (case.dtype.itemsize == 2 or case.matmul_precision == "high")
     ):
         assert row.matrix_instructions[MATRIX_UNIT[target]] > 0
-    if case.kernel in ("mixup", "cross_entropy"):
+    if case.kernel in ("mixup", "cross_entropy") and case.direction != "count":
         check_streaming(case, target, row)
 
 
@@ -82,7 +82,7 @@ def test_every_configuration_is_compiled():
 
 def test_every_configuration_of_the_cross_entropy_is_compiled():
     cases = [case for case in report.shipped("sm_90") if case.kernel == "cross_entropy"]
-    recorded = [report.recorded_launch(case) for case in cases if case.direction != "scale"]
+    recorded = [report.recorded_launch(case) for case in cases if case.direction not in ("count", "scale")]
     blocks = [one.constants["BLOCK_N"] * one.constants["BLOCK_C"] for one in recorded]
     compiled = {(block // (32 * one.num_warps), one.max_registers) for block, one in zip(blocks, recorded, strict=True)}
     for config in launch.CROSS_ENTROPY_CONFIGS.values():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from triton_checks import DEVICE, HALF, NAN, error, running
 
 INF = float("inf")
+IGNORED = -7
 
 
 def results_for(input, need_grad=True):
@@ -17,12 +18,12 @@ def results_for(input, need_grad=True):
     return loss, torch.full(input.shape, NAN, dtype=input.dtype, device=DEVICE) if need_grad else None
 
 
-def run(input, a, b, weight_a, weight_b, smoothing=0.0, need_grad=True):
+def run(input, a, b, lam, smoothing=0.0, total_weight=None, need_grad=True):
     """Loss (N,) and gradient (N,C) of two classes a row."""
     from mixfeat.kernels.triton.cross_entropy import cross_entropy
 
     loss, grad = results_for(input, need_grad)
-    cross_entropy(input, a, b, weight_a, weight_b, smoothing, loss, grad)
+    cross_entropy(input, a, b, lam, smoothing, IGNORED, total_weight, loss, grad)
     return loss, grad
 
 
@@ -35,12 +36,14 @@ def run_dense(input, target, weight=1.0, smoothing=0.0, need_grad=True):
     return loss, grad
 
 
-def expected(input, a, b, weight_a, weight_b, smoothing=0.0, dtype=torch.float64):
+def expected(input, a, b, lam, smoothing=0.0, total_weight=None, dtype=torch.float64):
     """The same from PyTorch."""
-    x = input.detach().to(dtype).requires_grad_()
+    x, lam = input.detach().to(dtype).requires_grad_(), lam.to(dtype)
     loss = sum(
-        w.to(dtype) * F.cross_entropy(x, y, reduction="none", label_smoothing=smoothing)
-        for y, w in ((a, weight_a), (b, weight_b))
+        w
+        * F.cross_entropy(x, y, reduction="none", label_smoothing=smoothing, ignore_index=IGNORED)
+        * (1 if total_weight is None else total_weight / (y != IGNORED).sum())
+        for y, w in ((a, lam), (b, 1 - lam))
     )
     return loss.detach(), *torch.autograd.grad(loss.sum(), x)
 
@@ -52,12 +55,11 @@ def expected_dense(input, target, weight=1.0, smoothing=0.0, dtype=torch.float64
 
 
 def problem(samples, classes, dtype=torch.float32):
-    """Random logits, two classes a row, which are the same in some rows, and weights that are lam and 1 - lam."""
+    """Random logits, two classes a row, which are the same in some rows, and lam."""
     x = (3 * torch.randn(samples, classes, device=DEVICE)).to(dtype)
     a, b = torch.randint(classes, (2, samples), device=DEVICE)
     b[::3] = a[::3]
-    lam = torch.rand(samples, device=DEVICE)
-    return x, a, b, lam, 1 - lam
+    return x, a, b, torch.rand(samples, device=DEVICE)
 
 
 def probabilities(samples, classes, dtype=torch.float32):
@@ -78,6 +80,23 @@ def check_classes(samples, classes, dtype, smoothing):
     results = run(*arguments)
     compare(results, expected(*arguments), lambda dtype: expected(*arguments, dtype=dtype))
     assert torch.equal(run(*arguments, need_grad=False)[0], results[0])
+
+
+def check_mean(samples, classes, total_weight, one):
+    """Targets that are ignored do not count; without any that are not, every loss is NaN."""
+    x, a, b, lam = problem(samples, classes)
+    lam = lam[0] if one else lam
+    a[torch.rand(samples, device=DEVICE) < 0.2] = IGNORED
+    b[torch.rand(samples, device=DEVICE) < 0.7] = IGNORED
+    a[0], b[-1] = 0, 1
+    arguments = (x, a, b, lam, 0.1, total_weight)
+    compare(run(*arguments), expected(*arguments), None)
+    for target in (a, b):
+        target[:] = IGNORED
+        loss, grad = run(*arguments)
+        assert loss.isnan().all()
+        assert grad.isfinite().all()
+    assert (grad == 0).all()
 
 
 def check_dense(samples, classes, dtype, target_dtype, smoothing):
@@ -121,17 +140,16 @@ def check_far_from_zero(classes):
 
 def check_not_finite(classes):
     """What is not finite shows where PyTorch shows it, in its own row alone; -inf does no harm where nothing counts."""
-    x, a, b, wa, wb = problem(8, classes)
+    x, a, b, lam = problem(8, classes)
     a[:], b[:] = 0, 1
     for row, value in enumerate((NAN, INF, -INF)):
         x[row, classes - 1] = value
     x[3, 0] = -INF
-    x[4, 1], wb[4] = -INF, 0  # b is not counted
+    x[4, 1], b[4] = -INF, IGNORED
     x[5] = -INF
     x[6, : classes - 1] = -INF
-    loss, grad = run(x, a, b, wa, wb)
-    true_loss, true_grad = expected(x, a, b, wa, wb)
-    true_loss[4], true_grad[4] = expected(x[4:5], a[4:5], a[4:5], wa[4:5], wb[4:5])[0], true_grad[4]
+    loss, grad = run(x, a, b, lam)
+    true_loss, true_grad = expected(x, a, b, lam)
     torch.testing.assert_close(loss.double(), true_loss, equal_nan=True, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(grad.double(), true_grad, equal_nan=True, rtol=1e-5, atol=1e-6)
     for smoothing in (0.0, 0.1):
@@ -144,26 +162,26 @@ def check_not_finite(classes):
 
 def check_target_out_of_range(target, classes, smoothing):
     """NaN in its row and in no other, wherever it is a target; nothing at all where it does not count."""
-    x, a, b, wa, wb = problem(5, classes)
+    x, a, b, lam = problem(5, classes)
     a[1], b[2] = target, target
-    b[3], wb[3] = target, 0
-    loss, grad = run(x, a, b, wa, wb, smoothing)
+    b[3], lam[3] = target, 1
+    loss, grad = run(x, a, b, lam, smoothing)
     assert loss.isnan().tolist() == [False, True, True, False, False]
     assert grad.isnan().all(1).tolist() == grad.isnan().any(1).tolist() == loss.isnan().tolist()
     a[1], b[2], b[3] = 0, 0, 0
-    true_loss, true_grad = expected(x, a, b, wa, wb, smoothing)
+    true_loss, true_grad = expected(x, a, b, lam, smoothing)
     assert error(loss[[0, 3, 4]], true_loss[[0, 3, 4]]) <= 1e-5
     assert error(grad[[0, 3, 4]], true_grad[[0, 3, 4]]) <= 1e-5
 
 
 def check_ignored(classes, smoothing):
     """Rows of no weight: 0 whatever their logits and targets are."""
-    x, a, b, wa, wb = problem(6, classes)
+    x, a, b, lam = problem(6, classes)
     ignored = [0, 2, 3, 5]
-    wa[ignored], wb[ignored] = 0, 0
-    a[2], b[2] = -100, -100
+    a[ignored], b[ignored] = IGNORED, IGNORED
+    b[2], lam[2] = 1, 1  # the weight of b is 0
     x[3], x[5, 0] = NAN, INF
-    loss, grad = run(x, a, b, wa, wb, smoothing)
+    loss, grad = run(x, a, b, lam, smoothing)
     assert (loss[ignored] == 0).all()
     assert (grad[ignored] == 0).all()
     assert (loss[[1, 4]] > 0).all()
@@ -171,21 +189,21 @@ def check_ignored(classes, smoothing):
 
 def check_strides(classes, dtype):
     """Results for tensors of any layout are those for their contiguous copies, up to rounding."""
-    x, a, b, wa, wb = problem(5, classes, dtype)
+    x, a, b, lam = problem(5, classes, dtype)
     t = probabilities(5, classes, dtype)
     memory = torch.empty(2**32 // dtype.itemsize * 2 + 2 * classes, dtype=dtype, device=DEVICE)
     far = memory.as_strided((3, classes), (2**32 // dtype.itemsize, 1))  # only the pages that are written take memory
     far.copy_(x[:3])
     layouts = [
-        (x[:1].expand_as(x), t[:1].expand_as(t), a[:1].expand(5), wa[:1].expand(5)),
-        (torch.cat([x, x], 1)[:, 1 : classes + 1], torch.cat([t, t[:, :1]], 1)[:, 1:], a.flip(0), wa),
-        (torch.cat([x, x], 1)[:, :classes], t, torch.stack([a, b], 1)[:, 0], torch.stack([wa, wb], 1)[:, 0]),
-        (far, t[:3], a[:3], wa[:3]),
+        (x[:1].expand_as(x), t[:1].expand_as(t), a[:1].expand(5), lam[:1].expand(5)),
+        (torch.cat([x, x], 1)[:, 1 : classes + 1], torch.cat([t, t[:, :1]], 1)[:, 1:], a.flip(0), lam[0]),
+        (torch.cat([x, x], 1)[:, :classes], t, torch.stack([a, b], 1)[:, 0], torch.stack([lam, lam + 1], 1)[:, 0]),
+        (far, t[:3], a[:3], lam[:3]),
     ]
-    for x, t, a, wa in layouts:
-        b, wb = b[: len(a)], wb[: len(a)]
+    for x, t, a, lam in layouts:
+        b = b[: len(a)]
         for results, same in (
-            (run(x, a, b, wa, wb, 0.1), run(x.contiguous(), a.contiguous(), b, wa.contiguous(), wb, 0.1)),
+            (run(x, a, b, lam, 0.1), run(x.contiguous(), a.contiguous(), b, lam.expand(len(a)).contiguous(), 0.1)),
             (run_dense(x, t), run_dense(x.contiguous(), t.contiguous())),
         ):
             for result, other in zip(results, same, strict=True):
@@ -199,7 +217,7 @@ def check_grad_strides():
     arguments = problem(5, 10)
     loss, _ = results_for(arguments[0])
     memory = torch.full((5, 13), NAN, device=DEVICE)
-    cross_entropy(*arguments, 0.0, loss, memory[:, 1:11])
+    cross_entropy(*arguments, 0.0, IGNORED, None, loss, memory[:, 1:11])
     assert error(memory[:, 1:11], expected(*arguments)[1]) <= 1e-5
     assert memory[:, [0, 11, 12]].isnan().all()
 
@@ -223,8 +241,8 @@ def check_scale(samples, classes, dtype, one):
 
 def check_empty(shape):
     x, *rest = (torch.empty(shape, device=DEVICE), *[torch.zeros(shape[0], dtype=torch.int64, device=DEVICE)] * 2)
-    weights = [torch.ones(shape[0], device=DEVICE)] * 2
-    for loss, grad in (run(x, *rest, *weights), run_dense(x, x)):
+    lam = torch.ones((), device=DEVICE)
+    for loss, grad in (run(x, *rest, lam), run(x, *rest, lam, total_weight=1.0), run_dense(x, x)):
         assert (loss == 0).all()
         assert grad.shape == shape
 
@@ -249,6 +267,10 @@ CHECKS = {
     },
     **{f"classes-50257-{d}": partial(check_classes, 1, 50257, d, 0.1) for d in (torch.float32, torch.bfloat16)},
     "dense-50257": partial(check_dense, 1, 50257, torch.float32, torch.float32, 0.1),
+    **{
+        f"mean-{n}-{weight}-{one}": partial(check_mean, n, classes, weight, one)
+        for n, classes, weight, one in ((5, 10, 1.0, False), (5, 300, 5.0, True), (5000, 2, 1.0, True))
+    },
     **{f"many-rows-{c}": partial(check_classes, n, c, torch.float32, 0.1) for n, c in ((1500, 1), (300, 5), (33, 60))},
     "not-probabilities": check_not_probabilities,
     **{f"blocks-{c}-{s}": partial(check_blocks, c, s) for c in (33, 64, 100) for s in (0.0, 0.1)},
@@ -256,7 +278,7 @@ CHECKS = {
     **{f"not-finite-{c}": partial(check_not_finite, c) for c in (10, 300)},
     **{
         f"target-{t}-{c}-{s}": partial(check_target_out_of_range, t, c, s)
-        for t in (-1, -100, 300, 2**32, 2**40, -(2**40))
+        for t in (-1, -6, 300, 2**32, 2**40, -(2**40))
         for c, s in ((10, 0.0), (300, 0.1))
     },
     **{f"ignored-{c}-{s}": partial(check_ignored, c, s) for c, s in ((10, 0.0), (10, 0.1), (300, 0.0))},

@@ -4,13 +4,14 @@ Targets are two classes a row, each with a weight, or probabilities, "dense": on
 
     z_nc = x_nc - max_c x_nc,   s_n = sum_c exp z_nc        so that CE(x, y) = log s - z_y
     q_nc = eps / C, or dense: (1 - eps) t_nc + eps / C      the part of a row's label that all classes have
-    W_n  = wa_n + wb_n, or dense: weight
+    wa_n = lam_n A [a_n counts],   wb_n = (1 - lam_n) B [b_n counts],   W_n = wa_n + wb_n, or dense: weight
 
     loss_n  = W (log s sum_c q_c - sum_c q_c z_c) + (1 - eps) (wa (log s - z_a) + wb (log s - z_b))
     grad_nc = W (T exp(z_c) / s - q_c) - (1 - eps) (wa [c = a] + wb [c = b]),   T = 1, or dense: sum_c q_c
 
-where dense targets have no a and b. All arithmetic is in float32. What is not finite goes where F.cross_entropy lets it
-go: a dense target 0 on a logit -inf is NaN, a class with logit -inf that is not the target is nothing.
+where dense targets have no a and b. A and B are 1; for the mean 1 over the number of targets that count, which a kernel
+of its own finds before. All arithmetic is in float32. What is not finite goes where F.cross_entropy lets it go: a dense
+target 0 on a logit -inf is NaN, a class with logit -inf that is not the target is nothing.
 
 A program owns rows that fit into its registers, and reads them once. A longer row it reads twice, a block at a time:
 for the maximum and the sum, which is scaled when the maximum changes; then backwards for the gradient, first what was
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,7 +33,7 @@ __all__ = ["cross_entropy", "scale_", "soft_target_cross_entropy"]
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 # Integers that must not give every size of problem a compilation of its own. In vectors: C and the rows' strides.
-_SIZES = ["N", "C", "stride_input", "stride_target", "stride_grad", "stride_factor"]
+_SIZES = ["N", "C", "stride_input", "stride_target", "stride_grad", "stride_weight", "stride_factor", "ignored"]
 
 
 @triton.jit
@@ -51,17 +53,30 @@ def _exp(z):
     return tl.exp2(z * _LOG2E)
 
 
-@triton.jit
-def _class(rows, target, weight, n, C):
-    """Target classes, what they count for, and their logits, all (BLOCK_N, 1).
+@triton.jit(do_not_specialize=["N", "ignored"])
+def count_kernel(target, partner_target, N, ignored, counts, BLOCK: tl.constexpr):
+    """Adds to counts (2,) how many of target (N,) and of partner_target (N,) are not ignored."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    counted = tl.load(target + n, mask=n < N, other=ignored) != ignored
+    partner_counted = tl.load(partner_target + n, mask=n < N, other=ignored) != ignored
+    tl.atomic_add(counts, tl.sum(counted.to(tl.int32), 0), sem="relaxed")
+    tl.atomic_add(counts + 1, tl.sum(partner_counted.to(tl.int32), 0), sem="relaxed")
 
-    One that does not exist is -1 and counts for NaN, unless it counts for nothing: then its logit is not read.
-    """
+
+@triton.jit
+def _class(rows, target, ignored, n, C):
+    """Target classes and their logits, (BLOCK_N, 1): one that is ignored is -2, one that does not exist -1."""
     y = tl.load(target + n)[:, None]
-    w = tl.load(weight + n)[:, None]
-    y = tl.where((y >= 0) & (y < C), y, -1).to(tl.int32)
-    x = tl.load(rows + y, mask=(y >= 0) & (w != 0.0), other=0.0).to(tl.float32)
-    return y, tl.where((y >= 0) | (w == 0.0), w, float("nan")), x
+    y = tl.where(y == ignored, -2, tl.where((y >= 0) & (y < C), y, -1)).to(tl.int32)
+    return y, tl.load(rows + y, mask=y >= 0, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _weigh(y, x, weight):
+    """What targets count for, NaN for one that does not exist, and their logits, 0 where they count for nothing."""
+    w = tl.where(y == -2, 0.0, weight)
+    w = tl.where((y == -1) & (w != 0.0), float("nan"), w)
+    return w, tl.where(w == 0.0, 0.0, x)
 
 
 @triton.jit
@@ -83,23 +98,24 @@ def _gradient(e, q, c, scale, weight, classes, SPREAD: tl.constexpr):
     if SPREAD:
         g = tl.fma(q, -weight, g)
     if classes is not None:
-        a, taken_a, b, taken_b, counts = classes
+        a, taken_a, b, taken_b, has_weight = classes
         g -= tl.where(c == a, taken_a, 0.0) + tl.where(c == b, taken_b, 0.0)
-        g = tl.where(counts, g, 0.0)
+        g = tl.where(has_weight, g, 0.0)
     return g
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def cross_entropy_kernel(
-    input, target, partner_target, weight, partner_weight, N, C, stride_input, stride_target, stride_grad,
-    keep, share, loss, grad,
+    input, target, partner_target, weight, counts, total_weight, ignored,
+    N, C, stride_input, stride_target, stride_grad, stride_weight, keep, share, loss, grad,
     VECTOR: tl.constexpr, DENSE: tl.constexpr, SMOOTH: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Loss (N,) of each row, and unless ``grad`` is None its gradient (N,C).
 
-    input (N,C); target and partner_target (N,) with weight and partner_weight (N,); or DENSE: target (N,C), weight a
-    number, None for the partner's. ``keep`` is 1 - eps, ``share`` eps / C, and SMOOTH says that eps is not 0.
+    input (N,C); target and partner_target (N,), of which those that are ``ignored`` do not count, with lam, (N,) or (),
+    as weight, and for a mean with counts, of which each makes up ``total_weight``; or DENSE: target (N,C), weight a
+    number, None for what it does not have. ``keep`` is 1 - eps, ``share`` eps / C, and SMOOTH says that eps is not 0.
     """
     SPREAD: tl.constexpr = DENSE or SMOOTH  # whether q is other than 0
     C *= VECTOR
@@ -111,9 +127,8 @@ def cross_entropy_kernel(
         both = weight
     else:
         labels = None
-        a, weight_a, x_a = _class(rows, target, weight, n, C)
-        b, weight_b, x_b = _class(rows, partner_target, partner_weight, n, C)
-        both = weight_a + weight_b
+        a, x_a = _class(rows, target, ignored, n, C)
+        b, x_b = _class(rows, partner_target, ignored, n, C)
 
     if WHOLE:
         in_row = columns < C
@@ -149,14 +164,25 @@ def cross_entropy_kernel(
         scale = both * mass / total
         classes = None
     else:
+        lam = tl.load(weight + n * stride_weight.to(tl.int64))[:, None]
+        partner_lam = 1.0 - lam
+        if counts is not None:
+            count, partner_count = tl.load(counts), tl.load(counts + 1)
+            lam *= total_weight / count.to(tl.float32)
+            partner_lam *= total_weight / partner_count.to(tl.float32)
+        weight_a, x_a = _weigh(a, x_a, lam)
+        weight_b, x_b = _weigh(b, x_b, partner_lam)
+        both = weight_a + weight_b
         taken_a, taken_b = keep * weight_a, keep * weight_b
         value = taken_a * (log_sum - (x_a - peak)) + taken_b * (log_sum - (x_b - peak))
         if SMOOTH:
             value += both * (mass * log_sum - dot)
-        counts = (weight_a != 0.0) | (weight_b != 0.0)
-        value = tl.where(counts, value, 0.0)
+        has_weight = (weight_a != 0.0) | (weight_b != 0.0)
+        value = tl.where(has_weight, value, 0.0)
+        if counts is not None:  # the mean of no targets
+            value = tl.where((count > 0) & (partner_count > 0), value, float("nan"))
         scale = both / total
-        classes = a, taken_a, b, taken_b, counts
+        classes = a, taken_a, b, taken_b, has_weight
     tl.store((loss + n)[:, None], value)
 
     if grad is not None:
@@ -196,20 +222,30 @@ def cross_entropy(
     input: Tensor,
     target_a: Tensor,
     target_b: Tensor,
-    weight_a: Tensor,
-    weight_b: Tensor,
+    lam: Tensor,
     label_smoothing: float,
+    ignore_index: int,
+    total_weight: float | None,
     loss: Tensor,
     grad: Tensor | None,
 ) -> None:
-    """Cross-entropies of two classes a row, weighted: ``loss_n = wa_n CE(x_n, a_n) + wb_n CE(x_n, b_n)``.
+    """Cross-entropies of two classes a row: ``loss_n = lam_n A CE(x_n, a_n) + (1 - lam_n) B CE(x_n, b_n)``.
 
-    ``input`` (N,C) and, of its dtype, ``grad`` (N,C) or None: unit stride in C; targets (N,) int64, weights (N,) and
-    ``loss`` (N,) float32. A target out of range reads nothing and gives NaN, unless its weight is 0: then it is
-    ignored, and a row that has no weight gets 0 whatever its logits are.
+    A and B are 1, or with ``total_weight`` that over the number of a_n and of b_n that are not ``ignore_index``; where
+    there are none of either, every loss is NaN.
+
+    ``input`` (N,C) and, of its dtype, ``grad`` (N,C) or None: unit stride in C; targets (N,) int64, ``lam`` (N,) or ()
+    and ``loss`` (N,) float32. A target out of range reads nothing and gives NaN, unless it is ignored or its weight is
+    0; a row that has no weight gets 0 whatever its logits are.
     """
-    targets = target_a.contiguous(), target_b.contiguous(), weight_a.contiguous(), weight_b.contiguous()
-    _run(input, targets, 0, label_smoothing, loss, grad)
+    targets = target_a.contiguous(), target_b.contiguous()
+    counts = None
+    if total_weight is not None and len(input):
+        counts, block = torch.zeros(2, dtype=torch.int32, device=input.device), 2048
+        arguments = (*targets, len(input), ignore_index, counts)
+        launch.run(launch.Launch(count_kernel, triton.cdiv(len(input), block), arguments, {"BLOCK": block}))
+    stride_weight = lam.stride(0) if lam.dim() else 0
+    _run(input, (*targets, lam, counts, total_weight, ignore_index), 0, stride_weight, label_smoothing, loss, grad)
 
 
 def soft_target_cross_entropy(
@@ -221,13 +257,14 @@ def soft_target_cross_entropy(
     (N,) float32.
     """
     target = launch.interpretable(target)
-    _run(input, (target, None, float(weight), None), target.stride(0), label_smoothing, loss, grad)
+    _run(input, (target, None, float(weight), None, None, None), target.stride(0), 0, label_smoothing, loss, grad)
 
 
 def _run(
     input: Tensor,
     targets: tuple[Any, ...],
     stride_target: int,
+    stride_weight: int,
     label_smoothing: float,
     loss: Tensor,
     grad: Tensor | None,
@@ -243,7 +280,8 @@ def _run(
         vector = launch.vector(itemsize, num_classes, *strides)
         config = launch.cross_entropy_config(num_classes, itemsize, vector, dense)
         numbers = (float(1 - label_smoothing), label_smoothing / num_classes)
-        arguments = (input, *targets, *_in_vectors(input, vector, strides), *numbers, loss, result)
+        sizes = (*_in_vectors(input, vector, strides), stride_weight)
+        arguments = (input, *targets, *sizes, *numbers, loss, result)
         constants = {"DENSE": dense, "SMOOTH": label_smoothing > 0, "WHOLE": config.holds(num_classes)}
         _launch(cross_entropy_kernel, config, input, arguments, VECTOR=vector, **constants)
 

@@ -262,7 +262,7 @@ class CrossEntropyConfig:
 # hold all rows in work: so three programs are wanted on a multiprocessor, not more, and one for float32.
 CROSS_ENTROPY_CONFIGS = {
     "short": CrossEntropyConfig(8, 128, 128, min_warps=4),
-    "half": CrossEntropyConfig(32, 96, 80),
+    "half": CrossEntropyConfig(32, 112, 80),
     "float32": CrossEntropyConfig(32, 128, 128, max_warps=16),
     "other": CrossEntropyConfig(16, 96, 80),  # dense targets take as many registers again, single elements masks
 }

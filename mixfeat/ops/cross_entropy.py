@@ -85,30 +85,21 @@ def _mixup_forward(
             raise _out_of_range("ab"[bad % 2], int(targets[bad % 2][bad // 2]), num_classes, ignore_index)
         return loss / num_samples if mean and not fold else loss, grad
 
-    weights, counts = [], []
-    for key, target, share in (("a", target_a, lam), ("b", target_b, 1 - lam)):
-        counted = target != ignore_index
-        if target.device.type == "cpu":  # elsewhere one that is out of range gives NaN
-            bad_ones = target[counted & ((target < 0) | (target >= num_classes))]
+    if input.device.type == "cpu":  # elsewhere a target that is out of range gives NaN
+        for key, target in (("a", target_a), ("b", target_b)):
+            bad_ones = target[(target != ignore_index) & ((target < 0) | (target >= num_classes))]
             if len(bad_ones):
                 raise _out_of_range(key, int(bad_ones[0]), num_classes, ignore_index)
-        count = counted.sum()
-        if mean:
-            share = share / count if fold else share * (num_samples / count)
-        weights.append(torch.where(counted, share, 0.0))
-        counts.append(count)
     loss, grad = _empty(input, need_grad)
+    total_weight = (1.0 if fold else float(num_samples)) if mean else None
+    arguments = (target_a, target_b, lam, label_smoothing, ignore_index, total_weight)
     if name == "triton":
         from mixfeat.kernels.triton.cross_entropy import cross_entropy as launch
 
-        launch(_rows(input), target_a, target_b, *weights, label_smoothing, loss, grad if need_grad else None)
+        launch(_rows(input), *arguments, loss, grad if need_grad else None)
     else:
-        label = _label(target_a, target_b, weights, num_classes, label_smoothing)
-        _by_reference(input, label, loss, grad, sparse=True)
-    loss = _reduce(loss, reduction, fold)
-    if mean:  # of no targets
-        loss = loss.masked_fill(torch.minimum(*counts) == 0, torch.nan)
-    return loss, grad
+        _mixup_by_reference(input, *arguments, loss, grad)
+    return _reduce(loss, reduction, fold), grad
 
 
 def _soft_target_forward(
@@ -152,24 +143,41 @@ def _rows(tensor: Tensor) -> Tensor:
 def _reduce(loss: Tensor, reduction: str, folded: bool) -> Tensor:
     if reduction == "none":
         return loss
-    return loss.sum() if reduction == "sum" or folded else loss.mean()
+    # the mean of nothing is not a number, the sum is
+    return loss.sum() if reduction == "sum" or (folded and len(loss)) else loss.mean()
 
 
 def _out_of_range(key: str, value: int, num_classes: int, ignore_index: int) -> IndexError:
     return IndexError(f"target_{key} must lie in [0, {num_classes}) or be ignore_index ({ignore_index}), got {value}")
 
 
-def _label(
-    target_a: Tensor, target_b: Tensor, weights: list[Tensor], num_classes: int, label_smoothing: float
-) -> Tensor:
-    """(N,C), what each class counts for in each row: NaN where a target that counts is out of range."""
-    label = weights[0].new_zeros(len(target_a), num_classes)
-    for target, weight in zip((target_a, target_b), weights, strict=True):
+def _mixup_by_reference(
+    input: Tensor,
+    target_a: Tensor,
+    target_b: Tensor,
+    lam: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    total_weight: float | None,
+    loss: Tensor,
+    grad: Tensor,
+) -> None:
+    """What the Triton kernel computes, from its arguments: loss (N,) and gradient (N,C), if there is to be one."""
+    num_classes = input.shape[1]
+    label = loss.new_zeros(input.shape)  # what each class counts for: NaN where a target that counts is out of range
+    none = torch.zeros((), dtype=torch.bool, device=loss.device)
+    for target, weight in ((target_a, lam), (target_b, 1 - lam)):
+        counts = target != ignore_index
+        if total_weight is not None:
+            count = counts.sum()
+            weight, none = weight * total_weight / count, none | (count == 0)
+        weight = torch.where(counts, weight, 0.0)
         valid = (target >= 0) & (target < num_classes)
         weight = torch.where(valid | (weight == 0), weight, torch.nan)[:, None]
         label += weight * label_smoothing / num_classes
         label.scatter_add_(1, target.where(valid, 0)[:, None], weight * (1 - label_smoothing))
-    return label
+    _by_reference(input, label, loss, grad, sparse=True)
+    loss.masked_fill_(none, torch.nan)
 
 
 def _by_reference(input: Tensor, label: Tensor, loss: Tensor, grad: Tensor, sparse: bool = False) -> None:
