@@ -34,9 +34,9 @@ test-interpreted: install
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m triton tests/test_patch_conv.py \
 		tests/test_pairwise_mixup_loss.py tests/test_mixup.py tests/test_cross_entropy.py
 
-# What is drawn at random: 1000 examples of every property (20 in the interpreter), 51 kills
+# 1000 examples of every property (20 in the interpreter), 51 kills, every Triton kernel compiled for every target
 test-long: install
-	MIXFEAT_TEST_LONG=1 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_properties.py tests/test_fuzz.py tests/test_kills.py
+	MIXFEAT_TEST_LONG=1 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_properties.py tests/test_fuzz.py tests/test_kills.py tests/test_triton_compile.py
 	MIXFEAT_TEST_LONG=1 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest -m triton tests/test_properties.py
 
 # Branches of mixfeat/ that both suites run, child processes included
