@@ -1,48 +1,62 @@
-# make install | reproduce | test | test-long | coverage | lint | docs | bench | gpu | gpu-sanitize
+# make install | reproduce | test | test-long | test-triton-3.6 | coverage | lint | docs | bench | gpu | gpu-sanitize
 # Each works on a fresh machine with python >= 3.11, a C++ compiler and git. PYTHON names another interpreter, OUT another folder.
 
 PYTHON ?= python3
 OUT ?= results/theory
-BIN := .venv/bin
+VENV := .venv
+CONSTRAINTS := constraints.txt
+BIN := $(VENV)/bin
 RUN := $(BIN)/python
 
 RESULTS ?= benchmarks/results
+TRITON_TESTS := $(wildcard tests/test_triton_*.py)
 
-.PHONY: install reproduce test test-native test-interpreted test-long coverage lint docs bench gpu gpu-sanitize
+.PHONY: install reproduce test test-native test-triton test-interpreted test-long test-triton-3.6 coverage lint docs bench gpu \
+	gpu-sanitize
 
-install: .venv/installed
+install: $(VENV)/installed
 
 # torch first: with it at hand the CPU library is built ahead, by the compiler here and against that torch
-.venv/installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*)
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools ninja torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[experiments,test,docs,dev]'
+$(VENV)/installed: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard kernels/cpu/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) setuptools ninja torch
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[experiments,test,docs,dev]'
 	@touch $@
 
 reproduce: install
 	$(BIN)/mixfeat reproduce theory --resume --out $(OUT)
 
-# The operators also run on Triton's kernels, in its interpreter: a process of its own, as triton decides once. Both runs share the
-# cores, so threads that wait for work must not hold on to theirs.
+# All tests, in three runs that share two cores: so threads that wait for work must not hold on to theirs.
 test: install lint
-	OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory --jobs=2 --output-sync=target test-native test-interpreted
+	OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory --jobs=2 --output-sync=target test-native test-interpreted test-triton
 
 test-native: install
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(patsubst %,--ignore=%,$(TRITON_TESTS))
 
+# The operators on Triton's kernels, in its interpreter: a process of its own, as triton decides once
 test-interpreted: install
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m triton tests/test_patch_conv.py \
 		tests/test_pairwise_mixup_loss.py tests/test_mixup.py tests/test_cross_entropy.py
+
+# The kernels alone, interpreted; and compiled for every target
+test-triton: install
+	$(RUN) -m pytest $(TRITON_TESTS)
 
 # 1000 examples of every property (20 in the interpreter), 51 kills, every Triton kernel compiled for every target
 test-long: install
 	MIXFEAT_TEST_LONG=1 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_properties.py tests/test_fuzz.py tests/test_kills.py tests/test_triton_compile.py
 	MIXFEAT_TEST_LONG=1 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest -m triton tests/test_properties.py
 
-# Branches of mixfeat/ that both suites run, child processes included
+# The kernels on the oldest Triton that is served, whose interpreter needs a NumPy below 2.4, in an environment of its own
+test-triton-3.6:
+	mkdir -p build
+	sed -e 's/^triton==.*/triton==3.6.0/' -e 's/^numpy==.*/numpy==2.3.5/' constraints.txt > build/constraints-triton-3.6.txt
+	$(MAKE) VENV=.venv-triton-3.6 CONSTRAINTS=build/constraints-triton-3.6.txt test-triton test-interpreted
+
+# Branches of mixfeat/ that the suites run, child processes included
 coverage: install
 	$(BIN)/coverage erase
-	$(MAKE) --no-print-directory RUN="$(BIN)/coverage run" test-native test-interpreted
+	$(MAKE) --no-print-directory RUN="$(BIN)/coverage run" test-native test-interpreted test-triton
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

@@ -414,9 +414,10 @@ def _run_benchmarks(args: argparse.Namespace, folder: Path) -> tuple[dict[str, A
             status = process.wait(args.limit)
         except subprocess.TimeoutExpired:
             print(f"stopped after {args.limit:g} s", flush=True)
-            process.send_signal(signal.SIGINT)  # has pytest end, and what it started
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
+            for _ in range(3):  # SIGINT has pytest end, and what it started; an import under way may swallow one
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(4)
             status = 1
         finally:
             process.kill()

@@ -56,6 +56,10 @@ class Case:
         """Call the operator on meta tensors."""
         raise NotImplementedError
 
+    def place(self) -> int:
+        """Which of the kernels that it launches is meant."""
+        return -1
+
 
 _PATCHES, _CLASSES = 12, 10
 
@@ -73,6 +77,9 @@ class PatchConvCase(Case):
     def sizes(self) -> str:
         mix = "-mix" if self.mix else ""
         return f"D{self.patch_dim}-M{self.filters}-{self.activation}{mix}"
+
+    def place(self) -> int:
+        return 0 if self.direction == "mix" else -1
 
     def call(self) -> None:
         from mixfeat.kernels.triton import patch_conv
@@ -93,7 +100,9 @@ class PatchConvCase(Case):
 
 @dataclass(frozen=True)
 class PairwiseCase(Case):
-    """Direction "forward" or "backward": the loss alone, or with its gradient."""
+    """Direction "forward" or "backward": the loss alone, or with its gradient; or what comes before and after: "pack",
+    "unpack".
+    """
 
     kernel = "pairwise_mixup_loss"
     activation: Activation
@@ -102,12 +111,15 @@ class PairwiseCase(Case):
     def sizes(self) -> str:
         return f"N{self.samples}-{self.activation}"
 
+    def place(self) -> int:
+        return {"pack": 0, "unpack": 2}.get(self.direction, 1)
+
     def call(self) -> None:
         from mixfeat.kernels.triton.pairwise_mixup_loss import pairwise_mixup_loss
 
         s = _meta(1, self.samples, _PATCHES, _CLASSES, 10, dtype=self.dtype)
         target = _meta(self.samples, dtype=torch.int64)
-        need_grad = self.direction == "backward"
+        need_grad = self.direction != "forward"
         pairwise_mixup_loss(s, None, target, None, [0.5], [1.0], self.activation.polynomial, need_grad)
 
 
@@ -143,6 +155,9 @@ class CrossEntropyCase(Case):
 
     def sizes(self) -> str:
         return f"C{self.classes}-{self.label_smoothing}{'' if self.need_grad else '-loss'}"
+
+    def place(self) -> int:
+        return 0 if self.direction == "count" else -1
 
     def call(self) -> None:
         from mixfeat.kernels.triton import cross_entropy
@@ -254,7 +269,9 @@ def shipped(target: str) -> list[Case]:
         case(half, 64, activation) for activation in (PolyReLU(15, 0.5, False), PowerReLU(3), Power(16), Identity())
     ]
     for samples in (50, 4096):
-        cases += [PairwiseCase(direction, single, default, samples) for direction in ("forward", "backward")]
+        directions = ("pack", "forward", "backward", "unpack")
+        cases += [PairwiseCase(direction, single, default, samples) for direction in directions]
+    cases += [PairwiseCase("pack", half, default)]
     cases += [
         PairwiseCase("backward", single, activation) for activation in (PolyReLU(15, 0.5, False), Power(16), ReLU())
     ]
@@ -328,7 +345,7 @@ def _no_interpreter() -> None:
 
 
 def recorded_launch(case: Case) -> Any:
-    """What a case launches: its last kernel, or the one that mixes or counts first."""
+    """The launch that a case means."""
     from mixfeat.kernels.triton import launch
 
     previous = torch.get_float32_matmul_precision()
@@ -338,7 +355,7 @@ def recorded_launch(case: Case) -> Any:
             case.call()
     finally:
         torch.set_float32_matmul_precision(previous)
-    return launches[0 if case.direction in ("mix", "count") else -1]
+    return launches[case.place()]
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

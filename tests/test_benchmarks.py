@@ -144,7 +144,7 @@ def test_what_there_is_when_the_time_is_up(tmp_path, capfd):
     out = tmp_path / "bench.json"
     assert cli.main(["bench", "--suite", "scaling", "--limit", "0.5", "--out", str(out)]) == 1
     assert "stopped after 0.5 s" in capfd.readouterr().out
-    assert results.load(out)["rows"] == []
+    assert len(results.load(out)["rows"]) < 10  # of 20
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,7 @@ def test_ctrl_c_and_resume(tmp_path):
     code = """
 import signal, sys, torch
 from mixfeat import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 torch.set_num_threads(1)
 from mixfeat.experiments import store, theory
 theory._CHECKPOINT_SECONDS = 0

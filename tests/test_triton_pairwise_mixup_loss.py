@@ -130,11 +130,80 @@ def check_not_finite(value, activation):
 
 
 def check_far_from_zero(dtype):
-    """Pre-activations of thousands of thresholds, logits whose exponentials no float holds."""
+    """Pre-activations of thousands of thresholds, logits whose exponentials no float holds and whose last bit tells."""
     row, *rest = problem((1, 9, None, 2, 3, 2), PolyReLU(8, 0.1), dtype=dtype)
-    for factor in (1e2, 1e4):
+    for factor, tolerance in ((1e2, 1e-5), (1e4, 1e-4)):
         arguments = (row * factor, *rest)
-        assert max(errors(run(*arguments), expected(*arguments))) <= 1e-5
+        assert max(errors(run(*arguments), expected(*arguments))) <= tolerance
+
+
+def alike(arguments):
+    """The same problem, but of each sample a third of the features are 0, a third on the line: by target, so that
+    blocks of one target's samples are alike.
+    """
+    row, column, row_target, column_target, *rest = arguments
+    num_classes = row.shape[3]
+
+    def shifted(s, target):
+        place = torch.arange(s[0, 0].numel(), device=DEVICE).view(s.shape[2:])
+        shift = torch.tensor([-4.0, 0.0, 4.0], device=DEVICE)[(place + target[:, None, None, None] % num_classes) % 3]
+        return (s + shift).to(s.dtype)
+
+    row, column = shifted(row, row_target), None if column is None else shifted(column, column_target)
+    return row, column, row_target, column_target, *rest
+
+
+def check_alike(shape, activation, lam, deterministic=False):
+    """Features that are left out, or that are on the line, in whole tiles."""
+    arguments = alike(problem(shape, activation, lam))
+    truth = expected(*arguments)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        found = errors(run(*arguments), truth)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert max(found) <= 1e-5, found
+
+
+def check_sorting(activation, features):
+    """Each feature of a tile once, in the part of the list that its bounds say."""
+    import triton
+    import triton.language as tl
+    from mixfeat.kernels.triton.activation import normal_form
+    from mixfeat.kernels.triton.pairwise_mixup_loss import _sort_features
+
+    polynomial = normal_form(activation.polynomial)
+    kind = torch.randint(4, (features,), device=DEVICE)  # zero, on the line, and neither, from either side
+    least = torch.tensor([-3.0, 1.5, -0.5, 0.5], device=DEVICE)[kind]
+    greatest = torch.tensor([-1.0, 3.0, 0.5, 1.25], device=DEVICE)[kind]
+    rows = torch.rand(2, features, device=DEVICE)
+    columns = torch.stack([least, greatest]) - rows
+    is_zero = (kind == 0) if polynomial.lower else torch.zeros_like(kind, dtype=torch.bool)
+    if polynomial.degree == 1:
+        is_line = ((kind == 1) | (kind == 3)) if polynomial.lower else ~is_zero
+    else:
+        is_line = (kind == 1) & polynomial.upper
+
+    @triton.jit
+    def kernel(
+        places, counts, rows, columns, doubt, F, sort: tl.constexpr, DEGREE: tl.constexpr, LOWER: tl.constexpr,
+        UPPER: tl.constexpr,
+    ):  # fmt: skip
+        active, line = sort(places, rows, columns, doubt, F, DEGREE, LOWER, UPPER, 16, 32)
+        tl.store(counts, active)
+        tl.store(counts + 1, line)
+
+    constants = (_sort_features, polynomial.degree, polynomial.lower, polynomial.upper)
+    for doubt in (0.0, NAN):
+        places = torch.full((features,), -1, dtype=torch.int32, device=DEVICE)
+        counts = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+        kernel[1,](places, counts, rows, columns, doubt, features, *constants)
+        active, line = counts.tolist()
+        every = torch.arange(features, device=DEVICE)
+        listed = [every[~(is_zero | is_line)], every[is_line]] if doubt == 0 else [every, every[:0]]
+        found = [places[:active], places[features - line :]]
+        for one, truth in zip(found, listed, strict=True):
+            assert one.sort().values.tolist() == (16 * truth).tolist()
 
 
 def check_whole_tiles(columns):
@@ -200,7 +269,7 @@ def check_workspace(runs, classes):
     multiprocessors = mock.patch.object(launch, "multiprocessors", return_value=132)
     with launch.record() as launches, multiprocessors:
         pairwise_mixup_loss(row, None, target, None, (0.5,), (1.0,), PolyReLU().polynomial, True)
-    (one,) = launches
+    one = launches[1]  # after packing, before unpacking
     workspace = one.arguments[one.kernel.arg_names.index("workspace")]
     assert workspace.numel() * 4 <= launch.pairwise_config(4096, classes).workspace_bytes
 
@@ -252,6 +321,23 @@ CHECKS = {
         for a in (PolyReLU(8, 0.3), PolyReLU(3, 0.3, clamp=False), Power(2))
     },
     **{f"far-from-zero-{d}": partial(check_far_from_zero, d) for d in (torch.float32, *HALF)},
+    **{
+        f"alike-{a}-{columns}-{lam}": partial(check_alike, (2, 70, columns, 2, 3, 3), a, lam, deterministic)
+        for a, columns, lam, deterministic in (
+            (PolyReLU(8, 0.3), None, (0.5,), False),
+            (PolyReLU(8, 0.3), None, (0.5, 0.3), True),
+            (PolyReLU(3, 0.3), 40, (0.5,), False),
+            (PolyReLU(1, 0.3), None, (0.3,), False),
+            (ReLU(), 33, (0.3,), True),
+            (PowerReLU(2), None, (0.5,), False),
+            (Identity(), None, (0.5,), False),
+        )
+    },
+    **{
+        f"sorting-{a}-{features}": partial(check_sorting, a, features)
+        for a in (PolyReLU(8, 0.3), PolyReLU(8, 0.3, clamp=False), PowerReLU(3), ReLU(), Power(2), Identity())
+        for features in (1, 32, 70)
+    },
     **{f"whole-tiles-{columns}": partial(check_whole_tiles, columns) for columns in (None, 16)},
     **{
         f"tiles-{sizes}-{columns}": partial(check_tiles, sizes, columns, lam)

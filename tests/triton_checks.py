@@ -29,10 +29,11 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def poisoned():
-    """Within, the memory that torch.empty gives is NaN, so that whatever a kernel leaves unwritten shows."""
+    """Within, what torch.empty gives holds NaN or integers out of range: whatever a kernel leaves unwritten shows."""
 
     def poisoned_empty(*args, empty=torch.empty, **kwargs):
-        return empty(*args, **kwargs).fill_(NAN)
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(NAN if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
 
     return mock.patch("torch.empty", poisoned_empty)
 

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from mixfeat.activations import Polynomial
 
-__all__ = ["add_phi", "add_phi_of_sum", "mul_slope", "mul_slope_of_sum", "normal_form"]
+__all__ = ["add_phi", "add_phi_of_sum", "mul_slope", "mul_slope_of_sum", "normal_form", "regions"]
 
 
 def normal_form(activation: Polynomial) -> Polynomial:
@@ -133,3 +133,15 @@ def mul_slope_of_sum(grad, a, b, DEGREE: tl.constexpr, LOWER: tl.constexpr, UPPE
         return tl.where(a + b > 0, grad, 0.0)
     else:
         return grad + 0.0 * (a + b)
+
+
+@triton.jit
+def regions(least, greatest, DEGREE: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr):
+    """Whether phi is 0 for all t that lie between these, and whether, else, ``degree / scale * phi`` is a line for all.
+
+    The line is ``degree * t - (degree - 1)``, its slope ``mul_slope(1)``; t being z / threshold. NaN is in no region.
+    """
+    ZERO_UNTIL: tl.constexpr = 0.0 if LOWER else float("-inf")
+    LINE_FROM: tl.constexpr = ZERO_UNTIL if DEGREE == 1 else 1.0 if UPPER else float("inf")
+    zero = greatest <= ZERO_UNTIL
+    return zero, (least >= LINE_FROM) & ~zero

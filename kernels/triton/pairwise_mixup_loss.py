@@ -13,6 +13,10 @@ gradient, columns for the columns'. So the activation's slope is evaluated twice
 threads. Of the pairs, only the logits of the tiles in work are stored, in a workspace that a program writes and reads
 alone.
 
+Where all t of a feature in a tile lie where phi is 0 it is left out; where all lie on phi's line, each row's share and
+each column's are added up apart. Packing finds the least and the greatest a and b of each block of samples; by these a
+program sorts the features, tile by tile and class by class. Samples are ordered by target, so that a block's are alike.
+
 Samples that hold what is not finite, or a target out of range, are marked by a NaN that weighs all their pairs.
 """
 
@@ -28,12 +32,67 @@ from torch import Tensor
 from mixfeat.activations import Polynomial
 
 from . import launch
-from .activation import add_phi_of_sum, mul_slope_of_sum, normal_form
+from .activation import add_phi_of_sum, mul_slope_of_sum, normal_form, regions
 
 __all__ = ["pairwise_mixup_loss"]
 
 # Integers that must not give every size of problem a compilation of its own.
-_SIZES = ["N", "columns", "C", "F", "runs", "first_task", "last_task", "num_tasks", "row_blocks", "column_blocks"]
+_SIZES = [
+    "N", "columns", "C", "F", "M", "runs", "first_task", "last_task", "num_tasks", "blocks", "row_blocks",
+    "column_blocks", "run_stride", "sample_stride", "patch_stride", "class_stride", "target_run_stride",
+    "target_stride", "order_run_stride",
+]  # fmt: skip
+_PACK_WIDTH = 32  # features that a program packs at once: enough bytes on the way, few enough registers
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _pack_kernel(
+    s, target, order, t, bounds, packed_target, mark, factor, run_stride, sample_stride, patch_stride, class_stride,
+    filter_stride, target_run_stride, target_stride, order_run_stride, N, C, F, M, blocks,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of samples of a run: s (R,N,P,C,M) and target (R,N) as a _Side, in order (R,N); the last sample pads."""
+    run = tl.program_id(0).to(tl.int64) // blocks
+    block = tl.program_id(0) % blocks
+    along = tl.arange(0, BLOCK)
+    place = block * BLOCK + along
+    sample = tl.load(order + run * order_run_stride + tl.minimum(place, N - 1))
+    doubt = tl.zeros((BLOCK,), tl.float32)  # NaN of what is not finite
+    for first in range(0, C * F, WIDTH):
+        q = first + tl.arange(0, WIDTH)
+        there = q < C * F
+        c, f = (q // F).to(tl.int64), q % F
+        offset = run * run_stride + c * class_stride + (f // M).to(tl.int64) * patch_stride + f % M * filter_stride
+        pointers = s + offset[:, None] + (sample * sample_stride)[None, :]
+        z = tl.load(pointers, mask=there[:, None], other=0.0).to(tl.float32) * factor
+        doubt += tl.sum(z * 0.0, 0)
+        tile = (run * C + c) * blocks + block
+        tl.store(t + ((tile * F + f) * BLOCK)[:, None] + along[None, :], z, mask=there[:, None])
+        tl.store(bounds + tile * 2 * F + f, tl.min(z, 1), mask=there)
+        tl.store(bounds + (tile * 2 + 1) * F + f, tl.max(z, 1), mask=there)
+    y = tl.load(target + run * target_run_stride + sample * target_stride)
+    tl.store(packed_target + run * blocks * BLOCK + place, y)
+    tl.store(mark + run * blocks * BLOCK + place, tl.where((y >= 0) & (y < C), 1.0 + doubt, float("nan")))
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _unpack_kernel(
+    packed, order, grad, factor, order_run_stride, N, C, F, M, blocks, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A block of samples of a run: packed (R,C,blocks,F,BLOCK), times factor, as grad (R,N,P,C,M)."""
+    run = tl.program_id(0).to(tl.int64) // blocks
+    block = tl.program_id(0) % blocks
+    along = tl.arange(0, BLOCK)
+    place = block * BLOCK + along
+    sample = tl.load(order + run * order_run_stride + tl.minimum(place, N - 1))
+    for first in range(0, C * F, WIDTH):
+        q = first + tl.arange(0, WIDTH)
+        there = (q < C * F)[:, None] & (place < N)[None, :]
+        c, f = q // F, q % F
+        tile = (run * C + c) * blocks + block
+        g = tl.load(packed + ((tile * F + f) * BLOCK)[:, None] + along[None, :], mask=there)
+        offset = (f // M * C + c) * M + f % M
+        tl.store(grad + ((run * N + sample) * C * F)[None, :] + offset[:, None], factor * g, mask=there)
 
 
 @triton.jit
@@ -59,6 +118,35 @@ def _tile_of(task, row_blocks, column_blocks, SYMMETRIC: tl.constexpr):
 
 
 @triton.jit
+def _sort_features(
+    places, row_bounds, column_bounds, doubt, F,
+    DEGREE: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """List where in a tile a class's features begin: those to evaluate from the left, those on the line from the right.
+
+    ``places`` (F,), the list; ``row_bounds`` and ``column_bounds`` (2,F), at the tile's blocks and the class; ``doubt``
+    NaN where all are to be evaluated, else 0. Returns how many features are to be evaluated and how many on the line.
+    """
+    tl.debug_barrier()
+    active = 0
+    line = 0
+    for first in range(0, F, WIDTH):
+        f = first + tl.arange(0, WIDTH)
+        there = f < F
+        least = tl.load(row_bounds + f, mask=there) + tl.load(column_bounds + f, mask=there) + doubt
+        greatest = tl.load(row_bounds + F + f, mask=there) + tl.load(column_bounds + F + f, mask=there) + doubt
+        is_zero, is_line = regions(least, greatest, DEGREE, LOWER, UPPER)
+        is_active = (there & ~(is_zero | is_line)).to(tl.int32)
+        is_line = (there & is_line).to(tl.int32)
+        tl.store(places + active + tl.cumsum(is_active, 0) - 1, f * BLOCK, mask=is_active > 0)
+        tl.store(places + F - line - tl.cumsum(is_line, 0), f * BLOCK, mask=is_line > 0)
+        active += tl.sum(is_active, 0)
+        line += tl.sum(is_line, 0)
+    tl.debug_barrier()
+    return active, line
+
+
+@triton.jit
 def _label(c, y_i, y_j, lam):
     """Share of class c in the labels of a tile (j, i)."""
     return tl.where(y_i == c, lam, 0.0)[None, :] + tl.where(y_j == c, 1.0 - lam, 0.0)[:, None]
@@ -74,22 +162,22 @@ def _add(pointers, values, ATOMIC: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SIZES)
 def _kernel(
-    a, b, row_target, column_target, row_mark, column_mark, row_grad, column_grad, workspace, loss,
-    lam, weight, scale, N, columns, C, F, runs, first_task, last_task, num_tasks, row_blocks, column_blocks,
+    a, b, row_bounds, column_bounds, row_target, column_target, row_mark, column_mark, row_grad, column_grad,
+    workspace, places, loss, lam, weight, scale, N, columns, C, F, runs, first_task, last_task, num_tasks,
+    row_blocks, column_blocks,
     DEGREE: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr, SYMMETRIC: tl.constexpr, GRAD: tl.constexpr,
     ATOMIC: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, STRIP: tl.constexpr,
 ):  # fmt: skip
     """Tasks first_task to last_task - 1 of each run, shared among all programs.
 
-    a (R,C,F,rows), b (R,C,F,columns), the samples padded with zeros to whole blocks; row_grad and column_grad likewise,
-    added to; row_target, row_mark (R,rows), mark 1 or NaN, and of the columns likewise; workspace
-    (programs,2 (1 without GRAD),C,BLOCK,BLOCK); loss (R,num_tasks).
+    a, row_bounds, row_target and row_mark are a _Side's, and so are b and those of the columns; row_grad, of a's shape,
+    and column_grad, of b's, are added to; workspace (programs,2 (1 without GRAD),C,BLOCK,BLOCK); places (programs,F),
+    int32; loss (R,num_tasks).
     """
-    rows_padded, columns_padded = row_blocks * BLOCK, column_blocks * BLOCK
-    row_class, column_class = F.to(tl.int64) * rows_padded, F.to(tl.int64) * columns_padded
     tile_size = C.to(tl.int64) * BLOCK * BLOCK
     logits = workspace + tl.program_id(0).to(tl.int64) * (2 if GRAD else 1) * tile_size  # (C, j, i); then D
     transposed = logits + tile_size  # D as (C, i, j)
+    places += tl.program_id(0).to(tl.int64) * F
     along = tl.arange(0, BLOCK)
     across = tl.arange(0, CHUNK)
     few = tl.arange(0, STRIP)
@@ -100,23 +188,38 @@ def _kernel(
         row_block, column_block, exists = _tile_of(task, row_blocks, column_blocks, SYMMETRIC)
         if exists:
             i = row_block * BLOCK + along
-            row_start, column_start = run * C * row_class, run * C * column_class
-            for first in range(0, BLOCK, CHUNK):
-                j = column_block * BLOCK + first + across
-                here = logits + (first + across)[:, None] * BLOCK + along[None, :]
-                for c in range(C):
-                    a_c = a + row_start + c * row_class + i
-                    b_c = b + column_start + c * column_class + j
-                    g = tl.zeros((CHUNK, BLOCK), tl.float32)
-                    for _ in range(F):
-                        g = add_phi_of_sum(g, tl.load(a_c)[None, :], tl.load(b_c)[:, None], DEGREE, LOWER, UPPER)
-                        a_c += rows_padded
-                        b_c += columns_padded
-                    tl.store(here + c * BLOCK * BLOCK, scale * g)
-            tl.debug_barrier()
-
+            rows_padded, columns_padded = row_blocks * BLOCK, column_blocks * BLOCK
             y_i = tl.load(row_target + run * rows_padded + i)
             mark_i = tl.load(row_mark + run * rows_padded + i)
+            marks_j = tl.load(column_mark + run * columns_padded + column_block * BLOCK + along)
+            doubt = 0.0 * tl.sum(mark_i + marks_j, 0)
+            for c in range(C):
+                row_tile = (run * C + c) * row_blocks + row_block
+                column_tile = (run * C + c) * column_blocks + column_block
+                active, line = _sort_features(
+                    places, row_bounds + row_tile * 2 * F, column_bounds + column_tile * 2 * F, doubt, F,
+                    DEGREE, LOWER, UPPER, BLOCK, CHUNK,
+                )  # fmt: skip
+                for first in range(0, BLOCK, CHUNK):
+                    a_c = a + row_tile * F * BLOCK + along
+                    b_c = b + column_tile * F * BLOCK + first + across
+                    g = tl.zeros((CHUNK, BLOCK), tl.float32)
+                    for k in range(active):
+                        place = tl.load(places + k)
+                        a_f, b_f = tl.load(a_c + place), tl.load(b_c + place)
+                        g = add_phi_of_sum(g, a_f[None, :], b_f[:, None], DEGREE, LOWER, UPPER)
+                    row_line = tl.zeros((BLOCK,), tl.float32)
+                    column_line = tl.zeros((CHUNK,), tl.float32)
+                    for k in range(F - line, F):
+                        place = tl.load(places + k)
+                        row_line += tl.load(a_c + place)
+                        column_line += tl.load(b_c + place)
+                    row_line = DEGREE * row_line - (DEGREE - 1) * line
+                    g += row_line[None, :] + (DEGREE * column_line)[:, None]
+                    here = logits + c * BLOCK * BLOCK + (first + across)[:, None] * BLOCK + along[None, :]
+                    tl.store(here, scale * g)
+            tl.debug_barrier()
+
             tile_loss = tl.zeros((BLOCK,), tl.float32)
             for first in range(0, BLOCK, STRIP):
                 j_few = column_block * BLOCK + first + few
@@ -152,52 +255,87 @@ def _kernel(
             if GRAD:
                 tl.debug_barrier()
                 for c in range(C):
+                    row_tile = (run * C + c) * row_blocks + row_block
+                    column_tile = (run * C + c) * column_blocks + column_block
+                    active, line = _sort_features(
+                        places, row_bounds + row_tile * 2 * F, column_bounds + column_tile * 2 * F, doubt, F,
+                        DEGREE, LOWER, UPPER, BLOCK, CHUNK,
+                    )  # fmt: skip
                     for first in range(0, BLOCK, CHUNK):
-                        j = column_block * BLOCK + first + across
                         d = tl.load(logits + c * BLOCK * BLOCK + (first + across)[:, None] * BLOCK + along[None, :])
-                        a_c = a + row_start + c * row_class + i
-                        b_c = b + column_start + c * column_class + j
-                        grad_c = row_grad + row_start + c * row_class + i
-                        for _ in range(F):
-                            e = mul_slope_of_sum(d, tl.load(a_c)[None, :], tl.load(b_c)[:, None], DEGREE, LOWER, UPPER)
-                            _add(grad_c, lam * tl.sum(e, 0), ATOMIC)
-                            a_c += rows_padded
-                            b_c += columns_padded
-                            grad_c += rows_padded
-                tl.debug_barrier()
-                j_along = column_block * BLOCK + along
-                for c in range(C):
+                        a_c = a + row_tile * F * BLOCK + along
+                        b_c = b + column_tile * F * BLOCK + first + across
+                        grad_c = row_grad + row_tile * F * BLOCK + along
+                        for k in range(active):
+                            place = tl.load(places + k)
+                            a_f, b_f = tl.load(a_c + place), tl.load(b_c + place)
+                            e = mul_slope_of_sum(d, a_f[None, :], b_f[:, None], DEGREE, LOWER, UPPER)
+                            _add(grad_c + place, lam * tl.sum(e, 0), ATOMIC)
+                        d_sum = lam * tl.sum(d, 0)
+                        for k in range(F - line, F):
+                            _add(grad_c + tl.load(places + k), d_sum, ATOMIC)
+                    tl.debug_barrier()
                     for first in range(0, BLOCK, CHUNK):
-                        i_across = row_block * BLOCK + first + across
                         d = tl.load(transposed + c * BLOCK * BLOCK + (first + across)[:, None] * BLOCK + along[None, :])
-                        a_c = a + row_start + c * row_class + i_across
-                        b_c = b + column_start + c * column_class + j_along
-                        grad_c = column_grad + column_start + c * column_class + j_along
-                        for _ in range(F):
-                            e = mul_slope_of_sum(d, tl.load(b_c)[None, :], tl.load(a_c)[:, None], DEGREE, LOWER, UPPER)
-                            _add(grad_c, (1.0 - lam) * tl.sum(e, 0), ATOMIC)
-                            a_c += rows_padded
-                            b_c += columns_padded
-                            grad_c += columns_padded
+                        a_c = a + row_tile * F * BLOCK + first + across
+                        b_c = b + column_tile * F * BLOCK + along
+                        grad_c = column_grad + column_tile * F * BLOCK + along
+                        for k in range(active):
+                            place = tl.load(places + k)
+                            a_f, b_f = tl.load(a_c + place), tl.load(b_c + place)
+                            e = mul_slope_of_sum(d, b_f[None, :], a_f[:, None], DEGREE, LOWER, UPPER)
+                            _add(grad_c + place, (1.0 - lam) * tl.sum(e, 0), ATOMIC)
+                        d_sum = (1.0 - lam) * tl.sum(d, 0)
+                        for k in range(F - line, F):
+                            _add(grad_c + tl.load(places + k), d_sum, ATOMIC)
+                    tl.debug_barrier()
             tl.debug_barrier()
 
 
 class _Side(NamedTuple):
     """Samples as the kernel takes them, for one node lam."""
 
-    t: Tensor  # (R,C,F,samples padded to whole blocks): weight * s / threshold
+    t: Tensor  # (R,C,blocks,F,block): weight * s / threshold, samples padded to whole blocks
+    bounds: Tensor  # (R,C,blocks,2,F): of each block of samples, the least t and the greatest
     target: Tensor  # (R,samples padded)
     mark: Tensor  # (R,samples padded): NaN for samples that have no loss, else 1
 
 
-def _pack(s: Tensor, target: Tensor, factor: float, block: int) -> _Side:
-    num_runs, num_samples, _, num_classes, _ = s.shape
-    padding = (0, -num_samples % block)
-    # what needs no padding keeps its strides
-    t = torch.nn.functional.pad(s.permute(0, 3, 2, 4, 1).float() * factor, padding).flatten(2, 3).contiguous()
-    target = torch.nn.functional.pad(target.expand(num_runs, num_samples), padding).contiguous()
-    mark = (t * 0).sum(dim=(1, 2)) + 1
-    return _Side(t, target, mark.where((target >= 0) & (target < num_classes), torch.nan))
+def _order(target: Tensor, num_runs: int) -> Tensor:
+    """(R,N): each run's samples ordered by target, so that those of a block are alike."""
+    return torch.atleast_2d(target).argsort(stable=True).contiguous().expand(num_runs, -1)
+
+
+def _pack(s: Tensor, target: Tensor, order: Tensor, factor: float, block: int) -> _Side:
+    num_runs, num_samples, num_patches, num_classes, filters = s.shape
+    blocks, features = triton.cdiv(num_samples, block), num_patches * filters
+    side = _Side(
+        torch.empty(num_runs, num_classes, blocks, features, block, device=s.device),
+        torch.empty(num_runs, num_classes, blocks, 2, features, device=s.device),
+        torch.empty(num_runs, blocks * block, dtype=target.dtype, device=s.device),
+        torch.empty(num_runs, blocks * block, device=s.device),
+    )
+    s = launch.interpretable(s)
+    run_stride, sample_stride, patch_stride, class_stride, filter_stride = s.stride()
+    target = target.expand(num_runs, num_samples)
+    arguments = (
+        s, target, order, *side, factor, run_stride, sample_stride, patch_stride, class_stride, filter_stride,
+        *target.stride(), order.stride(0), num_samples, num_classes, features, filters, blocks,
+    )  # fmt: skip
+    launch.run(launch.Launch(_pack_kernel, num_runs * blocks, arguments, {"WIDTH": _PACK_WIDTH, "BLOCK": block}))
+    return side
+
+
+def _unpack(packed: Tensor, shape: torch.Size, order: Tensor, factor: float, block: int) -> Tensor:
+    """The gradient of this shape (R,N,P,C,M), times factor, from (R,C,blocks,F,block)."""
+    num_runs, num_samples, num_patches, num_classes, filters = shape
+    blocks, features = triton.cdiv(num_samples, block), num_patches * filters
+    grad = torch.empty(shape, device=packed.device)
+    if grad.numel():
+        sizes = (order.stride(0), num_samples, num_classes, features, filters, blocks)
+        constants = {"WIDTH": _PACK_WIDTH, "BLOCK": block}
+        launch.run(launch.Launch(_unpack_kernel, num_runs * blocks, (packed, order, grad, factor, *sizes), constants))
+    return grad
 
 
 def _rounds(row_blocks: int, column_blocks: int, symmetric: bool) -> list[tuple[int, int]]:
@@ -230,23 +368,26 @@ def pairwise_mixup_loss(
     loss = torch.zeros(num_runs, dtype=torch.float64, device=row.device)
     sizes = (num_classes, num_patches * filters)
 
-    def zeros(samples: int) -> Tensor:
-        return torch.zeros(num_runs, *sizes, samples if need_grad else 0, device=row.device)
+    def zeros(blocks: int) -> Tensor:
+        blocks = blocks if need_grad else 0
+        return torch.zeros(num_runs, num_classes, blocks, sizes[1], config.block, device=row.device)
 
     config = launch.pairwise_config(max(num_samples, num_columns), num_classes)
     row_blocks, column_blocks = (triton.cdiv(n, config.block) for n in (num_samples, num_columns))
-    row_grad = zeros(row_blocks * config.block)
+    row_grad = zeros(row_blocks)
     # rows and columns of one problem have one gradient, if no two programs that run at once may write the same samples
     one_side = column is None and all(node == 0.5 for node in lam)
-    column_grad = row_grad if one_side else zeros(column_blocks * config.block)
+    column_grad = row_grad if one_side else zeros(column_blocks)
+    row_side = row, row_target, _order(row_target, num_runs)
+    column_side = row_side
+    if column is not None and column_target is not None:
+        column_side = column, column_target, _order(column_target, num_runs)
     rounds_alone = torch.are_deterministic_algorithms_enabled()
     for node, weight in zip(lam, lam_weight, strict=True) if num_runs * num_samples * num_columns else ():
         symmetric = column is None and node == 0.5
-        rows = _pack(row, row_target, node / activation.threshold, config.block)
-        columns = rows
+        rows = columns = _pack(*row_side, node / activation.threshold, config.block)
         if not symmetric:
-            other = (row, row_target) if column is None or column_target is None else (column, column_target)
-            columns = _pack(*other, (1 - node) / activation.threshold, config.block)
+            columns = _pack(*column_side, (1 - node) / activation.threshold, config.block)
         rounds = _rounds(row_blocks, column_blocks, symmetric)
         num_tasks = rounds[-1][1]
         parts = torch.zeros(num_runs, num_tasks, device=row.device)
@@ -255,10 +396,11 @@ def pairwise_mixup_loss(
             slot = (2 if need_grad else 1) * num_classes * config.block**2
             programs = max(1, min(num_runs * (last - first), wanted, config.workspace_bytes // (4 * slot)))
             workspace = torch.empty(programs * slot, device=row.device)
+            places = torch.empty(programs * sizes[1], dtype=torch.int32, device=row.device)
             arguments = (
-                rows.t, columns.t, rows.target, columns.target, rows.mark, columns.mark, row_grad, column_grad,
-                workspace, parts, node, weight, activation.scale / activation.degree, num_samples, num_columns, *sizes,
-                num_runs, first, last, num_tasks, row_blocks, column_blocks,
+                rows.t, columns.t, rows.bounds, columns.bounds, rows.target, columns.target, rows.mark, columns.mark,
+                row_grad, column_grad, workspace, places, parts, node, weight, activation.scale / activation.degree,
+                num_samples, num_columns, *sizes, num_runs, first, last, num_tasks, row_blocks, column_blocks,
             )  # fmt: skip
             constants = {
                 "DEGREE": activation.degree,
@@ -278,9 +420,9 @@ def pairwise_mixup_loss(
     if column is None and not one_side:
         row_grad += column_grad
 
-    def unpack(grad: Tensor, samples: int) -> Tensor:
-        grad = grad[..., :samples] * (activation.scale / activation.threshold)
-        return grad.unflatten(2, (num_patches, filters)).permute(0, 4, 2, 1, 3)
-
-    row_grad = unpack(row_grad, num_samples)
-    return loss.float(), row_grad, None if column is None else unpack(column_grad, num_columns)
+    factor = activation.scale / activation.threshold
+    gradients = [
+        _unpack(grad, side[0].shape, side[2], factor, config.block)
+        for grad, side in ((row_grad, row_side), (column_grad, column_side))[: 1 if column is None else 2]
+    ]
+    return loss.float(), gradients[0], None if column is None else gradients[1]
