@@ -1,6 +1,7 @@
 """Choice of the backend, and the CPU library's ways to be there or not."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from mixfeat.kernels import cpu
+from mixfeat.kernels.cpu.build import compiler
 
 import mixfeat as mf
 
@@ -116,11 +118,20 @@ def test_describes_itself():
 HIDE = "from mixfeat.kernels import cpu; cpu._built_ahead = lambda: None\n"
 
 
-def test_builds_at_first_use_once(tmp_path):
+@pytest.fixture
+def quick_compiler(tmp_path_factory):
+    """A compiler that leaves out what takes it most of the time."""
+    path = tmp_path_factory.mktemp("compiler") / "c++"
+    path.write_text(f'#!/bin/sh\nexec {shlex.quote(compiler())} "$@" -O0\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_builds_at_first_use_once(tmp_path, quick_compiler):
     """Four processes at once: all get the library, one builds it, nothing else stays behind."""
     code = HIDE + "from mixfeat.kernels.cpu import build\n"
     code += "real = cpu.build\ndef build(*a):\n    print('building'); return real(*a)\ncpu.build = build\n" + CALL
-    env = {**os.environ, "MIXFEAT_CACHE": str(tmp_path)}
+    env = {**os.environ, "MIXFEAT_CACHE": str(tmp_path), "CXX": quick_compiler}
     run = [
         subprocess.Popen(
             [sys.executable, "-W", "error", "-c", code], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
@@ -158,7 +169,7 @@ def test_works_without_triton(run_python):
     assert "triton cannot be imported" in output
 
 
-def test_wheel_holds_all_it_needs(tmp_path):
+def test_wheel_holds_all_it_needs(tmp_path, quick_compiler):
     """Library and sources, kernels under mixfeat.kernels, the type marker; built in a copy, to leave the tree alone."""
     for name in ("benchmarks", "kernels", "mixfeat"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
@@ -175,7 +186,7 @@ def test_wheel_holds_all_it_needs(tmp_path):
         tmp_path,
         tmp_path,
     ]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CXX": quick_compiler})
     assert result.returncode == 0, result.stdout + result.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert "none-any" not in wheel.name

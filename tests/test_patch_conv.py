@@ -23,16 +23,17 @@ ACTIVATIONS = [
     mf.ReLU(),
     mf.Identity(),
 ]
-# (N, P, D, C, M): plain, odd, degenerate, wider than a block in each dimension
+DEGENERATE = (1, 1, 1, 1, 1)
+# (N, P, D, C, M): plain, odd, degenerate, wider than a block in each dimension; of logits enough for one draw
 SHAPES = [
-    (8, 4, 16, 3, 4),
-    (7, 3, 5, 3, 5),
-    (1, 1, 1, 1, 1),
+    (8, 4, 16, 8, 4),
+    (7, 3, 5, 11, 5),
+    DEGENERATE,
     (33, 12, 20, 10, 10),
-    (2, 1, 70, 2, 1),
-    (5, 2, 3, 1, 150),
+    (2, 1, 70, 33, 1),
+    (65, 2, 3, 1, 150),
     (3, 50, 9, 40, 1),
-    (4, 3, 150, 5, 7),
+    (13, 3, 150, 5, 7),
 ]
 LARGE = [(64, 300, 33, 3, 17), (300, 2, 257, 2, 3), (70, 16, 64, 10, 16)]  # several blocks of rows and several tasks
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -99,15 +100,17 @@ def test_accuracy(backend, device, shape, dtype, mix):
     if backend == "triton" and dtype == torch.float64:
         with pytest.raises(ValueError, match=r"'triton' does not serve torch\.float64; use 'cpu' or 'reference'"):
             check(*draws(shape, dtype, device, POLY, mix=mix))
-    else:
-        check(*draws(shape, dtype, device, POLY, mix=mix))
+        return
+    if backend == "triton" and mf.backends.interpreted() and shape == DEGENERATE and mix in ("float", "0-d"):
+        pytest.skip("long in the interpreter, which needs many draws")
+    check(*draws(shape, dtype, device, POLY, mix=mix))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
 def test_accuracy_of_activations(backend, device, activation, dtype):
     gain = 1 if activation.polynomial.upper else 5
-    check(*draws((7, 3, 12, 3, 5), dtype, device, activation, gain=gain, mix="per-sample"))
+    check(*draws((7, 3, 12, 10, 5), dtype, device, activation, gain=gain, mix="per-sample"))
 
 
 @pytest.mark.parametrize("degree", range(1, 17))
@@ -115,7 +118,7 @@ def test_accuracy_of_degrees(backend, device, degree):
     kinds = mf.PolyReLU(degree, 0.2), mf.PolyReLU(degree, 0.2, clamp=False), mf.PowerReLU(degree), mf.Power(degree)
     for activation in kinds:
         gain = 1 if activation.polynomial.upper else 10
-        check(*draws((4, 2, 6, 2, 3), torch.float32, device, activation, gain=gain))
+        check(*draws((8, 2, 6, 8, 3), torch.float32, device, activation, gain=gain))
 
 
 @pytest.mark.parametrize("mix", [None, "per-sample"])
@@ -220,7 +223,8 @@ def test_poisoned_scratch(backend, device):
         assert torch.utils.deterministic.fill_uninitialized_memory
         for shape in SHAPES:
             for mix in (None, "per-sample"):
-                check(*draws(shape, torch.float32, device, POLY, mix=mix))
+                if shape != DEGENERATE:
+                    check(*draws(shape, torch.float32, device, POLY, mix=mix))
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -18,7 +18,7 @@ def is_usual(case, target):
     """
     variant = getattr(case, "mix", False) or getattr(case, "activation", PolyReLU()) != PolyReLU()
     streaming = case.kernel in ("mixup", "cross_entropy")
-    return target == "sm_90" or not variant and (not streaming or target == "gfx942")
+    return target == "sm_90" or (not variant and (not streaming or target == "gfx942"))
 
 
 CASES = [
