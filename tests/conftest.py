@@ -70,6 +70,11 @@ def pytest_report_header() -> str:
     return f"mixfeat: MIXFEAT_TEST_SEED={SEED}, backends {', '.join(mf.backends.available())}"
 
 
+def interpreted(backend: str) -> bool:
+    """Whether Triton's interpreter runs the kernels: a hundred thousand times slower, they get what differs there."""
+    return backend == "triton" and mf.backends.interpreted()
+
+
 def error(results, truths):
     """Relative error in the 2-norm, over several draws; infinite where anything is not finite."""
     square = sum((a.double() - b).square().sum().item() for a, b in zip(results, truths, strict=True))

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import SEED, error
+from conftest import SEED, error, interpreted
 from torch.library import opcheck
 
 import mixfeat as mf
@@ -86,11 +86,6 @@ def draws(shape, dtype, device, *, gain=1, **options):
     return [(x, gain * w, y) for x, w, y in inputs]
 
 
-def small_only(backend):
-    """Whether kernels are interpreted: a hundred thousand times slower, they get the cases that differ for them."""
-    return backend == "triton" and mf.backends.interpreted()
-
-
 @pytest.mark.parametrize("nodes", NODES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -99,7 +94,7 @@ def test_accuracy(backend, device, shape, dtype, nodes):
         with pytest.raises(ValueError, match=r"'triton' does not serve torch\.float64; use 'cpu' or 'reference'"):
             check(draws(shape, dtype, device), kwargs=NODES[nodes])
         return
-    if small_only(backend):
+    if interpreted(backend):
         half = dtype.itemsize == 2
         if shape not in SMALL or nodes in ("zero", "uniform") or (half and (shape[0] < 8 or nodes != "midpoint")):
             pytest.skip("long in the interpreter")
@@ -110,7 +105,7 @@ def test_accuracy(backend, device, shape, dtype, nodes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
 def test_accuracy_of_activations(backend, device, activation, dtype, nodes):
-    if small_only(backend) and (dtype != torch.float32 or nodes != "lam"):
+    if interpreted(backend) and (dtype != torch.float32 or nodes != "lam"):
         pytest.skip("long in the interpreter")
     gain = 1 if activation.polynomial.upper else 5
     check(draws((7, 3, 12, 3, 5), dtype, device, gain=gain), activation, NODES[nodes])
@@ -118,7 +113,7 @@ def test_accuracy_of_activations(backend, device, activation, dtype, nodes):
 
 @pytest.mark.parametrize("degree", range(1, 17))
 def test_accuracy_of_degrees(backend, device, degree):
-    if small_only(backend) and degree not in (2, 7, 16):
+    if interpreted(backend) and degree not in (2, 7, 16):
         pytest.skip("long in the interpreter")
     check(draws((6, 3, 8, 3, 4), torch.float32, device), mf.PolyReLU(degree, 0.1))
     check(draws((6, 3, 8, 3, 4), torch.float32, device, gain=8), mf.PowerReLU(degree))
@@ -127,6 +122,8 @@ def test_accuracy_of_degrees(backend, device, degree):
 @pytest.mark.parametrize("nodes", ["midpoint", "any"])
 @pytest.mark.parametrize("runs", ["x", "w", "xw", "xy", "wy", "xwy"])
 def test_accuracy_of_runs(backend, device, runs, nodes):
+    if interpreted(backend) and nodes != "midpoint":
+        pytest.skip("long in the interpreter")
     check(draws((7, 3, 6, 3, 4), torch.float32, device, runs=runs), kwargs=NODES[nodes], grad=torch.randn(3).to(device))
 
 
@@ -274,7 +271,7 @@ def test_poisoned_scratch(backend, device):
     """Nothing is read that was not written: all new memory starts as NaN."""
     torch.use_deterministic_algorithms(True)
     try:
-        for shape in SMALL[1:3] if small_only(backend) else SHAPES:
+        for shape in SMALL[1:3] if interpreted(backend) else SHAPES:
             for nodes in ("midpoint", "any"):
                 check(draws(shape, torch.float32, device), kwargs=NODES[nodes])
     finally:
@@ -310,7 +307,9 @@ def test_gradients_are_only_computed_where_needed(backend, device):
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
 def test_what_is_not_finite_shows(backend, device, activation, value):
     """In one sample among several blocks; no crash, and in the middle of zero and of linear blocks too."""
-    for shift in (0,) if small_only(backend) else (-1, 0, 1):
+    if interpreted(backend) and activation != POLY and math.isinf(value):
+        pytest.skip("long in the interpreter")
+    for shift in (0,) if interpreted(backend) and activation != POLY else (-1, 0, 1):
         s = torch.randn(2, 20, 3, 4, 5, device=device) * 0.1 + shift
         s[1, 7] = value
         y = torch.randint(4, (20,), device=device)
@@ -356,7 +355,7 @@ def test_differentiating_twice_raises(backend, device):
 @pytest.mark.parametrize("nodes", ["midpoint", "any"])
 def test_opcheck(backend, device, nodes, runs):
     x, w, y = make_inputs((5, 2, 4, 2, 3), torch.float32, device, runs=runs)
-    if small_only(backend) and (runs or nodes != "midpoint"):
+    if interpreted(backend) and (runs or nodes != "midpoint"):
         pytest.skip("long in the interpreter")
     lam, weight = (torch.tensor([0.5]), torch.ones(1)) if nodes == "midpoint" else NODES[nodes].values()
     for requires_grad in (False, True):
@@ -370,7 +369,7 @@ def test_opcheck(backend, device, nodes, runs):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("nodes", ["midpoint", "any"])
 def test_compile(device, backend, nodes, dynamic):
-    if small_only(backend) and (dynamic or nodes != "midpoint"):
+    if interpreted(backend) and (dynamic or nodes != "midpoint"):
         pytest.skip("long in the interpreter")
     torch._dynamo.reset()
     compiled = torch.compile(mf.pairwise_mixup_loss, fullgraph=True, dynamic=dynamic)
@@ -396,7 +395,7 @@ def test_compiled_training_step(device, backend):
         return mf.pairwise_mixup_loss(x, model.weight, y, POLY, lam=lam).sum()
 
     compiled = torch.compile(loss, fullgraph=True)
-    for lam in (0.5, 0.25) if small_only(backend) else (0.5, 0.25, 0.9, None):
+    for lam in (0.5, 0.25) if interpreted(backend) else (0.5, 0.25, 0.9, None):
         for f, m in ((loss, model), (compiled, twin)):
             m.zero_grad()
             f(m, lam).backward()
@@ -557,7 +556,7 @@ class TestModule:
     def test_is_the_function(self, backend, device):
         x, _, y = make_inputs((6, 4, 10, 3, 4), torch.float32, device)
         model = mf.TwoLayerPatchCNN(3, 4, 10, POLY, num_runs=2, device=device)
-        for kwargs in [NODES["any"]] if small_only(backend) else NODES.values():
+        for kwargs in [NODES["any"]] if interpreted(backend) else NODES.values():
             module = mf.PairwiseMixupLoss(**kwargs).to(device)
             assert torch.equal(module(model, x, y), mf.pairwise_mixup_loss(x, model.weight, y, POLY, **kwargs))
 

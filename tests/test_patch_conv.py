@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import SEED, error
+from conftest import SEED, error, interpreted
 from torch.library import opcheck
 
 import mixfeat as mf
@@ -101,8 +101,8 @@ def test_accuracy(backend, device, shape, dtype, mix):
         with pytest.raises(ValueError, match=r"'triton' does not serve torch\.float64; use 'cpu' or 'reference'"):
             check(*draws(shape, dtype, device, POLY, mix=mix))
         return
-    if backend == "triton" and mf.backends.interpreted() and shape == DEGENERATE and mix in ("float", "0-d"):
-        pytest.skip("long in the interpreter, which needs many draws")
+    if interpreted(backend) and mix in ("float", "0-d") and (shape == DEGENERATE or dtype.itemsize == 2):
+        pytest.skip("long in the interpreter")
     check(*draws(shape, dtype, device, POLY, mix=mix))
 
 
@@ -290,6 +290,8 @@ def test_differentiating_twice_raises(backend, device):
 @pytest.mark.parametrize("runs", ["", "x", "w", "xw"])
 @pytest.mark.parametrize("mix", [None, "per-sample"])
 def test_opcheck(backend, device, mix, runs):
+    if interpreted(backend) and runs in ("x", "w"):
+        pytest.skip("long in the interpreter")
     x, w, kwargs = make_inputs((5, 2, 4, 2, 3), torch.float32, device, runs=runs, mix=mix)
     index, lam = kwargs.get("index"), kwargs.get("lam")
     for requires_grad in (False, True):
@@ -307,6 +309,8 @@ def test_opcheck(backend, device, mix, runs):
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("mix", [None, "float", "per-sample"])
 def test_compile(device, backend, mix, dynamic):
+    if interpreted(backend) and dynamic:
+        pytest.skip("long in the interpreter")
     torch._dynamo.reset()
     compiled = torch.compile(mf.patch_conv, fullgraph=True, dynamic=dynamic)
     for samples in (6, 9):
