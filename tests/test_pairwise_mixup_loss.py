@@ -249,17 +249,20 @@ def test_empty_dimensions(backend, device, empty):
 
 
 def test_strides(backend, device):
-    x, w, y = make_inputs((6, 4, 10, 3, 4), torch.float32, device)
     layouts = {
-        "transposed": (x.transpose(0, 2).contiguous().transpose(0, 2), w.transpose(0, 1).contiguous().transpose(0, 1)),
-        "sliced": (x.repeat(2, 2, 2)[::2, ::2, 1::2], w.repeat(2, 2, 2)[1::2, ::2, ::2]),
-        "expanded": (x[:1].expand(6, 4, 10), w[:, :1].expand(3, 4, 10)),
-        "expanded features": (x[..., :1].expand(6, 4, 10), w[..., :1].expand(3, 4, 10)),
-    }
-    y = y.repeat(2).view(2, 6).t().contiguous()[:, 0]
+        "transposed": lambda x, w: (
+            x.transpose(0, 2).contiguous().transpose(0, 2), w.transpose(0, 1).contiguous().transpose(0, 1)
+        ),
+        "sliced": lambda x, w: (x.repeat(2, 2, 2)[::2, ::2, 1::2], w.repeat(2, 2, 2)[1::2, ::2, ::2]),
+        "expanded": lambda x, w: (x[:1].expand(6, 4, 10), w[:, :1].expand(3, 4, 10)),
+        "expanded features": lambda x, w: (x[..., :1].expand(6, 4, 10), w[..., :1].expand(3, 4, 10)),
+    }  # fmt: skip
+    y = torch.randint(3, (6, 2), device=device)[:, 0]
     assert not y.is_contiguous()
-    for input, weight in layouts.values():
-        check([(input, weight, y)])
+    for layout in layouts.values():  # few numbers are left where they are expanded, so several draws
+        several = [make_inputs((6, 4, 10, 3, 4), torch.float32, device)[:2] for _ in range(8)]
+        check([(*layout(x, w), y) for x, w in several])
+    x, w = several[0]
     check([(x.expand(3, 6, 4, 10), w, y.expand(3, 6))], grad=torch.ones((), device=device).expand(3))
     s = torch.randn(3, 4, 5, 6, 2, device=device).permute(4, 3, 2, 0, 1) * 0.1  # strided filters
     mine = ops.pairwise_mixup_block(s, None, y, None, [0.5], [1.0], POLY.polynomial, True)
@@ -549,7 +552,11 @@ class TestBetaQuadrature:
 def test_mirrored_nodes_share_their_work():
     """8 nodes of a symmetric rule are 4, each visiting all ordered pairs; an odd rule has the midpoint besides."""
     for count, expected in ((8, 4), (9, 5), (1, 1)):
-        assert len(_merged(*mf.beta_quadrature(0.3, count))) == expected
+        assert len(_merged(*mf.beta_quadrature(0.3, count), torch.float64)) == expected
+        single = mf.beta_quadrature(0.3, count, dtype=torch.float32)
+        assert len(_merged(*single, torch.float32)) == expected
+    assert len(_merged(*(t.bfloat16() for t in mf.beta_quadrature(0.3, 8)), torch.float32)) == 8  # apart by 1e-3
+    assert len(_merged(*mf.beta_quadrature(0.3, 8, dtype=torch.float32), torch.float64)) > 4  # apart by 1e-8
 
 
 class TestModule:

@@ -103,19 +103,15 @@ def check_nodes(lam: Tensor, lam_weight: Tensor) -> None:
     nodes, weights = lam.tolist(), lam_weight.tolist()
     if not all(0 <= node <= 1 for node in nodes):
         raise ValueError(f"lam must be in [0, 1], got {nodes}")
-    if not abs(sum(weights) - 1) <= _exactness(lam_weight) * len(weights):
+    if not abs(sum(weights) - 1) <= 4 * torch.finfo(lam_weight.dtype).eps * len(weights):
         raise ValueError(f"lam_weight must sum to 1, got {weights}, which sum to {sum(weights)}")
 
 
-def _exactness(values: Tensor) -> float:
-    return 4 * torch.finfo(values.dtype).eps
-
-
-def _merged(lam: Tensor, lam_weight: Tensor) -> dict[float, float]:
-    """Weights by node. As pairs (i, j) and (j, i) are both visited, lam and 1 - lam are one node."""
+def _merged(lam: Tensor, lam_weight: Tensor, dtype: torch.dtype) -> dict[float, float]:
+    """Weights by node. With pairs (i, j) go pairs (j, i): lam and 1 - lam are one node, where dtype says so."""
     merged: dict[float, float] = {}
     for node, weight in zip(lam.tolist(), lam_weight.tolist(), strict=True):
-        mirrored = (other for other in merged if abs(other + node - 1) <= _exactness(lam))
+        mirrored = (other for other in merged if abs(other + node - 1) <= 2 * torch.finfo(dtype).eps)
         node = next(mirrored, node)
         merged[node] = merged.get(node, 0.0) + weight
     return merged
@@ -159,7 +155,7 @@ def _forward(
         x, w = x.to(dtype), w.to(dtype)
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
         s = (x @ w.mT).view(num_runs, num_samples, num_patches, num_classes, filters)
-        nodes, polynomial = _merged(lam, lam_weight), Polynomial.of(fields)
+        nodes, polynomial = _merged(lam, lam_weight, dtype), Polynomial.of(fields)
         if group:
             block = functools.partial(pairwise_mixup_block, polynomial=polynomial, need_grad=need_grad)
             loss, grad = sharding.all_pairs(block, s, target, nodes, sizes, group)
