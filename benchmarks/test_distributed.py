@@ -112,6 +112,8 @@ def test_scaling(benchmark, capsys, scaling):
 
 def run_rank(rank, ranks, num_samples, rendezvous):
     torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, [cores[rank % len(cores)]])  # as launchers of many ranks do
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
     step, sent = step_of(num_samples), 0
     send = sharding._Transfer.send

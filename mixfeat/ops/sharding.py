@@ -26,10 +26,8 @@ __all__ = ["Plan", "agree", "all_pairs", "group_name", "plan", "refuse"]
 #: (row, column, row target, column target, nodes, their weights) -> loss, gradient of row, gradient of column
 Block = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
 
-_PIECES, _PIECE = (
-    4,
-    256,
-)  # shards travel in so many pieces, if of so many samples: less memory, and work can start sooner
+# Shards travel in so many pieces at most, if of so many samples: less memory, and work can start sooner.
+_PIECES, _PIECE = 4, 512
 _TOLERANCE = 1.05  # of the mean work; above, single rows change hands
 
 
