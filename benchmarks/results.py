@@ -1,6 +1,6 @@
-"""Results of the benchmarks: one JSON document per device, its tables in README, and what has become slower.
+"""Results of the benchmarks: one JSON document per device, its tables in README and docs/, and what has become slower.
 
-``python -m mixfeat.benchmarks.results`` writes README's tables anew from the documents in results/, and its figure.
+``python -m mixfeat.benchmarks.results`` writes the tables anew from the documents in results/, and their figure.
 """
 
 import hashlib
@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "FIGURE", "ROOT", "Timing", "committed", "compare", "describe", "fingerprint", "load", "markdown", "of_limit",
-    "rates", "ratios", "tables", "with_tables",
+    "FIGURE", "PAGES", "ROOT", "Timing", "committed", "compare", "describe", "fingerprint", "load", "markdown",
+    "of_limit", "rates", "ratios", "tables", "with_tables",
 ]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[1]
-#: in README, of the first document
-FIGURE = "docs/benchmarks.png"
+#: of the first document
+FIGURE = ROOT / "docs/benchmarks.png"
+#: that have the figure and the tables; whether only a selection of them
+PAGES = {ROOT / "README.md": True, ROOT / "docs/benchmarks.md": False}
 #: what a document must have beside its rows
 KEYS = ("version", "commit", "device", "torch", "triton", "date", "rows")
 
@@ -132,13 +134,17 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "| " + " | ".join("-" * width for width in widths) + " |", *lines[1:]])
 
 
-def tables(document: Mapping[str, Any]) -> str:
-    """A table per operator, one of exponents of growth, and the other figures as a list, in Markdown."""
+def tables(document: Mapping[str, Any], *, brief: bool = False) -> str:
+    """A table per operator, one of exponents of growth, and the other figures as a list, in Markdown.
+
+    ``brief`` leaves one row of each case that is timed: of float32, forward and backward, if there is such.
+    """
     where = f"{document['device']}, PyTorch {document['torch']}"
     where += f", Triton {document['triton']}" if document["triton"] else ""
     parts = [f"{where}; {document['date']}, mixfeat {document['version']} at {document['commit'][:10]}."]
-    parts[0] += "".join(f" Caches are {mode}." for mode in {row.get("cache") for row in document["rows"]} - {None})
-    timed = [row for row in document["rows"] if len(row["timings"]) > 1]
+    everything = _selected(document["rows"]) if brief else document["rows"]
+    parts[0] += "".join(f" Caches are {mode}." for mode in {row.get("cache") for row in everything} - {None})
+    timed = [row for row in everything if len(row["timings"]) > 1]
     for suite in dict.fromkeys(row["suite"] for row in timed):
         rows = [row for row in timed if row["suite"] == suite]
         baselines = list(dict.fromkeys(name for row in rows for name in ratios(row)))
@@ -156,11 +162,21 @@ def tables(document: Mapping[str, Any]) -> str:
             cells += [_memory(row["peak_bytes"])] if memory else []
             body.append(cells)
         parts.append(markdown([head, *body]))
-    growth = [row for row in document["rows"] if row["direction"].startswith(_GROWTH)]
+    growth = [row for row in everything if row["direction"].startswith(_GROWTH)]
     parts.append(_exponents(growth) if growth else "")
-    others = [row for row in document["rows"] if row["figures"] and row not in growth]
+    others = [row for row in everything if row["figures"] and row not in growth]
     parts.append("\n".join(f"- {_figures(row)}" for row in others))
     return "\n\n".join(part for part in parts if part)
+
+
+def _selected(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of each case that is timed one row; and all that are not."""
+    order = ["forward + backward", "training step", "forward"]
+    timed = [row for row in rows if row["timings"] and row["direction"] in order]
+    first: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for row in sorted(timed, key=lambda row: (row["dtype"] != "float32", order.index(row["direction"]))):
+        first.setdefault((row["suite"], row["case"]), row)
+    return [row for row in rows if row not in timed or row in first.values()]
 
 
 def _memory(peaks: Mapping[str, int]) -> str:
@@ -195,27 +211,29 @@ def _figures(row: Mapping[str, Any]) -> str:
     return f"`{row['suite']}`, {_name(row)}: {', '.join(texts)}"
 
 
-def with_tables(text: str, documents: Iterable[Mapping[str, Any]]) -> str:
-    """README's text with its figure and the tables of these documents between its two markers."""
+def with_tables(page: Path, text: str, documents: Iterable[Mapping[str, Any]]) -> str:
+    """The text of one of ``PAGES`` with the figure and the tables of these documents between its two markers."""
     begin, end = "<!-- benchmarks -->\n", "<!-- end of benchmarks -->"
     found = re.search(f"{begin}.*?{end}", text, re.DOTALL)
-    assert found, "README has no place for the tables"
-    figure = f"![Times, memory, shares of the limits, roofline and growth of all operators]({FIGURE})"
-    body = "\n\n".join([figure, *(tables(document) for document in documents)])
+    assert found, f"{page} has no place for the tables"
+    figure = FIGURE.relative_to(page.parent)
+    alt = "Times, memory, shares of the limits, roofline and growth of all operators"
+    body = "\n\n".join([f"![{alt}]({figure})", *(tables(document, brief=PAGES[page]) for document in documents)])
     return text[: found.start()] + f"{begin}\n{body}\n\n{end}" + text[found.end() :]
 
 
 def committed() -> list[dict[str, Any]]:
-    """The documents in results/; README's figure is of the first."""
+    """The documents in results/; the figure is of the first."""
     return [load(path) for path in sorted((ROOT / "benchmarks/results").glob("bench-*.json"))]
 
 
 def _main() -> None:
     from .plots import plot  # which needs matplotlib
 
-    readme, documents = ROOT / "README.md", committed()
-    readme.write_text(with_tables(readme.read_text(), documents))
-    plot(documents[0], ROOT / FIGURE)
+    documents = committed()
+    for page in PAGES:
+        page.write_text(with_tables(page, page.read_text(), documents))
+    plot(documents[0], FIGURE)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,16 @@ def test_tables(document):
     assert "2026-01-01, mixfeat 1 at abc. Caches are warm." in text
 
 
+def test_brief_tables(document):
+    """A row for each case: of float32 and of both directions, where there are such."""
+    both = row(3e-3, direction="forward + backward")
+    step, half = row(5e-3, case="net", direction="training step"), row(7e-3, case="half", dtype="bfloat16")
+    single = row(9e-3, timings={}, limit=None, peak_bytes={}, figures={"ranks": 2})
+    left_out = [row(2e-3), row(2e-3, direction="forward + backward", dtype="bfloat16")]
+    document["rows"] = [*left_out, both, step, half, single]
+    assert results.tables(document, brief=True) == results.tables(document | {"rows": [both, step, half, single]})
+
+
 def test_table_of_a_gpu(document):
     """Graphs are the rule there; exponents have a table of their own."""
     changes = {
@@ -248,13 +258,13 @@ def results_of(figure):
         return image.text[MARK]
 
 
-def test_readme_has_the_committed_results():
+@pytest.mark.parametrize("page", results.PAGES, ids=lambda page: page.name)
+def test_pages_have_the_committed_results(page):
     """`python -m mixfeat.benchmarks.results` writes them there, and draws them."""
     documents = results.committed()
-    text = (ROOT / "README.md").read_text()
     assert documents
-    assert results.with_tables(text, documents) == text
-    assert results_of(ROOT / results.FIGURE) == results.fingerprint(documents[0])
+    assert results.with_tables(page, page.read_text(), documents) == page.read_text()
+    assert results_of(results.FIGURE) == results.fingerprint(documents[0])
 
 
 def test_figure_tells_its_results(document, tmp_path):
