@@ -10,6 +10,7 @@ from conftest import LONG
 from mixfeat import PolyReLU, cli, report
 
 launch = pytest.importorskip("mixfeat.kernels.triton.launch")
+triton = pytest.importorskip("triton")
 
 
 def is_usual(case, target):
@@ -27,6 +28,9 @@ CASES = [
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 # instructions per evaluation on sm_90, by samples: logits, gradient of the rows, gradient of the columns
 PAIRWISE_INSTRUCTIONS = {50: (6.9, 8.0, 8.0), 4096: (6.6, 7.3, 7.3)}
+# what older releases of Triton may take more: of instructions per evaluation, and of registers
+OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+MORE_INSTRUCTIONS, MORE_REGISTERS = (0.05, 2) if OLDER else (0, 0)
 MATRIX_UNIT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCMMA", "sm_120": "HMMA", "gfx942": "MFMA"}
 
 
@@ -54,7 +58,7 @@ def test_kernel(compiled, key):
         loops = row.evaluation_loops()
         assert len(loops) == (1 if case.direction == "forward" else 3)
         for (instructions, evaluations), limit in zip(loops, limits, strict=False):
-            assert instructions / evaluations <= limit
+            assert instructions / evaluations <= limit + MORE_INSTRUCTIONS
     if (
         case.kernel == "patch_conv"
         and case.direction != "mix"
@@ -73,7 +77,7 @@ def check_streaming(case, target, row):
         assert row.vector_accesses["store"] > 0 or narrow or (case.kernel == "cross_entropy" and not case.need_grad)
     if target.startswith("sm_"):
         limit = (85 if target == "sm_120" else 80) if case.kernel == "mixup" else row.config["maxnreg"]
-        assert row.registers <= min(limit, 65536 // (32 * row.config["num_warps"]))
+        assert row.registers <= min(limit + MORE_REGISTERS, 65536 // (32 * row.config["num_warps"]))
 
 
 def test_every_configuration_is_compiled():
