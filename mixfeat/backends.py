@@ -130,7 +130,7 @@ def describe() -> dict[str, Any]:
 
     facts: dict[str, Any] = {"backends": {name: _why_not(name) or "available" for name in NAMES}}
     if facts["backends"]["cpu"] == "available":
-        facts["CPU library"] = str(cpu.library_path())
+        facts["CPU library"] = cpu.library_path().name
         facts["CPU library's instruction set"] = cpu.capability()
     try:
         facts["C++ compiler"] = cpu.compiler_version()
