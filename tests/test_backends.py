@@ -110,6 +110,7 @@ def test_import_is_light(run_python):
 def test_describes_itself():
     facts = mf.backends.describe()
     assert facts["backends"]["cpu"] == facts["backends"]["reference"] == "available"
+    assert facts["CPU library"].startswith("libmixfeat_cpu-")  # no folder: these facts are published with results
     assert facts["CPU library's instruction set"] in ("avx512", "avx2", "generic")
     assert facts["C++ compiler"]
 
