@@ -147,8 +147,8 @@ def memory():
 
     Pre-activations, gradient, the gradient of one piece, the kernel's packed copies of both, and pieces of others.
     """
-    sizes = [2048] * dist.get_world_size()
-    x, w, y = problem(sum(sizes), 2, 2, 10, 8)
+    sizes = [1024] * dist.get_world_size()
+    x, w, y = problem(sum(sizes), 4, 2, 10, 8)
     mine = part_of(sizes)
     x, w = x[mine], w.requires_grad_()
     mf.pairwise_mixup_loss(x, w, y[mine], POLY, group="world").backward()
@@ -161,7 +161,7 @@ def memory():
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)
-    shard = 4 * 2048 * 2 * 10 * 8
+    shard = 4 * 1024 * 4 * 10 * 8
     assert most < 7.5 * shard, most / shard
 
 

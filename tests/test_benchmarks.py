@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import re
+import time
 
 import pytest
 import torch
@@ -204,6 +205,16 @@ def test_baselines_alone():
     timings = harness.compare_apart({name: functools.partial(calls.append, name) for name in names}, share=0)
     assert list(timings) == list(names)
     assert calls[: len(calls) // 2].count("naive") == 0
+
+
+@pytest.mark.skipif(harness.CUDA, reason="of a CPU; a GPU's clock is its events")
+def test_warm_calls():
+    """The timed call follows another, unless that took long."""
+    calls = []
+    harness.warm(lambda: calls.append(0))
+    assert len(calls) == 2
+    assert harness.warm(lambda: (calls.append(0), time.sleep(0.11))) > 0.1
+    assert len(calls) == 3
 
 
 def test_cold_caches():

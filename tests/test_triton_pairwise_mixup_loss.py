@@ -67,14 +67,19 @@ def problem(shape, activation, lam=(0.5,), dtype=torch.float32):
     return row, column, row_target, column_target, lam, weight, activation
 
 
+def errors_of(arguments, truth, deterministic):
+    """Of what the kernels make of the arguments, with deterministic algorithms or without."""
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        return errors(run(*arguments), truth)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def check_accuracy(shape, activation, lam=(0.5,), dtype=torch.float32, deterministic=False):
     arguments = problem(shape, activation, lam, dtype)
     truth = expected(*arguments)
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        found = errors(run(*arguments), truth)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    found = errors_of(arguments, truth, deterministic)
     if dtype == torch.float32:
         tolerances = [1e-5] * len(found)
     else:
@@ -130,11 +135,18 @@ def check_not_finite(value, activation):
 
 
 def check_far_from_zero(dtype):
-    """Pre-activations of thousands of thresholds, logits whose exponentials no float holds and whose last bit tells."""
-    row, *rest = problem((1, 9, None, 2, 3, 2), PolyReLU(8, 0.1), dtype=dtype)
-    for factor, tolerance in ((1e2, 1e-5), (1e4, 1e-4)):
-        arguments = (row * factor, *rest)
-        assert max(errors(run(*arguments), expected(*arguments))) <= tolerance
+    """Pre-activations of thousands of thresholds, logits whose exponentials no float holds and whose last bit tells.
+
+    That bit alone may put a single draw 2e-5 off, in PyTorch too, so errors are those of several.
+    """
+    for factor in (1e2, 1e4):
+        found, truth = [], []
+        for _ in range(8):
+            row, *rest = problem((1, 9, None, 2, 3, 2), PolyReLU(8, 0.1), dtype=dtype)
+            found.append(run(row * factor, *rest))
+            truth.append(expected(row * factor, *rest))
+        pooled = ([torch.stack(parts) for parts in zip(*outcomes, strict=True)] for outcomes in (found, truth))
+        assert max(errors(*pooled)) <= 1e-5
 
 
 def alike(arguments):
@@ -156,12 +168,7 @@ def alike(arguments):
 def check_alike(shape, activation, lam, deterministic=False):
     """Features that are left out, or that are on the line, in whole tiles."""
     arguments = alike(problem(shape, activation, lam))
-    truth = expected(*arguments)
-    torch.use_deterministic_algorithms(deterministic)
-    try:
-        found = errors(run(*arguments), truth)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    found = errors_of(arguments, expected(*arguments), deterministic)
     assert max(found) <= 1e-5, found
 
 

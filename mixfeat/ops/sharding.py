@@ -26,8 +26,8 @@ __all__ = ["Plan", "agree", "all_pairs", "group_name", "plan", "refuse"]
 #: (row, column, row target, column target, nodes, their weights) -> loss, gradient of row, gradient of column
 Block = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
 
-# Shards travel in so many pieces at most, if of so many samples: less memory, and work can start sooner.
-_PIECES, _PIECE = 4, 512
+# Shards travel in so many pieces at most, each of so many samples at least: less memory, and work can start sooner.
+_PIECES, _PIECE = 4, 256
 _TOLERANCE = 1.05  # of the mean work; above, single rows change hands
 
 
@@ -55,7 +55,7 @@ class Plan:
     @property
     def steps(self) -> list[Step]:
         """In order. In a ring, ranks have a distance of at most half of it."""
-        pieces = min(_PIECES, 1 + max(self.sizes) // _PIECE)
+        pieces = min(_PIECES, max(1, max(self.sizes) // _PIECE))
         return [Step(d, piece, pieces) for d in range(1, len(self.sizes) // 2 + 1) for piece in range(pieces)]
 
     def pairs_of(self, rank: int, step: Step) -> list[tuple[int, int]]:
