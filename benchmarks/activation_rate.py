@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+
 from mixfeat.kernels.triton.activation import add_phi_of_sum, mul_slope_of_sum
 
 from .harness import Contender, compare

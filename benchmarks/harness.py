@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mixfeat.kernels import cpu
-from mixfeat.kernels.cpu.build import SOURCE, X86, compiler
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from mixfeat.kernels import cpu
+from mixfeat.kernels.cpu.build import SOURCE, X86, compiler
 
 from .results import Timing, describe, rates
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixfeat.activations import Activation, Polynomial
+from mixfeat.activations import Activation
+from mixfeat.kernels.polynomial import Polynomial
 
 __all__ = [
     "cross_entropy_rows", "mixup", "mixup_backward", "mixup_cross_entropy", "pairwise_mixup_block",
@@ -78,7 +79,7 @@ def patch_conv_backward(
     """
     z = input if index is None or lam is None else mixup(input, index, lam, dim=-3)
     s = torch.einsum("...npd,...cmd->...npcm", z, weight)
-    e = grad[..., :, None, :, None] * activation.derivative(s)
+    e = grad[..., :, None, :, None] * activation.slope(s)
     weight_grad = torch.einsum("...npcm,...npd->...cmd", e, z).sum_to_size(weight.shape)
     input_grad = torch.einsum("...npcm,...cmd->...npd", e, weight).sum_to_size(input.shape)
     if index is not None and lam is not None:
@@ -163,7 +164,7 @@ def pairwise_mixup_block(
             loss -= weight * (label * log_p).sum(dim=(1, 2, 3))
             if need_grad:
                 d = weight * (log_p.exp() - label)
-                e = d[:, :, :, None, :, None] * activation.derivative(t)
+                e = d[:, :, :, None, :, None] * activation.slope(t)
                 row_grad.index_add_(1, part, node * e.sum(2))
                 column_grad += (1 - node) * e.sum(1)
     if not need_grad:

@@ -55,7 +55,7 @@ def test_derivative_is_the_familys(activation):
         slope = slope * (t > 0)
     (grad,) = torch.autograd.grad(activation(z).sum(), z)
     torch.testing.assert_close(grad, slope, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(p.derivative(z.detach()), slope, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(p.slope(z.detach()), slope, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import time
 import pytest
 import torch
 from conftest import ROOT
-from mixfeat.benchmarks import harness, results
 
 from mixfeat import cli
+from mixfeat.benchmarks import harness, results
 
 
 def row(seconds, **changes):
@@ -262,8 +262,9 @@ for backward in (False, True):
 
 def results_of(figure):
     """What a figure says which results it shows."""
-    from mixfeat.benchmarks.plots import MARK  # needs matplotlib, which not every machine with a GPU has
     from PIL import Image
+
+    from mixfeat.benchmarks.plots import MARK  # needs matplotlib, which not every machine with a GPU has
 
     with Image.open(figure) as image:
         return image.text[MARK]

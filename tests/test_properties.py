@@ -209,7 +209,7 @@ def phi(activation):
 
 
 def slope(activation):
-    return lambda s: activation.polynomial.derivative(s)
+    return lambda s: activation.polynomial.slope(s)
 
 
 def with_runs(x, w):

@@ -176,6 +176,7 @@ def check_sorting(activation, features):
     """Each feature of a tile once, in the part of the list that its bounds say."""
     import triton
     import triton.language as tl
+
     from mixfeat.kernels.triton.activation import normal_form
     from mixfeat.kernels.triton.pairwise_mixup_loss import _sort_features
 
@@ -240,6 +241,7 @@ def check_rounds(row_blocks, column_blocks):
     """Each pair of blocks is visited once (those of one side with itself in one order), no block twice in a round."""
     import triton
     import triton.language as tl
+
     from mixfeat.kernels.triton.pairwise_mixup_loss import _rounds, _tile_of
 
     symmetric = column_blocks is None

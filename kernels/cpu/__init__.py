@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from mixfeat.kernels.cpu.build import BuildError, build, compiler, library_name
+
+from .build import BuildError, build, compiler, library_name
 
 __all__ = ["BuildError", "cache_directory", "capability", "compiler_version", "library_path", "load"]
 

@@ -1,4 +1,4 @@
-// The activation family of mixfeat.activations.Polynomial, on vectors of t = z / threshold:
+// The activation family of kernels/polynomial.py, on vectors of t = z / threshold:
 //   phi  / scale              = u^degree / degree + max(t - 1, 0) [if Upper],   u = t, >= 0 if lower, <= 1 if Upper
 //   phi' / (scale / threshold) = u^(degree - 1), the step [t > 0] for degree 1 with lower
 #pragma once

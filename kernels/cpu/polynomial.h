@@ -1,4 +1,4 @@
-// mixfeat.activations.Polynomial
+// kernels/polynomial.py
 #pragma once
 
 #include <cstdint>

@@ -1,13 +1,13 @@
 """The activations inside Triton kernels: device functions over the one family that holds them all.
 
-Kernels take a :class:`~mixfeat.activations.Polynomial` in :func:`normal_form`, with ``inverse = 1 / threshold``; its
-``scale`` they apply once, outside their inner loops.
+Kernels take a :class:`~mixfeat.kernels.polynomial.Polynomial` in :func:`normal_form`, with
+``inverse = 1 / threshold``; its ``scale`` they apply once, outside their inner loops.
 """
 
 import triton
 import triton.language as tl
 
-from mixfeat.activations import Polynomial
+from ..polynomial import Polynomial
 
 __all__ = ["add_phi", "add_phi_of_sum", "mul_slope", "mul_slope_of_sum", "normal_form", "regions"]
 

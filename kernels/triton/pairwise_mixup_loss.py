@@ -29,8 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixfeat.activations import Polynomial
-
+from ..polynomial import Polynomial
 from . import launch
 from .activation import add_phi_of_sum, mul_slope_of_sum, normal_form, regions
 

@@ -25,8 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixfeat.activations import Polynomial
-
+from ..polynomial import Polynomial
 from . import launch
 from .activation import add_phi, mul_slope, normal_form
 

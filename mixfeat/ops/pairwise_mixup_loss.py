@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mixfeat import backends, reference
-from mixfeat.activations import Polynomial
+from mixfeat.kernels.polynomial import Polynomial
 from mixfeat.ops import sharding
 from mixfeat.ops.dispatch import accumulation, may_go_direct, refuse_tangents, refuse_twice
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mixfeat import backends, reference
-from mixfeat.activations import Polynomial
+from mixfeat.kernels.polynomial import Polynomial
 from mixfeat.ops.dispatch import accumulation, check_partners, may_go_direct, refuse_tangents
 
 __all__ = ["patch_conv"]
@@ -161,7 +161,7 @@ def _slope(
         return x.new_empty(_slope_shape(input, weight, 0))
     if index is not None and lam is not None:
         x = reference.mixup(x, index, lam, dim=-3)
-    return polynomial.derivative(torch.einsum("bnpd,bqd->bnpq", x[:, :saved], w.flatten(1, 2)))
+    return polynomial.slope(torch.einsum("bnpd,bqd->bnpq", x[:, :saved], w.flatten(1, 2)))
 
 
 class _PatchConv(torch.autograd.Function):

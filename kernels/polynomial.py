@@ -1,0 +1,53 @@
+"""The one family of activations that kernels evaluate; every activation of :mod:`mixfeat.activations` is a member."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["MAX_DEGREE", "Polynomial"]
+
+MAX_DEGREE = 16
+
+
+class Polynomial(NamedTuple):
+    """The family of all activations, in the form that kernels evaluate.
+
+    With ``t = z / threshold`` and ``u = t``, clamped to at least 0 if ``lower`` and to at most 1 if ``upper``::
+
+        phi(z)  = scale * (u^degree / degree + max(t - 1, 0) [if upper])
+        phi'(z) = scale / threshold * u^(degree - 1)
+
+    where for ``degree == 1`` and ``lower`` the power ``u^0`` is the step ``[t > 0]``.
+    """
+
+    degree: int
+    threshold: float = 1.0
+    scale: float = 1.0
+    lower: bool = True
+    upper: bool = False
+
+    @classmethod
+    def of(cls, fields: Sequence[float]) -> "Polynomial":
+        """Return the polynomial with these fields; a PyTorch operator takes it as a list of numbers."""
+        if isinstance(fields, Polynomial):
+            return fields
+        degree, threshold, scale, lower, upper = fields
+        return cls(int(degree), threshold, scale, bool(lower), bool(upper))
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """phi(z), elementwise and differentiable."""
+        t = z if self.threshold == 1 else z / self.threshold
+        u = t.clamp(max=1) if self.upper else t  # keeps the branch that `where` drops finite, and so its gradient
+        if self.lower:
+            u = torch.relu(u)
+        curve = self.scale / self.degree * u**self.degree
+        return torch.where(t < 1, curve, self.scale * (t - (1 - 1 / self.degree))) if self.upper else curve
+
+    def slope(self, z: Tensor) -> Tensor:
+        """phi'(z), elementwise."""
+        t = z if self.threshold == 1 else z / self.threshold
+        u = t.clamp(min=0 if self.lower else None, max=1 if self.upper else torch.inf)
+        power = (t > 0).to(z.dtype) if self.lower and self.degree == 1 else u ** (self.degree - 1)
+        return self.scale / self.threshold * power
