@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mixfeat as mf
-from mixfeat.ops import pairwise_mixup_block
+from mixfeat.ops.pairwise_mixup_loss import pairwise_mixup_block
 
 from . import baselines, harness
 from .harness import CUDA, DEVICE
