@@ -189,10 +189,8 @@ def constant(name: str, value: Tensor, why: str) -> None:
 def network(input: Any, weight: Any, activation_: Any) -> tuple[Tensor, Tensor]:
     """Check samples (N,P,D) or (R,N,P,D) against filters (C,M,D) or (R,C,M,D); return both, cast as autocast says."""
     activation(activation_)
-    for name, value, shape in (("input", input, "(N,P,D) or (R,N,P,D)"), ("weight", weight, "(C,M,D) or (R,C,M,D)")):
-        float_tensor(name, value)
-        if not 3 <= value.dim() <= 4:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    _network_tensor("input", input, "(N,P,D) or (R,N,P,D)")
+    _network_tensor("weight", weight, "(C,M,D) or (R,C,M,D)")
     device = input.device
     same_device("weight", weight, device)
     if torch.is_autocast_enabled(device.type):
@@ -208,6 +206,12 @@ def network(input: Any, weight: Any, activation_: Any) -> tuple[Tensor, Tensor]:
     if input.dim() == 4 and weight.dim() == 4 and input.shape[0] != weight.shape[0]:
         raise ValueError(f"weight must have as many runs R as input, {input.shape[0]}, got {weight.shape[0]}")
     return input, weight
+
+
+def _network_tensor(name: str, value: Any, shape: str) -> None:
+    float_tensor(name, value)
+    if not 3 <= value.dim() <= 4:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
 
 
 def classifier(input: Any, weight: Any, target: Any, activation_: Any) -> tuple[Tensor, Tensor]:

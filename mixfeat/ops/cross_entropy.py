@@ -179,7 +179,7 @@ _mixup_cross_entropy = Operator(
     forward=_mixup_forward,
     fake=_fake,
     differentiable=("input",),
-    needs=("need_grad",),
+    request=lambda args: (*args[:-1], True),
     setup_context=_setup_context,
     backward=_backward,
 )
@@ -189,7 +189,7 @@ _soft_target_cross_entropy = Operator(
     forward=_soft_target_forward,
     fake=_fake,
     differentiable=("input",),
-    needs=("need_grad",),
+    request=lambda args: (*args[:-1], True),
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -190,7 +190,7 @@ _pairwise_mixup_loss = Operator(
     forward=_forward,
     fake=_fake,
     differentiable=("input", "weight"),
-    needs=("need_input", "need_weight"),
+    request=lambda args: (*args[:-2], args[0].requires_grad, args[1].requires_grad),
     setup_context=_setup_context,
     backward=_backward,
 )

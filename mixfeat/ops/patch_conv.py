@@ -13,7 +13,7 @@ from torch import Tensor
 from mixfeat import _checks, backends, reference
 from mixfeat.kernels.polynomial import Polynomial
 from mixfeat.ops import fallback
-from mixfeat.ops.registration import Operator, needs_grad
+from mixfeat.ops.registration import Operator
 
 __all__ = ["patch_conv"]
 
@@ -27,8 +27,7 @@ def patch_conv(
     input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, polynomial: Polynomial
 ) -> Tensor:
     """Return the logits, (N,C) or (R,N,C)."""
-    saved = _samples_to_save(input, weight) if needs_grad(input, weight) else 0
-    return _patch_conv(input, weight, index, lam, polynomial, saved)
+    return _patch_conv(input, weight, index, lam, polynomial, 0)
 
 
 def _samples_to_save(input: Tensor, weight: Tensor) -> int:
@@ -61,7 +60,7 @@ def _forward(
         logits, slope = torch.ops.mixfeat_cpu.patch_conv.default(
             *_native(input, weight), index, lam, *polynomial, saved
         )
-        return logits.to(input.dtype), slope
+        return logits if logits.dtype == input.dtype else logits.to(input.dtype), slope
     if name == "triton":
         from mixfeat.kernels.triton.patch_conv import patch_conv as launch
 
@@ -181,6 +180,7 @@ _patch_conv = Operator(
     forward=_forward,
     fake=_fake,
     differentiable=("input", "weight"),
+    request=lambda args: (*args[:-1], _samples_to_save(args[0], args[1])),
     setup_context=_setup_context,
     backward=lambda ctx, grad, needs: _patch_conv_backward.outputs(grad, *ctx.saved_tensors, ctx.fields, *needs),
 )

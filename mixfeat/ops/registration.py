@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 
 from mixfeat import backends
 
-__all__ = ["Operator", "graph_is_kept", "needs_grad", "saved_tensors_are_hooked"]
+__all__ = ["Operator", "graph_is_kept", "saved_tensors_are_hooked"]
 
 
 class Operator:
@@ -40,8 +40,8 @@ class Operator:
         forward: computes the outputs on any device. Outputs are new tensors, and no argument is mutated.
         fake: returns empty outputs, of the shapes, dtypes and strides that ``forward`` would give them.
         differentiable: names of the arguments that have a gradient.
-        needs: names of bool arguments, one for each of these or one for all, that tell ``forward`` to form gradients
-            as well. Callers pass False; where autograd will ask, they are set.
+        request: ``request(args)`` returns the arguments with which ``forward`` also forms what ``backward`` needs, for
+            those tensors that require grad. Callers pass the arguments for no gradient.
         setup_context: ``setup_context(ctx, inputs, output)`` saves what ``backward`` needs, as that of a
             :class:`torch.autograd.Function`. ``ctx.direct`` tells that only the operator holds its further outputs.
         backward: ``backward(ctx, grad, needs)`` returns the gradients of the differentiable arguments, given that of
@@ -56,7 +56,7 @@ class Operator:
         forward: Callable[..., Any],
         fake: Callable[..., Any],
         differentiable: Sequence[str] = (),
-        needs: Sequence[str] = (),
+        request: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None,
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
     ) -> None:
@@ -64,13 +64,13 @@ class Operator:
         qualified = f"mixfeat::{self.name}"
         torch.library.define(qualified, schema[len(self.name) :], tags=torch.Tag.pt2_compliant_tag)
         self.overload = getattr(torch.ops.mixfeat, self.name).default
-        self.forward, self.setup_context = forward, setup_context
-        self._backward = backward
+        self.forward = forward
+        self._request, self._setup_context, self._backward = request, setup_context, backward
         arguments = [argument.name for argument in self.overload._schema.arguments]
         self._num_arguments = len(arguments)
+        self._tensors = [i for i, a in enumerate(self.overload._schema.arguments) if "Tensor" in str(a.type)]
         self._several = len(self.overload._schema.returns) > 1
         self._places = [arguments.index(name) for name in differentiable]
-        self._needs = list(zip(map(arguments.index, needs), self._places, strict=False))
         self._apply: Callable[..., Any] | None = None
         torch.library.impl(qualified, "CompositeExplicitAutograd", forward)
         torch.library.register_fake(qualified, fake)
@@ -79,28 +79,22 @@ class Operator:
 
     def __call__(self, *args: Any) -> Tensor:
         """Return the result; the further outputs are for the backward pass alone."""
-        if self._apply is not None and self._needs_grad(args) and can_bypass_dispatcher(args):
-            return self._apply(True, *args)
-        if self._apply is None and torch.is_grad_enabled():
-            args = self._asking(args, [isinstance(arg, Tensor) and arg.requires_grad for arg in args])
-        output = self.outputs(*args)
+        output: Any
+        if can_bypass_dispatcher(args, self._tensors):
+            if self._apply is not None and torch.is_grad_enabled():
+                for place in self._places:
+                    if args[place].requires_grad:
+                        return self._apply(True, *args)
+            output = self.forward(*args)
+        else:
+            if self._apply is None and self._request is not None and torch.is_grad_enabled():
+                args = self._request(args)
+            output = self.overload(*args)
         return output[0] if self._several else output
 
     def outputs(self, *args: Any) -> Any:
-        """Return all outputs."""
-        return self.forward(*args) if can_bypass_dispatcher(args) else self.overload(*args)
-
-    def _asking(self, args: tuple[Any, ...], needs_input_grad: Sequence[bool]) -> tuple[Any, ...]:
-        """Set the arguments that tell ``forward`` to form gradients."""
-        if not self._needs:
-            return args
-        asking = list(args)
-        for place, of in self._needs:
-            asking[place] = needs_input_grad[of]
-        return tuple(asking)
-
-    def _needs_grad(self, args: Sequence[Any]) -> bool:
-        return needs_grad(*[args[place] for place in self._places])
+        """Return all outputs, without a derivative."""
+        return self.forward(*args) if can_bypass_dispatcher(args, self._tensors) else self.overload(*args)
 
     def backward(self, ctx: Any, grad: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
         """Return a gradient, or None, for each argument."""
@@ -118,16 +112,23 @@ class Operator:
         if _below_autograd is None:
             self._register_derivative_publicly(qualified)
             return
-        below_autograd, operator = _below_autograd, self
+        below_autograd, operator, compute, request, save = (
+            _below_autograd,
+            self,
+            self.forward,
+            self._request,
+            self._save,
+        )
 
         def forward(ctx: Any, direct: bool, *args: Any) -> Any:
-            args = operator._asking(args, ctx.needs_input_grad[1:])
+            if request is not None:
+                args = request(args)
             if direct:
-                output = operator.forward(*args)
+                output = compute(*args)
             else:
                 with below_autograd():
                     output = operator.overload(*args)
-            return operator._saved(ctx, args, output, direct)
+            return save(ctx, args, output, direct)
 
         def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
             needs = [ctx.needs_input_grad[1 + place] for place in operator._places]
@@ -142,7 +143,7 @@ class Operator:
         # torch.library.register_autograd does the same at three times the cost of a call.
         def autograd(*args: Any) -> Any:
             _forbid_forward_mode(operator.name, args)
-            if operator._needs_grad(args):
+            if torch.is_grad_enabled() and any(args[place].requires_grad for place in operator._places):
                 return function.apply(False, *args)
             with below_autograd():
                 return operator.overload(*args)
@@ -151,34 +152,24 @@ class Operator:
 
     def _register_derivative_publicly(self, qualified: str) -> None:
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            self._saved(ctx, inputs, output, False)
+            self._save(ctx, inputs, output, False)
 
         def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
             return tuple(self.backward(ctx, grad, [ctx.needs_input_grad[place] for place in self._places]))
 
         torch.library.register_autograd(qualified, backward, setup_context=setup_context)
 
-    def _saved(self, ctx: Any, args: tuple[Any, ...], output: Any, direct: bool) -> Any:
+    def _save(self, ctx: Any, args: tuple[Any, ...], output: Any, direct: bool) -> Any:
         """Save for the backward pass, and return the outputs that autograd sees."""
-        assert self.setup_context is not None
         ctx.chosen, ctx.direct = backends.chosen(), direct
         ctx.set_materialize_grads(False)
-        self.setup_context(ctx, args, output)
+        self._setup_context(ctx, args, output)  # type: ignore[misc]
         if not self._several:
             return output
         if direct:
             return output[0]
         ctx.mark_non_differentiable(*output[1:])
         return output
-
-
-def needs_grad(*tensors: Tensor) -> bool:
-    """Whether autograd will ask for the gradient of one of these."""
-    if torch.is_grad_enabled():
-        for tensor in tensors:  # a generator expression takes three times as long
-            if tensor.requires_grad:
-                return True
-    return False
 
 
 class _Forbidden(torch.autograd.Function):
@@ -232,10 +223,11 @@ def _forward_mode_is_off() -> bool:
     return _knows_forward_mode and forward_ad._current_level < 0
 
 
-def can_bypass_dispatcher(args: Sequence[Any]) -> bool:
+def can_bypass_dispatcher(args: Sequence[Any], tensors: Sequence[int]) -> bool:
     """Whether PyTorch's dispatcher would do nothing but call the operator's ``forward``.
 
-    That is without tracing, a mode, a functorch transform, dual numbers, a tensor subclass or a lazily negated view.
+    That is without tracing, a mode, a functorch transform, dual numbers, a tensor subclass or a lazily negated view;
+    ``tensors`` tells which arguments are tensors, or None.
     """
     if (
         not _knows_the_state
@@ -245,8 +237,9 @@ def can_bypass_dispatcher(args: Sequence[Any]) -> bool:
         or forward_ad._current_level >= 0
     ):
         return False
-    for arg in args:  # noqa: SIM110 (a generator expression takes three times as long)
-        if isinstance(arg, Tensor) and (type(arg) not in _PLAIN or arg.is_neg()):
+    for place in tensors:
+        tensor = args[place]
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
             return False
     return True
 
