@@ -34,17 +34,16 @@ def modules():
     return {".".join(name.with_suffix("").parts).removesuffix(".__init__"): path for path, name in paths.items()}
 
 
-def sources(node, package):
-    """List what an import statement names: ``from a import b`` is the module a.b if there is one, else a."""
+def bindings(node, package):
+    """Map each name that an import statement binds to the full name of what it stands for."""
     if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
+        return {alias.asname or alias.name: alias.name for alias in node.names}
     if not isinstance(node, ast.ImportFrom):
-        return []
+        return {}
     parents = package.split(".")
     above = parents[: len(parents) + 1 - node.level] if node.level else []
     source = ".".join([*above, *([node.module] if node.module else [])])
-    submodules = [f"{source}.{alias.name}" for alias in node.names]
-    return [name if name in modules() else source for name in submodules]
+    return {alias.asname or alias.name: f"{source}.{alias.name}" for alias in node.names}
 
 
 @functools.cache
@@ -57,7 +56,9 @@ def imports():
     for module, path in modules().items():
         package = module if path.name == "__init__.py" else module.rpartition(".")[0]
         for node in ast.walk(ast.parse(path.read_text())):
-            for name in sources(node, package):
+            for name in bindings(node, package).values():
+                if name not in modules():
+                    name = name.rpartition(".")[0]  # a function or class; its module is imported
                 if name in modules() and name != module:
                     found[module, name] = f"{path.relative_to(ROOT)}:{node.lineno} imports {name}"
     return found
@@ -76,7 +77,8 @@ def layer(module):
 
 
 def assert_none(offending):
-    assert not offending, "\n" + "\n".join(imports()[edge] for edge in sorted(offending))
+    lines = [imports()[edge] for edge in sorted(offending)]
+    assert not lines, "\n" + "\n".join(lines)
 
 
 def on_cycles(edges):
@@ -144,13 +146,11 @@ def test_no_name_hides_a_module(package):
     """``import package.submodule`` gives the module: the package binds that name to nothing else."""
     hidden = []
     for node in ast.parse(modules()[package].read_text()).body:
-        names = {node.name} if isinstance(node, ast.FunctionDef | ast.ClassDef) else set()
-        if isinstance(node, ast.Assign):
-            names = {target.id for target in node.targets if isinstance(target, ast.Name)}
-        if isinstance(node, ast.ImportFrom):
-            imported = zip(node.names, sources(node, package), strict=True)
-            bound = {alias.asname or alias.name: source for alias, source in imported}
-            names = {name for name, source in bound.items() if source != f"{package}.{name}"}
-        hidden += [f"{modules()[package].relative_to(ROOT)}:{node.lineno} hides {package}.{name}"
-                   for name in sorted(names) if f"{package}.{name}" in modules()]  # fmt: skip
+        names = [name for name, source in bindings(node, package).items() if source != f"{package}.{name}"]
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+        place = f"{modules()[package].relative_to(ROOT)}:{node.lineno}"
+        hidden += [f"{place} hides {package}.{name}" for name in names if f"{package}.{name}" in modules()]
     assert not hidden, "\n" + "\n".join(hidden)
