@@ -134,10 +134,8 @@ def test_training_step(benchmark, capsys):
         "training step", torch.float32, products=runs * shape.products, evaluations=runs * shape.pair_evaluations,
         bytes=x.nbytes + 2 * w.nbytes,
     )  # fmt: skip
-    case, memory = (
-        harness.Case("pairwise_mixup_loss", f"paper-10, R={runs} {tuple(shape)}", "training step"),
-        harness.peak_bytes(contenders),
-    )
+    case = harness.Case("pairwise_mixup_loss", f"paper-10, R={runs} {tuple(shape)}", "training step")
+    memory = harness.peak_bytes(contenders)
     harness.record(capsys, case, measured=measured, work=work, memory=memory, figures=figures)
 
 
@@ -155,8 +153,7 @@ def train(x, y, filters, steps, lr):
 def test_skipping(benchmark, capsys, data):
     """Compare the kernel with and without skipping of zero and linear blocks, on random and on trained networks.
 
-    Random networks have nothing to skip. Glyphs are images of 16 patches, 12 of which are a blank
-    margin, as around digits on a page.
+    Random networks have nothing to skip. Glyphs are images of 16 patches, 12 of which are a blank margin.
     """
     samples = 256
     y = torch.arange(samples) % 10

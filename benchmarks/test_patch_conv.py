@@ -90,10 +90,8 @@ def test_training_step(benchmark, capsys, name):
     contenders = {key: functools.partial(step, loss) for key, loss in losses.items()}
     measured = measure(contenders)
     benchmark.pedantic(contenders["mixfeat"], rounds=5)
-    case, work = (
-        harness.Case("patch_conv", f"{name} {tuple(shape)}", "training step"),
-        Work({"evaluations": shape.evaluations}),
-    )
+    case = harness.Case("patch_conv", f"{name} {tuple(shape)}", "training step")
+    work = Work({"evaluations": shape.evaluations})
     harness.record(capsys, case, measured=measured, work=work, memory=harness.peak_bytes(contenders))
 
 
