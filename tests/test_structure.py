@@ -18,7 +18,8 @@ LAYERS = (
     ("backends",),
     ("kernels", "reference"),
     ("activations",),
-    ("_checks", "kernels.polynomial"),
+    ("_checks",),
+    ("kernels.polynomial",),
 )
 #: The package itself imports the public names, its entry point the commands.
 FACADES = ("mixfeat", "mixfeat.__main__")
