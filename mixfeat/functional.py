@@ -52,7 +52,7 @@ def patch_conv(
         g, (N,C), or (R,N,C) if input or weight has the run dimension; of input's dtype. Sums are formed in float32
         (float64 for float64). Under autocast input and weight are cast as they are for a convolution.
 
-    Gradients flow to ``input`` and ``weight``; differentiating twice raises. float32 products follow
+    Gradients flow to ``input`` and ``weight``, and can be differentiated again. float32 products follow
     ``torch.get_float32_matmul_precision()`` on CUDA.
 
     Raises:
@@ -109,8 +109,9 @@ def pairwise_mixup_loss(
     one. So the average over ranks of the gradient to ``weight``, which DistributedDataParallel takes, is that of L.
     Every rank must scale its loss alike. Ranks wait for each other: a call cannot be part of a CUDA graph.
 
-    Gradients flow to ``input`` and ``weight``; differentiating twice raises. Under autocast input and weight are cast
-    as they are for a linear layer. The convolution follows ``torch.get_float32_matmul_precision()``.
+    Gradients flow to ``input`` and ``weight``, and can be differentiated again without a group. Under autocast input
+    and weight are cast as they are for a linear layer. The convolution follows
+    ``torch.get_float32_matmul_precision()``.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -239,7 +240,7 @@ def mixup(input: Tensor, index: Tensor, lam: float | Tensor, *, dtype: torch.dty
             uint8 stay in [0, 255].
 
     Returns:
-        z, of input's shape. Gradients flow to ``input``; differentiating twice raises.
+        z, of input's shape. Gradients flow to ``input``, and can be differentiated again.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -288,7 +289,7 @@ def mixup_cross_entropy(
 
     Returns:
         The loss, () or, without reduction, (N,); float32, also for half-precision logits, or float64 for float64. The
-        mean over no targets is NaN. Gradients flow to ``input``; differentiating twice raises.
+        mean over no targets is NaN. Gradients flow to ``input``, and can be differentiated again.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -322,7 +323,7 @@ def soft_target_cross_entropy(
 
     Returns:
         The loss, () or, without reduction, (N,); float32, also for half-precision logits, or float64 for float64.
-        Gradients flow to ``input``; differentiating twice raises.
+        Gradients flow to ``input``, and can be differentiated again.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.

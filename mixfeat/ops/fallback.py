@@ -9,14 +9,15 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mixfeat import reference
 from mixfeat._checks import accumulation
 from mixfeat.kernels.polynomial import Polynomial
 
 __all__ = [
-    "cross_entropy_rows", "mixup", "mixup_backward", "mixup_labels", "pairwise_mixup_block", "patch_conv",
-    "patch_conv_backward",
+    "cross_entropy_rows", "mixup", "mixup_backward", "mixup_labels", "pairwise_mixup_block",
+    "pairwise_mixup_loss", "patch_conv", "patch_conv_backward",
 ]  # fmt: skip
 
 
@@ -130,6 +131,45 @@ def pairwise_mixup_block(
     if not need_grad:
         return loss, None, None
     return loss, row_grad, None if column is None else column_grad
+
+
+def pairwise_mixup_loss(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lam: Sequence[float],
+    lam_weight: Sequence[float],
+    polynomial: Polynomial,
+    *,
+    linear_memory: bool,
+) -> Tensor:
+    """The loss (R,) over all pairs of samples, differentiable any number of times.
+
+    With ``linear_memory`` autograd computes a few rows' activations again instead of keeping those of all pairs.
+    """
+    dtype, num_samples = accumulation(input.dtype), input.shape[-3]
+    s = torch.einsum("...npd,...cmd->...npcm", input.to(dtype), weight.to(dtype))
+    s = s if s.dim() == 5 else s[None]
+    classes = torch.arange(s.shape[3], device=target.device)
+    label = (target[..., None] == classes).to(dtype).expand(s.shape[0], num_samples, -1)
+
+    def part_loss(rows: Tensor, columns: Tensor, row_label: Tensor, node: float, factor: float) -> Tensor:
+        t = node * rows[:, :, None] + (1 - node) * columns[:, None]
+        log_p = polynomial(t).sum(dim=(3, 5)).log_softmax(-1)
+        shares = node * row_label[:, :, None] + (1 - node) * label[:, None]
+        return -factor * (shares * log_p).sum(dim=(1, 2, 3))
+
+    loss = s.new_zeros(s.shape[0])
+    step = max(1, 2**24 // max(1, s[0].numel() * s.shape[0]))
+    for node, node_weight in zip(lam, lam_weight, strict=True):
+        factor = node_weight / max(1, num_samples**2)
+        for rows, row_label in zip(s.split(step, 1), label.split(step, 1), strict=True):
+            if linear_memory:
+                part = checkpoint(part_loss, rows, s, row_label, node, factor, use_reentrant=False)
+            else:
+                part = part_loss(rows, s, row_label, node, factor)
+            loss = loss + part
+    return loss
 
 
 def mixup_labels(

@@ -158,19 +158,49 @@ def _check_values(target: Tensor, num_classes: int, lam: Tensor, lam_weight: Ten
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, weight, *_ = inputs
-    ctx.save_for_backward(*output[1:])
-    ctx.shapes, ctx.dtype = (input.shape, weight.shape), input.dtype
+    ctx.save_for_backward(*output[1:], *inputs[:5])
+    ctx.fields, ctx.group = inputs[5:7]
 
 
-def _backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
     factor = grad[:, None, None, None]
-    return tuple(  # what all runs share gets the sum over them
-        (factor * saved).sum_to_size(shape if len(shape) == 4 else (1, *shape)).view(shape).to(ctx.dtype)
-        if need
-        else None
-        for saved, shape, need in zip(ctx.saved_tensors, ctx.shapes, needs, strict=True)
+    grads: list[Tensor | None] = []
+    for saved, tensor, need in zip(ctx.saved_tensors[:2], ctx.saved_tensors[2:4], needs, strict=True):
+        shape = tensor.shape if tensor.dim() == 4 else (1, *tensor.shape)  # what all runs share gets the sum over them
+        grads.append((factor * saved).sum_to_size(shape).view(tensor.shape).to(tensor.dtype) if need else None)
+    return grads
+
+
+def _recorded_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+    _forbid_group(ctx.group, "differentiated twice")
+    _, _, input, weight, target, lam, lam_weight = ctx.saved_tensors
+    loss = _plain(input, weight, target, lam, lam_weight, ctx.fields, linear_memory=True)
+    wanted = [tensor for tensor, need in zip((input, weight), needs, strict=True) if need]
+    found = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
+    return [next(found) if need else None for need in needs]
+
+
+def _definition(
+    input: Tensor, weight: Tensor, target: Tensor, lam: Tensor, lam_weight: Tensor, fields: Sequence[float],
+    group: str, *needs: bool,
+) -> Tensor:  # fmt: skip
+    _forbid_group(group, "transformed by torch.func or differentiated forward")
+    return _plain(input, weight, target, lam, lam_weight, fields, linear_memory=False)
+
+
+def _plain(
+    input: Tensor, weight: Tensor, target: Tensor, lam: Tensor, lam_weight: Tensor, fields: Sequence[float],
+    *, linear_memory: bool,
+) -> Tensor:  # fmt: skip
+    nodes = _merged(lam, lam_weight, _checks.accumulation(input.dtype))
+    return fallback.pairwise_mixup_loss(
+        input, weight, target, list(nodes), list(nodes.values()), Polynomial.of(fields), linear_memory=linear_memory
     )
+
+
+def _forbid_group(group: str, what: str) -> None:
+    if group:
+        raise NotImplementedError(f"pairwise_mixup_loss with a group cannot be {what}")
 
 
 def _fake(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,4 +223,6 @@ _pairwise_mixup_loss = Operator(
     request=lambda args: (*args[:-2], args[0].requires_grad, args[1].requires_grad),
     setup_context=_setup_context,
     backward=_backward,
+    recorded_backward=_recorded_backward,
+    definition=_definition,
 )
