@@ -75,7 +75,7 @@ def _forward(
         index, lam = check_partners(index, lam, input.shape[-3], name)
     if name == "cpu":
         logits, slope = torch.ops.mixfeat_cpu.patch_conv.default(
-            *_native(input, weight), index, lam, *polynomial, saved
+            *_native(input, weight), index, lam, polynomial, saved
         )
         return logits.to(input.dtype), slope
     if name == "triton":
@@ -112,7 +112,7 @@ def _backward(
             *_native(input, weight),
             index,
             lam,
-            *polynomial,
+            polynomial,
             need_input,
             need_weight,
         )
