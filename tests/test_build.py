@@ -22,7 +22,7 @@ CALL = (
 def shared_symbols(instruction_set, folder, sources):
     """Compile kernels; return the weak symbols outside the instruction set's namespace: inline functions, templates.
 
-    The linker keeps one copy of each, from any object. At -O0 the compiler emits them all; optimisation only hides them.
+    The linker keeps one copy of each, from any object. At -O0 the compiler emits them all; optimisation hides them.
     """
 
     def compiled(source):

@@ -74,8 +74,9 @@ def _forward(
     if index is not None and lam is not None:
         index, lam = check_partners(index, lam, input.shape[-3], name)
     if name == "cpu":
+        # tuple(): PyTorch takes 0.8 us longer to convert a NamedTuple
         logits, slope = torch.ops.mixfeat_cpu.patch_conv.default(
-            *_native(input, weight), index, lam, polynomial, saved
+            *_native(input, weight), index, lam, tuple(polynomial), saved
         )
         return logits.to(input.dtype), slope
     if name == "triton":
@@ -112,7 +113,7 @@ def _backward(
             *_native(input, weight),
             index,
             lam,
-            polynomial,
+            tuple(polynomial),
             need_input,
             need_weight,
         )
