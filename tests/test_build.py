@@ -80,7 +80,7 @@ def quick_compiler(tmp_path_factory):
 def test_builds_at_first_use_once(tmp_path, quick_compiler):
     """Four processes at once: all get the library, one builds it, nothing else stays behind."""
     code = HIDE + "from mixfeat.kernels.cpu import build\n"
-    code += "real = cpu.build\ndef build(*a):\n    print('building'); return real(*a)\ncpu.build = build\n" + CALL
+    code += "real = build.build\ndef logged(*a):\n    print('building'); return real(*a)\nbuild.build = logged\n" + CALL
     env = {**os.environ, "MIXFEAT_CACHE": str(tmp_path), "CXX": quick_compiler}
     run = [
         subprocess.Popen(
