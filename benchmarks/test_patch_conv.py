@@ -112,7 +112,7 @@ def test_host_overhead(benchmark, capsys):
 
     contenders = {
         "call": lambda: mf.patch_conv(x, w, ACTIVATION),
-        "native": lambda: native(x, detached, None, None, *ACTIVATION.polynomial, 2),
+        "native": lambda: native(x, detached, None, None, tuple(ACTIVATION.polynomial), 2),
     }
     turns = [{key: loop(run) for key, run in contenders.items()} for _ in range(400)]
     overhead = statistics.median(turn["call"] - turn["native"] for turn in turns)

@@ -79,7 +79,7 @@ def pairwise_mixup_block(
         None if column_target is None else column_target.contiguous(),
         lam,
         lam_weight,
-        *polynomial,
+        tuple(polynomial),
         row_grad,
         column_grad,
     )

@@ -57,8 +57,9 @@ def _forward(
     if index is not None and lam is not None:
         index = _checks.partners(index, lam, input.shape[-3])
     if name == "cpu":
+        # tuple(): PyTorch takes 0.8 us longer to convert a NamedTuple
         logits, slope = torch.ops.mixfeat_cpu.patch_conv.default(
-            *_native(input, weight), index, lam, *polynomial, saved
+            *_native(input, weight), index, lam, tuple(polynomial), saved
         )
         return logits if logits.dtype == input.dtype else logits.to(input.dtype), slope
     if name == "triton":
@@ -95,7 +96,7 @@ def _backward(
             *_native(input, weight),
             index,
             lam,
-            *polynomial,
+            tuple(polynomial),
             need_input,
             need_weight,
         )
