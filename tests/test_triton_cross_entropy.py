@@ -115,10 +115,10 @@ def check_not_probabilities():
 
 def check_blocks(classes, smoothing):
     """Rows of several blocks, the last of them not whole: blocks smaller than those that ship."""
-    from mixfeat.kernels.triton import launch
+    from mixfeat.kernels.triton import configs
 
-    config = launch.CrossEntropyConfig(1, 128, 128, max_warps=1)
-    with mock.patch.object(launch, "cross_entropy_config", return_value=config):
+    config = configs.CrossEntropyConfig(1, 128, 128, max_warps=1)
+    with mock.patch.object(configs, "cross_entropy_config", return_value=config):
         check_classes(3, classes, torch.float32, smoothing)
         check_dense(3, classes, torch.float32, torch.float32, smoothing)
         check_far_from_zero(classes)
