@@ -65,8 +65,25 @@ def test_kernel(compiled, key):
         and (case.dtype.itemsize == 2 or case.matmul_precision == "high")
     ):
         assert row.matrix_instructions[MATRIX_UNIT[target]] > 0
+    if case.kernel == "patch_conv" and case.matmul_precision == "high":
+        assert "0x1000" in row.assembly, "TF32 operands are rounded before matrix units cut them off"
+    assert not products_fused_into_exchanges(row.assembly)
     if case.kernel in ("mixup", "cross_entropy") and case.direction != "count":
         check_streaming(case, target, row)
+
+
+def products_fused_into_exchanges(sass):
+    """The FFMA that add a product to what SHFL.BFLY has just brought: lanes then disagree on the last bit of a sum."""
+    shuffled, found = set(), []
+    for opcode, operands in re.findall(r"\b([A-Z][A-Z0-9_.]+) ([^;\n]*);", sass):
+        registers = re.findall(r"\bR\d+\b", operands)
+        if opcode.startswith("FFMA") and re.search(r"\bR\d+\b", operands.split(",")[-1]) and registers[-1] in shuffled:
+            found.append(f"{opcode} {operands}")
+        if opcode.startswith("SHFL.BFLY"):
+            shuffled.add(registers[0])
+        elif registers:
+            shuffled.discard(registers[0])
+    return found
 
 
 def check_streaming(case, target, row):
@@ -78,6 +95,17 @@ def check_streaming(case, target, row):
     if target.startswith("sm_"):
         limit = (85 if target == "sm_120" else 80) if case.kernel == "mixup" else row.config["maxnreg"]
         assert row.registers <= min(limit + MORE_REGISTERS, 65536 // (32 * row.config["num_warps"]))
+
+
+@pytest.mark.parametrize(
+    ("registers", "num_warps", "warps"),
+    [(189, 1, 8), (168, 4, 12), (128, 8, 16), (255, 4, 8), (40, 16, 48), (16, 4, 64)],
+)
+def test_occupancy_allocates_registers_per_scheduler(registers, num_warps, warps):
+    kernel = report.CompiledKernel(
+        "k", "forward", "float32", {"num_warps": num_warps}, "sm_90", registers, *[0] * 4, {}, {}, ""
+    )
+    assert kernel.occupancy() == warps / 64
 
 
 def test_every_configuration_is_compiled():

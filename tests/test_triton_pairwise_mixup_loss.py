@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from triton_checks import DEVICE, HALF, NAN, poisoned, running
+from triton_checks import DEVICE, HALF, NAN, ordered_accesses, poisoned, running, shuffled_programs
 
 from mixfeat.activations import Identity, PolyReLU, Power, PowerReLU, ReLU
 
@@ -88,11 +88,13 @@ def check_accuracy(shape, activation, lam=(0.5,), dtype=torch.float32, determini
 
 
 def check_repeats(shape, lam):
-    """Rounds of tiles that share no samples: the same bits again, and those of the loss alone."""
+    """Rounds of tiles that share no samples: the same bits in any order of programs, and those of the loss alone."""
     arguments = problem(shape, PolyReLU(8, 0.3), lam)
     torch.use_deterministic_algorithms(True)
     try:
-        first, second, (loss,) = run(*arguments), run(*arguments), run(*arguments, need_grad=False)
+        first, (loss,) = run(*arguments), run(*arguments, need_grad=False)
+        with shuffled_programs():
+            second = run(*arguments)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -132,6 +134,19 @@ def check_not_finite(value, activation):
     assert loss[0].isfinite()
     assert grad[0].isfinite().all()
     assert not loss[1].isfinite()
+
+
+def check_ordered_accesses(activation, columns, lam):
+    """The threads of a warp exchange logits, lists of features and gradients through memory, in several chunks."""
+    from mixfeat.kernels.triton import configs
+
+    config = configs.PairwiseConfig(block=16, chunk=8, strip=4)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with ordered_accesses(), mock.patch.object(configs, "pairwise_config", return_value=config):
+            run(*problem((2, 20, columns, 1, 2, 2), activation, lam))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def check_far_from_zero(dtype):
@@ -315,6 +330,12 @@ CHECKS = {
         for d in HALF
     },
     "nodes": partial(check_accuracy, (1, 34, None, 1, 2, 1), PolyReLU(8, 0.3), (0.5, 0.0, 0.9), deterministic=True),
+    **{
+        f"ordered-accesses-{a}-{columns}-{lam}": partial(check_ordered_accesses, a, columns, lam)
+        for a in (PolyReLU(8, 0.3), Identity())
+        for columns, lam in ((None, (0.5,)), (None, (0.3,)), (33, (0.3,)))
+        if DEVICE == "cpu"
+    },
     **{
         f"repeats-{columns}-{lam}": partial(check_repeats, (1, 70, columns, 1, 2, 1), lam)
         for columns, lam in ((None, (0.5,)), (None, (0.3,)), (33, (0.5,)))

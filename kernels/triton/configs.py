@@ -236,10 +236,13 @@ class CrossEntropyConfig:
         """Warps of a program for such rows: one, or as many as a row needs."""
         return min(max(_power_of_2(num_classes) // (32 * self.elements), self.min_warps), self.max_warps)
 
-    def tile(self, num_samples: int, num_classes: int) -> tuple[int, int]:
-        """Rows, and columns of each, that a program holds."""
+    def tile(self, num_classes: int) -> tuple[int, int]:
+        """Return how many rows, and columns of each, a program holds: at least as many elements as it has threads.
+
+        In a smaller tile several threads would hold one element, which a kernel that works in place must not have.
+        """
         elements = 32 * self.elements * self.num_warps(num_classes)
-        return _tile(elements, num_samples if self.min_warps > 1 else 1, num_classes)
+        return _tile(elements, elements if self.min_warps > 1 else 1, num_classes)
 
     def max_registers(self, num_classes: int) -> int:
         """Cap per thread (NVIDIA) for such rows."""
@@ -247,7 +250,7 @@ class CrossEntropyConfig:
 
     def holds(self, num_classes: int) -> bool:
         """Whether a program holds whole rows."""
-        return num_classes <= self.tile(1, num_classes)[1]
+        return num_classes <= self.tile(num_classes)[1]
 
 
 # A row is one warp's, which waits for no other to find its maximum, or, where that would be too much for a thread,

@@ -317,7 +317,7 @@ def _launch(
     kernel: Any, config: configs.CrossEntropyConfig, rows: Tensor, arguments: tuple[Any, ...], **constants: Any
 ) -> None:
     """Launch one program per tile of rows."""
-    block_n, block_c = config.tile(*rows.shape)
+    block_n, block_c = config.tile(rows.shape[1])
     constants |= {"BLOCK_N": block_n, "BLOCK_C": block_c}
     options = {"num_warps": config.num_warps(rows.shape[1]), "max_registers": config.max_registers(rows.shape[1])}
     launch.run(launch.Launch(kernel, triton.cdiv(len(rows), block_n), arguments, constants, **options))
