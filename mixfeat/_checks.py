@@ -186,6 +186,13 @@ def constant(name: str, value: Tensor, why: str) -> None:
 # The operators' arguments
 
 
+def autocast_is_enabled(device_type: str) -> bool:
+    """Whether autocast is active for a type of device; a few types, "meta" among them, do not know it."""
+    if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
+        return False
+    return torch.is_autocast_enabled(device_type)
+
+
 def network(input: Any, weight: Any, activation_: Any) -> tuple[Tensor, Tensor]:
     """Check samples (N,P,D) or (R,N,P,D) against filters (C,M,D) or (R,C,M,D); return both, cast as autocast says."""
     activation(activation_)
@@ -193,7 +200,7 @@ def network(input: Any, weight: Any, activation_: Any) -> tuple[Tensor, Tensor]:
     _network_tensor("weight", weight, "(C,M,D) or (R,C,M,D)")
     device = input.device
     same_device("weight", weight, device)
-    if torch.is_autocast_enabled(device.type):
+    if autocast_is_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         input = input if input.dtype == torch.float64 else input.to(dtype)
         weight = weight if weight.dtype == torch.float64 else weight.to(dtype)

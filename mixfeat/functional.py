@@ -208,7 +208,10 @@ def sample_mixup(
         # of an empty tensor, because torch.compile cannot trace torch.get_default_device
         device = torch.empty(0).device if generator is None else generator.device
     source = torch.device(device) if generator is None else generator.device
-    index = torch.randperm(num_samples, generator=generator, device=source)
+    if generator is None:  # torch.compile would make a graph for every num_samples if it saw generator=None
+        index = torch.randperm(num_samples, device=source)
+    else:
+        index = torch.randperm(num_samples, generator=generator, device=source)
     shape = (num_samples,) if per_sample else ()
     if lam is None:
         # Gamma(a) is Gamma(a + 1) U^(1/a): logarithms stay finite where, for small a, most draws would be 0
@@ -252,12 +255,17 @@ def mixup(input: Tensor, index: Tensor, lam: float | Tensor, *, dtype: torch.dty
     if input.dim() == 0:
         raise ValueError("input must have shape (N, ...), got ()")
     if dtype is None:
-        dtype = torch.get_default_dtype() if input.dtype == torch.uint8 else input.dtype
+        dtype = mixed_dtype(input)
     _checks.float_dtype("dtype", dtype)
     if dtype != input.dtype and input.dtype != torch.uint8:
         raise TypeError(f"dtype must be input's, {input.dtype}, unless input is uint8; got {dtype}")
     lam = _checks.mixing(index, lam, input.shape[0], input.device, dtype)
     return ops.mixup.mixup(input, index, lam, dtype)
+
+
+def mixed_dtype(input: Tensor) -> torch.dtype:
+    """Return the dtype that :func:`mixup` gives its result by default."""
+    return torch.get_default_dtype() if input.dtype == torch.uint8 else input.dtype
 
 
 def mixup_cross_entropy(

@@ -312,10 +312,10 @@ def _pack(s: Tensor, target: Tensor, order: Tensor, factor: float, block: int) -
     num_runs, num_samples, num_patches, num_classes, filters = s.shape
     blocks, features = triton.cdiv(num_samples, block), num_patches * filters
     side = _Side(
-        torch.empty(num_runs, num_classes, blocks, features, block, device=s.device),
-        torch.empty(num_runs, num_classes, blocks, 2, features, device=s.device),
+        torch.empty(num_runs, num_classes, blocks, features, block, dtype=torch.float32, device=s.device),
+        torch.empty(num_runs, num_classes, blocks, 2, features, dtype=torch.float32, device=s.device),
         torch.empty(num_runs, blocks * block, dtype=target.dtype, device=s.device),
-        torch.empty(num_runs, blocks * block, device=s.device),
+        torch.empty(num_runs, blocks * block, dtype=torch.float32, device=s.device),
     )
     s = launch.interpretable(s)
     run_stride, sample_stride, patch_stride, class_stride, filter_stride = s.stride()
@@ -333,7 +333,7 @@ def _unpack(packed: Tensor, shape: torch.Size, order: Tensor, factor: float, blo
     """Return the gradient of this shape (R,N,P,C,M), times factor, from (R,C,blocks,F,block)."""
     num_runs, num_samples, num_patches, num_classes, filters = shape
     blocks, features = triton.cdiv(num_samples, block), num_patches * filters
-    grad = torch.empty(shape, device=packed.device)
+    grad = torch.empty(shape, dtype=torch.float32, device=packed.device)
     if grad.numel():
         sizes = (order.stride(0), num_samples, num_classes, features, filters, blocks)
         arguments = (packed, order, grad, factor, *sizes)
@@ -374,7 +374,9 @@ def pairwise_mixup_loss(
 
     def zeros(blocks: int) -> Tensor:
         blocks = blocks if need_grad else 0
-        return torch.zeros(num_runs, num_classes, blocks, sizes[1], config.block, device=row.device)
+        return torch.zeros(
+            num_runs, num_classes, blocks, sizes[1], config.block, dtype=torch.float32, device=row.device
+        )
 
     config = configs.pairwise_config(max(num_samples, num_columns), num_classes)
     row_blocks, column_blocks = (triton.cdiv(n, config.block) for n in (num_samples, num_columns))
@@ -394,12 +396,12 @@ def pairwise_mixup_loss(
             columns = _pack(*column_side, (1 - node) / activation.threshold, config.block)
         rounds = _rounds(row_blocks, column_blocks, symmetric)
         num_tasks = rounds[-1][1]
-        parts = torch.zeros(num_runs, num_tasks, device=row.device)
+        parts = torch.zeros(num_runs, num_tasks, dtype=torch.float32, device=row.device)
         for first, last in rounds if rounds_alone else [(0, num_tasks)]:
             wanted = config.programs_per_multiprocessor * launch.multiprocessors(row)
             slot = (2 if need_grad else 1) * num_classes * config.block**2
             programs = max(1, min(num_runs * (last - first), wanted, config.workspace_bytes // (4 * slot)))
-            workspace = torch.empty(programs * slot, device=row.device)
+            workspace = torch.empty(programs * slot, dtype=torch.float32, device=row.device)
             places = torch.empty(programs * sizes[1], dtype=torch.int32, device=row.device)
             arguments = (
                 rows.t, columns.t, rows.bounds, columns.bounds, rows.target, columns.target,

@@ -77,9 +77,7 @@ def _mixup_forward(
 
         launch(_rows(input), *arguments, loss, grad if need_grad else None)
     else:
-        label, none = fallback.mixup_labels(input, *arguments)
-        _fill(loss, grad, fallback.cross_entropy_rows(input.to(loss.dtype), label, need_grad, sparse=True))
-        loss.masked_fill_(none, torch.nan)
+        _fill(loss, grad, fallback.mixup_cross_entropy_rows(input.to(loss.dtype), *arguments, need_grad))
     return _reduce(loss, reduction, fold), grad
 
 
@@ -105,7 +103,7 @@ def _soft_target_forward(
             launch(_rows(input), _rows(target), weight, label_smoothing, loss, grad if need_grad else None)
         else:
             label = (target.to(loss.dtype) * (1 - label_smoothing) + label_smoothing / num_classes) * weight
-            _fill(loss, grad, fallback.cross_entropy_rows(input.to(loss.dtype), label, need_grad))
+            _fill(loss, grad, fallback.soft_target_cross_entropy_rows(input.to(loss.dtype), label, need_grad))
         loss = _reduce(loss, reduction, fold)
     return (loss if num_samples or not mean else loss * torch.nan), grad
 
@@ -179,24 +177,20 @@ def _backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor]:
 def _mixup_recorded_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor]:
     _, input, target_a, target_b, lam = ctx.saved_tensors
     label_smoothing, ignore_index, reduction = ctx.options
-    total_weight = 1.0 if reduction == "mean" else None
-    label, _ = fallback.mixup_labels(input, target_a, target_b, lam, label_smoothing, ignore_index, total_weight)
-    return (_scaled_rows(input, label, grad, sparse=True),)
+    arguments = (target_a, target_b, lam, label_smoothing, ignore_index, 1.0 if reduction == "mean" else None)
+    _, rows = fallback.mixup_cross_entropy_rows(input.to(lam.dtype), *arguments, True)
+    assert rows is not None
+    return (_scaled(rows, grad).to(input.dtype),)
 
 
 def _soft_target_recorded_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor]:
     _, input, target = ctx.saved_tensors
     label_smoothing, reduction = ctx.options
-    weight = 1 / max(1, input.shape[0]) if reduction == "mean" else 1.0
-    label = target.to(_checks.accumulation(input.dtype)) * (1 - label_smoothing) + label_smoothing / input.shape[1]
-    return (_scaled_rows(input, label * weight, grad, sparse=False),)
-
-
-def _scaled_rows(input: Tensor, label: Tensor, factor: Tensor, *, sparse: bool) -> Tensor:
-    """The gradient to input in plain PyTorch, times ``factor``, () or (N,)."""
-    _, rows = fallback.cross_entropy_rows(input.to(label.dtype), label, True, sparse=sparse)
+    dtype, weight = _checks.accumulation(input.dtype), 1 / max(1, input.shape[0]) if reduction == "mean" else 1.0
+    label = (target.to(dtype) * (1 - label_smoothing) + label_smoothing / input.shape[1]) * weight
+    _, rows = fallback.soft_target_cross_entropy_rows(input.to(dtype), label, True)
     assert rows is not None
-    return (rows * (factor if factor.dim() == 0 else factor[:, None])).to(input.dtype)
+    return (_scaled(rows, grad).to(input.dtype),)
 
 
 def _mixup_definition(input: Tensor, target_a: Tensor, target_b: Tensor, lam: Tensor, *options: Any) -> Tensor:

@@ -132,7 +132,7 @@ def _forward(
     x, w = input.flatten(-3, -2), weight.flatten(-3, -2)  # (..., N*P, D), (..., C*M, D)
     if backends.serving(device, input.dtype) != "triton":
         x, w = x.to(dtype), w.to(dtype)
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
+    with torch.autocast(device, enabled=False) if _checks.autocast_is_enabled(device) else contextlib.nullcontext():
         s = (x @ w.mT).view(num_runs, num_samples, num_patches, num_classes, filters)
         nodes, polynomial = _merged(lam, lam_weight, dtype), Polynomial.of(fields)
         if group:
