@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from mixfeat import _checks, ops
+from mixfeat import _checks
 from mixfeat.activations import Activation
+from mixfeat.ops import cross_entropy, sharding
+from mixfeat.ops.mixup import mixup as _mixup
+from mixfeat.ops.pairwise_mixup_loss import pairwise_mixup_loss as _pairwise_mixup_loss
+from mixfeat.ops.patch_conv import patch_conv as _patch_conv
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # not there in every build of PyTorch
@@ -64,7 +68,7 @@ def patch_conv(
     input, weight = _checks.network(input, weight, activation)
     if index is not None or lam is not None:
         lam = _checks.mixing(index, lam, input.shape[-3], input.device, input.dtype)
-    return ops.patch_conv.patch_conv(input, weight, index, lam, activation.polynomial)
+    return _patch_conv(input, weight, index, lam, activation.polynomial)
 
 
 def pairwise_mixup_loss(
@@ -125,17 +129,15 @@ def pairwise_mixup_loss(
     With a group these are raised by every rank: one whose arguments are fine has a ValueError that says which rank
     refused its own and why, or which settings differ.
     """
-    name = "" if group is None else ops.sharding.group_name(group)
+    name = "" if group is None else sharding.group_name(group)
     try:
         input, weight = _checks.classifier(input, weight, target, activation)
         nodes, node_weights = _checks.nodes(lam, lam_weight)
     except Exception as error:
         if name:
-            ops.sharding.refuse(name, error)
+            sharding.refuse(name, error)
         raise
-    loss = ops.pairwise_mixup_loss.pairwise_mixup_loss(
-        input, weight, target, nodes, node_weights, activation.polynomial, name
-    )
+    loss = _pairwise_mixup_loss(input, weight, target, nodes, node_weights, activation.polynomial, name)
     return loss if input.dim() == 4 or weight.dim() == 4 else loss[0]
 
 
@@ -260,7 +262,7 @@ def mixup(input: Tensor, index: Tensor, lam: float | Tensor, *, dtype: torch.dty
     if dtype != input.dtype and input.dtype != torch.uint8:
         raise TypeError(f"dtype must be input's, {input.dtype}, unless input is uint8; got {dtype}")
     lam = _checks.mixing(index, lam, input.shape[0], input.device, dtype)
-    return ops.mixup.mixup(input, index, lam, dtype)
+    return _mixup(input, index, lam, dtype)
 
 
 def mixed_dtype(input: Tensor) -> torch.dtype:
@@ -310,7 +312,7 @@ def mixup_cross_entropy(
     _checks.classes("target_a", target_a, input.shape[:1], input.device)
     _checks.classes("target_b", target_b, input.shape[:1], input.device)
     lam = _checks.sample_lam(lam, input.shape[0], input.device, input.dtype)
-    return ops.cross_entropy.mixup_cross_entropy(input, target_a, target_b, lam, *options)
+    return cross_entropy.mixup_cross_entropy(input, target_a, target_b, lam, *options)
 
 
 def soft_target_cross_entropy(
@@ -340,4 +342,4 @@ def soft_target_cross_entropy(
     _checks.logits(input)
     label_smoothing, _, reduction = _checks.loss_options(label_smoothing, -100, reduction)
     _checks.soft_target(target, input)
-    return ops.cross_entropy.soft_target_cross_entropy(input, target, label_smoothing, reduction)
+    return cross_entropy.soft_target_cross_entropy(input, target, label_smoothing, reduction)
