@@ -25,8 +25,9 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 Arguments = dict[str, Any]
 Results = dict[str, Tensor]  # "value", and "<argument> grad" for each differentiated argument
 
-# The relative error of a few numbers, any of which may cancel, says little. So more are drawn where a value has fewer.
-_NUMBERS, _DRAWS = 64, 16
+# The relative error of a few numbers, any of which may cancel, says little. So arguments are drawn until there are
+# this many numbers or samples.
+_ENOUGH, _MOST_DRAWS = 64, 16
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Operator:
         on_cpu: arguments that stay on the CPU.
         accumulates: whether the value of half-precision arguments is float32.
         autocasts: whether autocast casts the differentiated arguments.
+        linear: whether the value is linear in them, and so has no second derivative.
         budgets: largest relative error by dtype. Half precision may have twice the error of plain PyTorch.
     """
 
@@ -104,6 +106,7 @@ class Operator:
     on_cpu: tuple[str, ...] = ()
     accumulates: bool = False
     autocasts: bool = False
+    linear: bool = False
     budgets: Mapping[torch.dtype, float] = field(default_factory=lambda: {torch.float32: 1e-5, torch.float64: 1e-13})
 
     def __str__(self) -> str:
@@ -147,7 +150,8 @@ class Operator:
                 shape = self.formula(**arguments).shape
             upstream = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
             yield Draw(self, arguments, upstream)
-            if count == _DRAWS or upstream.numel() >= _NUMBERS or upstream.numel() == 0:
+            numbers = max(upstream.numel(), count * case.sizes[0])
+            if count == _MOST_DRAWS or numbers >= _ENOUGH or upstream.numel() == 0:
                 return
 
     def results(
@@ -400,6 +404,7 @@ _MIXUP = Operator(
     quick=tuple(_batch(*sizes) for sizes in ((33, 3, 8, 8), (7, 5), (128, 1), (3, 70001), (0, 4), (1, 3))),
     full=tuple(_batch(*sizes) for sizes in ((256, 3, 32, 32), (9,), (2, 2**20 + 3))),
     interpreted=tuple(_batch(*sizes) for sizes in ((9, 3, 4), (64, 1), (2, 1030))),
+    linear=True,
     budgets={torch.float32: 1e-6, torch.float64: 1e-15},
 )  # fmt: skip
 
@@ -433,7 +438,7 @@ def _draw_soft_target(
     """Some classes have no probability."""
     target = torch.rand(samples, classes, generator=generator, dtype=torch.float64).square()
     target[:, max(2, classes // 2) :] = 0
-    target *= target_sum / target.sum(1, keepdim=True)
+    target /= target.sum(1, keepdim=True) / target_sum
     return _draw_logits(generator, samples, classes, **options) | {"target": target.to(target_dtype)}
 
 

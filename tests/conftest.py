@@ -1,7 +1,8 @@
-"""Shared by all tests: fresh random inputs (the seed is in the report), backends to run on, errors to hold results to.
+"""Shared by all tests: the seed of random inputs, backends to run on, errors to hold results to.
 
-``TRITON_INTERPRET=1 pytest -m triton`` runs the Triton kernels in their interpreter; without it, and without a GPU,
-they are compiled but not run. ``MIXFEAT_TEST_LONG=1`` draws many more examples and kills many more processes.
+``TRITON_INTERPRET=1 pytest -m triton`` runs the operators on Triton's kernels, in its interpreter. Without it, and
+without a GPU, these tests are left out. Inputs are the same in every run, unless ``MIXFEAT_TEST_SEED`` names another
+seed. ``MIXFEAT_TEST_LONG=1`` draws a new one, takes many more examples and kills many more processes.
 """
 
 import functools
@@ -17,8 +18,8 @@ import torch
 import mixfeat as mf
 
 ROOT = Path(__file__).parents[1]
-SEED = int(os.environ.get("MIXFEAT_TEST_SEED", torch.seed() % 2**32))
 LONG = os.environ.get("MIXFEAT_TEST_LONG") == "1"
+SEED = int(os.environ.get("MIXFEAT_TEST_SEED", torch.seed() % 2**32 if LONG else 0))
 
 try:
     import hypothesis
@@ -44,8 +45,17 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.hypothesis_seed = SEED
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have every example of a property counted."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what cannot run in this process, and have every example of a property counted."""
+    if "triton" not in mf.backends.available():
+        left_out = [i for i in items if i.get_closest_marker("triton") and not i.get_closest_marker("kernels")]
+    elif mf.backends.interpreted():  # in this process Triton's kernels cannot be compiled
+        left_out = [i for i in items if i.get_closest_marker("kernels") and not i.get_closest_marker("triton")]
+    else:
+        left_out = []
+    if left_out:
+        items[:] = [item for item in items if item not in set(left_out)]
+        config.hook.pytest_deselected(items=left_out)
     for test in {item.obj for item in items if getattr(getattr(item, "obj", None), "is_hypothesis_test", False)}:
         test.hypothesis.inner_test = _counted(test.hypothesis.inner_test)
 
@@ -105,6 +115,14 @@ def backend(request):
 def device(backend: str) -> torch.device:
     """The device that the backend serves."""
     return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def problem(request):
+    """A problem of the table of operators, its backend in force during the test: see :mod:`table`."""
+    request.param.generator.manual_seed(SEED)
+    with mf.backend(request.param.backend):
+        yield request.param
 
 
 @pytest.fixture
