@@ -7,7 +7,7 @@ A test's id names the operator, the backend, sizes and options, and the dtype:
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -143,8 +143,3 @@ LAYOUTS = {
     "gaps": _with_gaps, "rows apart": _rows_apart, "offset": _at_an_offset, "transposed": _transposed,
     "channels_last": _channels_last, "one sample": _one_sample, "one column": _one_column,
 }  # fmt: skip
-
-
-def with_upstream(draw: Draw, lay_out: Layout) -> Draw:
-    """The same arguments, with an upstream gradient elsewhere in memory."""
-    return replace(draw, upstream=lay_out(draw.upstream))
