@@ -6,7 +6,6 @@ seed. ``MIXFEAT_TEST_LONG=1`` draws a new one, takes many more examples and kill
 """
 
 import functools
-import math
 import os
 import subprocess
 import sys
@@ -16,6 +15,9 @@ import pytest
 import torch
 
 import mixfeat as mf
+from mixfeat.operators import relative_error as error
+
+__all__ = ["LONG", "ROOT", "SEED", "error", "interpreted"]
 
 ROOT = Path(__file__).parents[1]
 LONG = os.environ.get("MIXFEAT_TEST_LONG") == "1"
@@ -45,8 +47,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.hypothesis_seed = SEED
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what cannot run in this process, and have every example of a property counted."""
+    for item in items:
+        if item.path.name.startswith("test_triton_"):
+            item.add_marker(pytest.mark.kernels)
     if "triton" not in mf.backends.available():
         left_out = [i for i in items if i.get_closest_marker("triton") and not i.get_closest_marker("kernels")]
     elif mf.backends.interpreted():  # in this process Triton's kernels cannot be compiled
@@ -83,13 +89,6 @@ def pytest_report_header() -> str:
 def interpreted(backend: str) -> bool:
     """Whether Triton's interpreter runs the kernels: a hundred thousand times slower, they get what differs there."""
     return backend == "triton" and mf.backends.interpreted()
-
-
-def error(results, truths):
-    """Relative error in the 2-norm, over several draws; infinite where anything is not finite."""
-    square = sum((a.double() - b).square().sum().item() for a, b in zip(results, truths, strict=True))
-    scale = sum(b.square().sum().item() for b in truths)
-    return math.sqrt(square / max(scale, 1e-300)) if math.isfinite(square) else math.inf
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -67,6 +67,7 @@ def problems(
     dtypes: Iterable[str] = ("float32",),
     backends: Iterable[str] = BACKENDS,
     *,
+    operators: Iterable[str] = OPERATORS,
     interpreted: str | None = None,
     seed: int = 0,
 ) -> list[Problem]:
@@ -75,11 +76,13 @@ def problems(
     Args:
         cases: the fields of :class:`mixfeat.operators.Operator`, separated by spaces.
         dtypes, backends: Triton gets no float64.
+        operators: their names.
         interpreted: the fields in Triton's interpreter, which takes long. By default the same.
         seed: of the generator of each problem.
     """
     found = {}
-    for operator, backend in itertools.product(OPERATORS.values(), backends):
+    for name, backend in itertools.product(operators, backends):
+        operator = OPERATORS[name]
         in_interpreter = backend == "triton" and mf.backends.interpreted() and interpreted is not None
         for field in (interpreted if in_interpreter else cases).split():
             for case, dtype in itertools.product(getattr(operator, field), dtypes):

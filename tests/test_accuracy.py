@@ -82,7 +82,7 @@ def test_triton_refuses_float64(operator):
         entry.function(**arguments)
 
 
-def hold_everything() -> None:
+def check_instruction_set():
     """Hold every operator on the CPU, in any dtype."""
     for problem in (
         *problems("quick wide", DTYPES, ["cpu"], seed=SEED),
@@ -98,8 +98,9 @@ def hold_everything() -> None:
 def test_accuracy_of_each_instruction_set(capability, run_python):
     """In a process of its own, as the choice is made once. A processor that lacks a set runs its best one."""
     run_python(
-        "import sys; sys.path.insert(0, 'tests'); import test_accuracy; from mixfeat.kernels import cpu\n"
+        "import sys; sys.path.insert(0, 'tests'); from mixfeat.kernels import cpu\n"
         f"assert cpu.capability() in ('{capability}', 'avx2', 'generic'), cpu.capability()\n"
-        "test_accuracy.hold_everything()\n",
+        "import test_accuracy, test_mixup, test_pairwise_mixup_loss\n"
+        "for module in (test_accuracy, test_mixup, test_pairwise_mixup_loss): module.check_instruction_set()\n",
         MIXFEAT_CPU_CAPABILITY=capability,
     )
