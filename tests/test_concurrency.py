@@ -10,12 +10,16 @@ from table import over, problems
 from torch.utils.data import DataLoader, Dataset
 
 import mixfeat as mf
-from mixfeat.operators import DTYPES, same_bits
+from mixfeat.operators import DTYPES, OPERATORS, same_bits
 
 THREADS = 4
 
 
-@over("large", ("float32", "float64"), ["cpu"])
+# PyTorch's own product, with which pairwise_mixup_loss begins, may change with the number of threads
+WITHOUT_PRODUCTS = [name for name in OPERATORS if name != "pairwise_mixup_loss"]
+
+
+@over("large", ("float32", "float64"), ["cpu"], operators=WITHOUT_PRODUCTS)
 def test_any_number_of_threads(problem):
     """The same bits, and again at the same number."""
     draw, before, seen = problem.draw(), torch.get_num_threads(), []
