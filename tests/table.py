@@ -134,6 +134,11 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
+def _real_part(tensor: Tensor) -> Tensor:
+    """Of a conjugate, which PyTorch forms when it is read."""
+    return torch.complex(tensor, tensor).conj().real if tensor.dtype in (torch.float32, torch.float64) else tensor
+
+
 def _one_sample(tensor: Tensor) -> Tensor:
     return tensor[:1].expand_as(tensor) if tensor.dim() else tensor
 
@@ -144,5 +149,5 @@ def _one_column(tensor: Tensor) -> Tensor:
 
 LAYOUTS = {
     "gaps": _with_gaps, "rows apart": _rows_apart, "offset": _at_an_offset, "transposed": _transposed,
-    "channels_last": _channels_last, "one sample": _one_sample, "one column": _one_column,
+    "channels_last": _channels_last, "real part": _real_part, "one sample": _one_sample, "one column": _one_column,
 }  # fmt: skip

@@ -76,22 +76,16 @@ def negated(tensor):
     return view
 
 
-def real_part(tensor):
-    """The same numbers as the real part of a conjugate that PyTorch resolves when it is read."""
-    return torch.complex(tensor, tensor).conj().real if tensor.is_floating_point() else tensor
-
-
-@pytest.mark.parametrize("view", [negated, real_part], ids=lambda view: view.__name__)
 @over("main")
-def test_lazy_views(problem, view):
+def test_lazy_views(problem):
     """Each argument, the upstream gradient, and all at once."""
     draw = problem.draw()
     expected = problem.results(draw.arguments, draw.upstream)
     tensors = {k: v for k, v in draw.arguments.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
-    views = {name: view(tensor) for name, tensor in tensors.items()}
+    views = {name: negated(tensor) for name, tensor in tensors.items()}
     wrong = []
     for name, changed in {**{name: {name: v} for name, v in views.items()}, "upstream": {}, "all": views}.items():
-        upstream = view(draw.upstream) if name in ("upstream", "all") else draw.upstream
+        upstream = negated(draw.upstream) if name in ("upstream", "all") else draw.upstream
         found = problem.results(draw.arguments | changed, upstream)
         wrong += [f"{key} of {name}" for key in found if not torch.allclose(found[key], expected[key], 1e-4, 1e-6)]
     assert not wrong
