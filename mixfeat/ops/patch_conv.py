@@ -32,8 +32,8 @@ def patch_conv(
 
 def _samples_to_save(input: Tensor, weight: Tensor) -> int:
     """For how many samples forward keeps the activation's slopes, where gradients will be asked for."""
-    if input.device.type != "cpu":
-        return 0  # there, computing them again is cheaper than the memory traffic
+    if input.device.type != "cpu" or backends.serving("cpu", input.dtype) != "cpu":
+        return 0  # a GPU computes them again faster than it reads them
     *_, samples, patches, features = input.shape
     slopes = weight.numel() // max(1, features) * patches  # of one sample
     if input.dim() == 4 and weight.dim() == 3:
@@ -145,7 +145,8 @@ def _slope(
         return x.new_empty(_slope_shape(input, weight, 0))
     if index is not None and lam is not None:
         x = reference.mixup(x, index, lam, dim=-3)
-    return polynomial.slope(torch.einsum("bnpd,bqd->bnpq", x[:, :saved], w.flatten(1, 2)))
+    with torch.autocast(input.device.type, enabled=False):
+        return polynomial.slope(torch.einsum("bnpd,bqd->bnpq", x[:, :saved], w.flatten(1, 2)))
 
 
 def _fake(
