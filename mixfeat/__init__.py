@@ -5,6 +5,7 @@ from mixfeat.activations import Identity, PolyReLU, Power, PowerReLU, ReLU
 from mixfeat.backends import backend
 from mixfeat.functional import (
     beta_quadrature,
+    gradient_descent,
     mixup,
     mixup_cross_entropy,
     pairwise_mixup_loss,
@@ -33,6 +34,7 @@ __all__ = [
     "data",
     "features",
     "functional",
+    "gradient_descent",
     "mixup",
     "mixup_cross_entropy",
     "nn",

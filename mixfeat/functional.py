@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # not there in every build of PyTorch
 
 __all__ = [
-    "beta_quadrature", "mixup", "mixup_cross_entropy", "pairwise_mixup_loss", "patch_conv", "sample_mixup",
-    "soft_target_cross_entropy",
+    "beta_quadrature", "gradient_descent", "mixup", "mixup_cross_entropy", "pairwise_mixup_loss", "patch_conv",
+    "sample_mixup", "soft_target_cross_entropy",
 ]  # fmt: skip
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -137,6 +137,91 @@ def pairwise_mixup_loss(
         raise
     loss = ops.pairwise_mixup_loss(input, weight, target, nodes, node_weights, activation.polynomial, name)
     return loss if input.dim() == 4 or weight.dim() == 4 else loss[0]
+
+
+def gradient_descent(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    activation: Activation,
+    *,
+    lam: float | Tensor | None = 0.5,
+    lam_weight: Tensor | None = None,
+    lr: float | Tensor,
+    steps: int,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    r"""Train networks by full-batch gradient descent, all steps in one call, as a loop of :class:`torch.optim.SGD`::
+
+        for t in range(steps):
+            loss[t] = L(w)
+            v = momentum v + dL/dw + weight_decay w        # v = 0 before the first step
+            w = w - lr v
+
+    L is :func:`pairwise_mixup_loss`, or, with ``lam=None``, the mean cross-entropy of the samples as they are (ERM).
+    Every run descends on its own loss, and one that leaves the finite numbers does not disturb the others: from then
+    on its losses are not finite.
+
+    On the CPU backend the loop is native code. A thread takes many steps of one network at a time, and all threads are
+    busy while there are as many networks.
+
+    Args:
+        input: x, (N,P,D); or (R,N,P,D), data of R networks. Any strides.
+        weight: the initial w, (C,M,D); or (R,C,M,D), R independent networks.
+        target: y, classes in [0, C), (N,) int64; or (R,N), where the runs' data differ.
+        activation: phi.
+        lam: None for plain cross-entropy; otherwise as :func:`pairwise_mixup_loss` takes it, 1/2 being Midpoint Mixup.
+        lam_weight: (K,) weights of the nodes, on the CPU, of sum 1.
+        lr: step size: a finite number, not negative; or a floating-point tensor on the CPU, (steps,) for a schedule,
+            (R,) for a step size of each run, or their outer shape: (R,steps), (R,1) or (1,steps). Where R = steps > 1
+            one dimension would be ambiguous, and is refused.
+        steps: number of steps; with 0 the weight is returned as it is.
+        momentum: in [0, 1).
+        weight_decay: finite, not negative. It is not part of the loss returned.
+
+    Returns:
+        (weight, loss): weight after the last step, (C,M,D), or (R,C,M,D) if input or weight has the run dimension, of
+        weight's dtype; loss before each step's update, (steps,) or (R,steps), float32, or float64 for float64.
+
+    A run of half precision is computed in float32, its weight included, which is rounded when it is returned. Autocast
+    changes nothing but that input is cast to weight's dtype. A run may be cut in pieces: without momentum, and in
+    float32 or float64, the result is the same, bit for bit; momentum starts at 0 with every call.
+
+    Not differentiable: the backward pass raises. Nothing is mutated.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit, fewer than 2 classes; lam outside [0, 1], or lam_weight that does
+            not fit it; lr negative, not finite or of a wrong shape; steps < 0; momentum outside [0, 1); weight_decay
+            negative or not finite.
+        IndexError: a target outside [0, C) on a CPU. On CUDA, where it cannot be read without waiting for the device,
+            it makes that run's loss and weight NaN.
+    """
+    if isinstance(input, Tensor) and isinstance(weight, Tensor) and torch.is_autocast_enabled(input.device.type):
+        input = input.to(weight.dtype)
+        with torch.autocast(input.device.type, enabled=False):
+            return gradient_descent(
+                input, weight, target, activation, lam=lam, lam_weight=lam_weight, lr=lr, steps=steps,
+                momentum=momentum, weight_decay=weight_decay,
+            )  # fmt: skip
+    _, _, nodes, node_weights = _check_pairwise(
+        input, weight, target, activation, 0.5 if lam is None else lam, lam_weight
+    )
+    _check_integer("steps", steps, 0)
+    for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
+        _check_not_negative(name, value)
+    if momentum >= 1:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+    runs = input.shape[:-3] or weight.shape[:-3]
+    rates = _check_lr(lr, runs, steps)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    trained, loss, _ = ops.gradient_descent(
+        input.to(dtype), weight.to(dtype), target, None if lam is None else nodes, node_weights, activation.polynomial,
+        rates, steps, float(momentum), float(weight_decay),
+    )  # fmt: skip
+    trained = trained.to(weight.dtype)
+    return (trained, loss) if runs else (trained[0], loss[0])
 
 
 def beta_quadrature(
@@ -457,6 +542,41 @@ def _check_lam(lam: float | Tensor, samples: int, device: torch.device, dtype: t
     if lam.requires_grad:
         raise ValueError("lam must not require grad: it is a constant of the loss")
     return lam.to(dtype)
+
+
+def _check_not_negative(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= value <= sys.float_info.max:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
+def _check_lr(lr: float | Tensor, runs: torch.Size, steps: int) -> Tensor:
+    """Step sizes as float64 on the CPU, (1 or R, 1 or steps); the operator checks the values of a tensor."""
+    if not isinstance(lr, Tensor):
+        _check_not_negative("lr", lr)
+        return torch.full((1, 1), float(lr), dtype=torch.float64)
+    if not _is_dense(lr) or not lr.is_floating_point():
+        raise TypeError(f"lr must be a number or a floating-point tensor, got {_kind(lr)}")
+    if lr.device.type != "cpu":
+        raise ValueError(f"lr must be on the CPU: reading its values from {lr.device} would wait for the device")
+    if lr.requires_grad:
+        raise ValueError("lr must not require grad: gradient_descent is not differentiable")
+    num_runs = runs[0] if runs else 1
+    lr = lr.double()
+    if lr.dim() == 0:
+        return lr.view(1, 1)
+    if lr.dim() == 2 and lr.shape[0] in (1, num_runs) and lr.shape[1] in (1, steps):
+        return lr
+    fits_runs, fits_steps = (lr.shape == shape for shape in (runs, (steps,)))
+    if fits_runs and fits_steps and steps > 1:
+        raise ValueError(
+            f"lr of shape ({steps},) is ambiguous where R = steps: give (R,1) for the runs' or (1,steps) for the steps'"
+        )
+    if fits_runs or fits_steps:
+        return lr[:, None] if fits_runs else lr[None]
+    wanted = f"({steps},) for the steps" + (f" or ({num_runs},) for the runs" if runs else "")
+    raise ValueError(f"lr must be a number, {wanted}, or have both dimensions; got shape {tuple(lr.shape)}")
 
 
 def _check_alpha(alpha: float) -> None:
