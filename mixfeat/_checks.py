@@ -60,7 +60,7 @@ def real(name: str, value: Any, wanted: str = "a number") -> float:
 def finite(name: str, value: Any, least: float | None = None) -> float:
     """Check a finite number, at least ``least``."""
     number = real(name, value)
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least:g}, got {value}")
@@ -70,7 +70,7 @@ def finite(name: str, value: Any, least: float | None = None) -> float:
 def positive(name: str, value: Any, hint: str = "") -> float:
     """Check a finite number above 0."""
     number = real(name, value)
-    if not (math.isfinite(number) and number > 0):
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} must be finite and positive, got {value}{hint}")
     return number
 
@@ -193,14 +193,19 @@ def autocast_is_enabled(device_type: str) -> bool:
     return torch.is_autocast_enabled(device_type)
 
 
-def network(input: Any, weight: Any, activation_: Any) -> tuple[Tensor, Tensor]:
-    """Check samples (N,P,D) or (R,N,P,D) against filters (C,M,D) or (R,C,M,D); return both, cast as autocast says."""
+def network(input: Any, weight: Any, activation_: Any, autocast: bool = True) -> tuple[Tensor, Tensor]:
+    """Check samples (N,P,D) or (R,N,P,D) against filters (C,M,D) or (R,C,M,D); return both, cast as autocast says.
+
+    Without ``autocast`` it casts input to the weight's dtype only.
+    """
     activation(activation_)
     _network_tensor("input", input, "(N,P,D) or (R,N,P,D)")
     _network_tensor("weight", weight, "(C,M,D) or (R,C,M,D)")
     device = input.device
     same_device("weight", weight, device)
-    if autocast_is_enabled(device.type):
+    if autocast_is_enabled(device.type) and not autocast:
+        input = input.to(weight.dtype)
+    elif autocast_is_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         input = input if input.dtype == torch.float64 else input.to(dtype)
         weight = weight if weight.dtype == torch.float64 else weight.to(dtype)
@@ -221,9 +226,9 @@ def _network_tensor(name: str, value: Any, shape: str) -> None:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
 
 
-def classifier(input: Any, weight: Any, target: Any, activation_: Any) -> tuple[Tensor, Tensor]:
+def classifier(input: Any, weight: Any, target: Any, activation_: Any, autocast: bool = True) -> tuple[Tensor, Tensor]:
     """Check a network and the classes (N,) or (R,N) of its samples; return input and weight as :func:`network`."""
-    input, weight = network(input, weight, activation_)
+    input, weight = network(input, weight, activation_, autocast)
     if weight.shape[-3] < 2:
         raise ValueError(
             f"weight must have at least 2 classes (C) for a cross-entropy, got shape {tuple(weight.shape)}"
@@ -295,6 +300,38 @@ def nodes(lam: Any, lam_weight: Any) -> tuple[Tensor, Tensor]:
     return lam, lam_weight
 
 
+def lr(value: Any, runs: tuple[int, ...], steps: int) -> Tensor:
+    """Check step sizes; return them as (1 or R, 1 or steps), float64 on the CPU. :func:`lr_values` reads them."""
+    if not isinstance(value, Tensor):
+        return torch.full((1, 1), finite("lr", value, 0), dtype=torch.float64, device="cpu")
+    floating("lr", value)
+    if value.device.type != "cpu":
+        raise ValueError(f"lr must be on the CPU: reading its values from {value.device} would wait for the device")
+    constant("lr", value, "gradient_descent is not differentiable")
+    num_runs = runs[0] if runs else 1
+    if value.dim() == 0:
+        return value.double().view(1, 1)
+    if value.dim() == 2 and value.shape[0] in (1, num_runs) and value.shape[1] in (1, steps):
+        return value.double()
+    fits_runs, fits_steps = value.shape == runs, value.shape == (steps,)
+    if fits_runs and fits_steps and steps > 1:
+        raise ValueError(
+            f"lr of shape ({steps},) is ambiguous where R = steps: give (R,1) for the runs or (1,steps) for the steps"
+        )
+    if fits_runs or fits_steps:
+        return value.double()[:, None] if fits_runs else value.double()[None]
+    of_runs = f", ({num_runs},) for the runs, ({num_runs},{steps}) for both" if runs else ""
+    raise ValueError(f"lr must be a number or have shape ({steps},) for the steps{of_runs}, got {tuple(value.shape)}")
+
+
+def momentum(value: Any) -> float:
+    """Check a momentum in [0, 1)."""
+    number = real("momentum", value)
+    if not 0 <= number < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {value}")
+    return number
+
+
 def sampling(alpha_: Any, lam: Any, generator_: Any) -> tuple[float, float | None]:
     """Check how lam is drawn; return alpha and the fixed lam, if there is one."""
     checked = alpha(alpha_), None if lam is None else fraction("lam", lam)
@@ -347,6 +384,14 @@ def node_values(lam: Tensor, lam_weight: Tensor) -> None:
         raise ValueError(f"lam must be in [0, 1], got {values}")
     if not abs(sum(weights) - 1) <= 4 * torch.finfo(lam_weight.dtype).eps * len(weights):
         raise ValueError(f"lam_weight must sum to 1, got {weights}, which sum to {sum(weights)}")
+
+
+def lr_values(lr_: Tensor) -> None:
+    """Refuse step sizes that are negative or not finite."""
+    if lr_.numel():
+        low, high = (float(bound) for bound in lr_.aminmax())
+        if not (low >= 0 and high < math.inf):
+            raise ValueError(f"lr must be finite and at least 0, got {low if not low >= 0 else high}")
 
 
 def partners(index: Tensor, lam: Tensor, samples: int) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from mixfeat import _checks
 from mixfeat.activations import Activation
 from mixfeat.ops import cross_entropy, sharding
+from mixfeat.ops.gradient_descent import gradient_descent as _gradient_descent
 from mixfeat.ops.mixup import mixup as _mixup
 from mixfeat.ops.pairwise_mixup_loss import pairwise_mixup_loss as _pairwise_mixup_loss
 from mixfeat.ops.patch_conv import patch_conv as _patch_conv
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # not there in every build of PyTorch
 
 __all__ = [
-    "beta_quadrature", "mixup", "mixup_cross_entropy", "pairwise_mixup_loss", "patch_conv", "sample_mixup",
-    "soft_target_cross_entropy",
+    "beta_quadrature", "gradient_descent", "mixup", "mixup_cross_entropy", "pairwise_mixup_loss", "patch_conv",
+    "sample_mixup", "soft_target_cross_entropy",
 ]  # fmt: skip
 
 
@@ -139,6 +140,80 @@ def pairwise_mixup_loss(
         raise
     loss = _pairwise_mixup_loss(input, weight, target, nodes, node_weights, activation.polynomial, name)
     return loss if input.dim() == 4 or weight.dim() == 4 else loss[0]
+
+
+def gradient_descent(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    activation: Activation,
+    *,
+    lam: float | Tensor | None = 0.5,
+    lam_weight: Tensor | None = None,
+    lr: float | Tensor,
+    steps: int,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    r"""Train networks by full-batch gradient descent, all steps in one call, as a loop of :class:`torch.optim.SGD`::
+
+        for t in range(steps):
+            loss[t] = L(w)
+            v = momentum v + dL/dw + weight_decay w        # v = 0 before the first step
+            w = w - lr v
+
+    L is :func:`pairwise_mixup_loss`, or, with ``lam=None``, the mean cross-entropy of the samples as they are (ERM).
+    Every run descends on its own loss, and one that leaves the finite numbers does not disturb the others: from then
+    on its losses are not finite.
+
+    On the CPU backend the loop is native code. A thread takes many steps of one network at a time, and all threads are
+    busy while there are as many networks.
+
+    Args:
+        input: x, (N,P,D); or (R,N,P,D), data of R networks. Any strides.
+        weight: the initial w, (C,M,D); or (R,C,M,D), R independent networks.
+        target: y, classes in [0, C), (N,) int64; or (R,N), where the runs' data differ.
+        activation: phi.
+        lam: None for plain cross-entropy; otherwise as :func:`pairwise_mixup_loss` takes it, 1/2 being Midpoint Mixup.
+        lam_weight: (K,) weights of the nodes, on the CPU, of sum 1.
+        lr: step size: a finite number, not negative; or a floating-point tensor on the CPU, (steps,) for a schedule,
+            (R,) for a step size of each run, or their outer shape: (R,steps), (R,1) or (1,steps). Where R = steps > 1
+            one dimension would be ambiguous, and is refused.
+        steps: number of steps; with 0 the weight is returned as it is.
+        momentum: in [0, 1).
+        weight_decay: finite, not negative. It is not part of the loss returned.
+
+    Returns:
+        (weight, loss): weight after the last step, (C,M,D), or (R,C,M,D) if input or weight has the run dimension, of
+        weight's dtype; loss before each step's update, (steps,) or (R,steps), float32, or float64 for float64.
+
+    A run of half precision is computed in float32, its weight included, which is rounded when it is returned. Autocast
+    changes nothing but that input is cast to weight's dtype. A run may be cut in pieces: without momentum, and in
+    float32 or float64, the result is the same, bit for bit; momentum starts at 0 with every call.
+
+    Not differentiable: the backward pass raises. Nothing is mutated.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit, fewer than 2 classes; lam outside [0, 1], or lam_weight that does
+            not fit it; lr negative, not finite or of a wrong shape; steps < 0; momentum outside [0, 1); weight_decay
+            negative or not finite.
+        IndexError: a target outside [0, C) on a CPU. On CUDA, where it cannot be read without waiting for the device,
+            it makes that run's loss and weight NaN.
+    """
+    input, weight = _checks.classifier(input, weight, target, activation, autocast=False)
+    nodes, node_weights = (None, None) if lam is None and lam_weight is None else _checks.nodes(lam, lam_weight)
+    steps = _checks.integer("steps", steps, 0)
+    runs = input.shape[:-3] or weight.shape[:-3]
+    rates = _checks.lr(lr, runs, steps)
+    momentum, weight_decay = _checks.momentum(momentum), _checks.finite("weight_decay", weight_decay, 0)
+    dtype = _checks.accumulation(weight.dtype)
+    trained, loss, _ = _gradient_descent(
+        input.to(dtype), weight.to(dtype), target, nodes, node_weights, activation.polynomial, rates, steps, momentum,
+        weight_decay,
+    )  # fmt: skip
+    trained = trained.to(weight.dtype)
+    return (trained, loss) if runs else (trained[0], loss[0])
 
 
 def beta_quadrature(

@@ -13,7 +13,10 @@ from torch import Tensor
 from mixfeat.activations import Activation
 from mixfeat.kernels.polynomial import Polynomial
 
-__all__ = ["mixup", "mixup_cross_entropy", "pairwise_mixup_loss", "patch_conv", "soft_target_cross_entropy"]
+__all__ = [
+    "gradient_descent", "mixup", "mixup_cross_entropy", "pairwise_mixup_loss", "patch_conv",
+    "soft_target_cross_entropy",
+]  # fmt: skip
 
 
 def mixup(
@@ -78,6 +81,47 @@ def pairwise_mixup_loss(
         )
         loss = loss - node_weight * (node * first + (1 - node) * second).squeeze(-1).mean(-1)
     return loss
+
+
+def gradient_descent(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    activation: Activation | Polynomial,
+    *,
+    lam: float | Sequence[float] | None = 0.5,
+    lam_weight: Sequence[float] | None = None,
+    lr: float | Tensor,
+    steps: int,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Full-batch gradient descent on :func:`pairwise_mixup_loss`, or, with ``lam=None``, on the mean cross-entropy::
+
+        v = momentum v + dL/dw + weight_decay w;  w = w - lr v
+
+    ``input`` (N,P,D) or (R,N,P,D), ``weight`` (C,M,D) or (R,C,M,D), ``target`` (N,) or (R,N); ``lr`` a number, or of
+    a shape that broadcasts with (R,steps). Returns the weight, with runs if input or weight has them, and the loss
+    before each step, (steps,) or (R,steps).
+    """
+    runs = input.shape[:-3] or weight.shape[:-3]
+    weight = weight.expand(*runs, *weight.shape[-3:]).clone()
+    rates = torch.as_tensor(lr, dtype=weight.dtype, device=weight.device).expand(*runs, steps)
+    velocity = torch.zeros_like(weight)
+    losses = weight.new_zeros(*runs, steps)
+    for step in range(steps):
+        w = weight.detach().requires_grad_()
+        with torch.enable_grad():
+            if lam is None:
+                log_p = patch_conv(input, w, activation).log_softmax(-1)
+                loss = -torch.take_along_dim(log_p, target[..., None].expand(*log_p.shape[:-1], 1), -1).mean((-2, -1))
+            else:
+                loss = pairwise_mixup_loss(input, w, target, activation, lam=lam, lam_weight=lam_weight)
+            (grad,) = torch.autograd.grad(loss.sum(), w)  # the sum: no run influences another
+        velocity = momentum * velocity + grad + weight_decay * weight
+        weight = weight - rates[..., step, None, None, None] * velocity
+        losses[..., step] = loss.detach()
+    return weight, losses
 
 
 def mixup_cross_entropy(

@@ -9,7 +9,7 @@ from conftest import error, interpreted
 
 import mixfeat as mf
 from mixfeat.ops import fallback
-from mixfeat.ops.pairwise_mixup_loss import _merged, pairwise_mixup_block
+from mixfeat.ops.pairwise_mixup_loss import merged_nodes, pairwise_mixup_block
 
 POLY = mf.PolyReLU(8, 0.1)
 ACTIVATIONS = [
@@ -301,11 +301,11 @@ class TestBetaQuadrature:
 def test_mirrored_nodes_share_their_work():
     """8 nodes of a symmetric rule are 4, each visiting all ordered pairs; an odd rule has the midpoint besides."""
     for count, expected in ((8, 4), (9, 5), (1, 1)):
-        assert len(_merged(*mf.beta_quadrature(0.3, count), torch.float64)) == expected
+        assert len(merged_nodes(*mf.beta_quadrature(0.3, count), torch.float64)) == expected
         single = mf.beta_quadrature(0.3, count, dtype=torch.float32)
-        assert len(_merged(*single, torch.float32)) == expected
-    assert len(_merged(*(t.bfloat16() for t in mf.beta_quadrature(0.3, 8)), torch.float32)) == 8  # apart by 1e-3
-    assert len(_merged(*mf.beta_quadrature(0.3, 8, dtype=torch.float32), torch.float64)) > 4  # apart by 1e-8
+        assert len(merged_nodes(*single, torch.float32)) == expected
+    assert len(merged_nodes(*(t.bfloat16() for t in mf.beta_quadrature(0.3, 8)), torch.float32)) == 8  # apart by 1e-3
+    assert len(merged_nodes(*mf.beta_quadrature(0.3, 8, dtype=torch.float32), torch.float64)) > 4  # apart by 1e-8
 
 
 class TestModule:

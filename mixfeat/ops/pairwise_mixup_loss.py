@@ -86,7 +86,7 @@ def pairwise_mixup_block(
     return loss, row_grad, column_grad
 
 
-def _merged(lam: Tensor, lam_weight: Tensor, dtype: torch.dtype) -> dict[float, float]:
+def merged_nodes(lam: Tensor, lam_weight: Tensor, dtype: torch.dtype) -> dict[float, float]:
     """Weights by node. With pairs (i, j) go pairs (j, i): lam and 1 - lam are one node, where dtype says so."""
     merged: dict[float, float] = {}
     for node, weight in zip(lam.tolist(), lam_weight.tolist(), strict=True):
@@ -96,7 +96,7 @@ def _merged(lam: Tensor, lam_weight: Tensor, dtype: torch.dtype) -> dict[float, 
     return merged
 
 
-def _num_runs(input: Tensor, weight: Tensor) -> int:
+def count_runs(input: Tensor, weight: Tensor) -> int:
     return input.shape[0] if input.dim() == 4 else weight.shape[0] if weight.dim() == 4 else 1
 
 
@@ -114,7 +114,7 @@ def _forward(
     device = input.device.type
     *_, num_samples, num_patches, patch_dim = input.shape
     num_classes, filters = weight.shape[-3:-1]
-    num_runs, dtype = _num_runs(input, weight), _checks.accumulation(input.dtype)
+    num_runs, dtype = count_runs(input, weight), _checks.accumulation(input.dtype)
     need_grad = need_input or need_weight
     sizes: tuple[int, ...] = (num_samples,)
     if group:
@@ -134,7 +134,7 @@ def _forward(
         x, w = x.to(dtype), w.to(dtype)
     with torch.autocast(device, enabled=False) if _checks.autocast_is_enabled(device) else contextlib.nullcontext():
         s = (x @ w.mT).view(num_runs, num_samples, num_patches, num_classes, filters)
-        nodes, polynomial = _merged(lam, lam_weight, dtype), Polynomial.of(fields)
+        nodes, polynomial = merged_nodes(lam, lam_weight, dtype), Polynomial.of(fields)
         if group:
             block = functools.partial(pairwise_mixup_block, polynomial=polynomial, need_grad=need_grad)
             loss, grad = sharding.all_pairs(block, s, target, nodes, sizes, group)
@@ -192,7 +192,7 @@ def _plain(
     input: Tensor, weight: Tensor, target: Tensor, lam: Tensor, lam_weight: Tensor, fields: Sequence[float],
     *, linear_memory: bool,
 ) -> Tensor:  # fmt: skip
-    nodes = _merged(lam, lam_weight, _checks.accumulation(input.dtype))
+    nodes = merged_nodes(lam, lam_weight, _checks.accumulation(input.dtype))
     return fallback.pairwise_mixup_loss(
         input, weight, target, list(nodes), list(nodes.values()), Polynomial.of(fields), linear_memory=linear_memory
     )
@@ -205,7 +205,7 @@ def _forbid_group(group: str, what: str) -> None:
 
 def _fake(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, need_input, need_weight = rest
-    num_runs = _num_runs(input, weight)
+    num_runs = count_runs(input, weight)
     loss = input.new_empty(num_runs, dtype=_checks.accumulation(input.dtype))
     input_grad, weight_grad = (
         loss.new_empty((num_runs, *t.shape[-3:]) if need else (0,))

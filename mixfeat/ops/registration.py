@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 
 from mixfeat import backends
 
-__all__ = ["Operator", "graph_is_kept", "is_batched", "saved_tensors_are_hooked"]
+__all__ = ["Operator", "forbid_backward", "graph_is_kept", "is_batched", "saved_tensors_are_hooked"]
 
 
 class Operator:
@@ -102,15 +102,18 @@ class Operator:
 
     def outputs(self, *args: Any) -> Any:
         """Return all outputs, without a derivative; the first argument may be a batch of gradients."""
-        direct = can_bypass_dispatcher(args, self._tensors) and not is_batched(args[0])
-        return self.forward(*args) if direct else self.overload(*args)
+        if can_bypass_dispatcher(args, self._tensors) and not is_batched(args[0]):
+            return self.forward(*args)
+        if self._definition is None and _has_tangent(args):
+            raise NotImplementedError(f"{self.name} has no forward-mode derivative (jvp, jacfwd)")
+        return self.overload(*args)
 
     def backward(self, ctx: Any, grad: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
         """Return a gradient, or None, for each argument."""
         grads: list[Tensor | None] = [None] * self._num_arguments
-        if grad is None or self._backward is None or self._recorded_backward is None:
+        if grad is None or self._backward is None:
             return grads
-        if torch.is_grad_enabled() or _is_transformed((grad,)):
+        if self._recorded_backward is not None and (torch.is_grad_enabled() or _is_transformed((grad,))):
             found = self._recorded_backward(ctx, grad, needs)
         else:
             with backends.as_chosen(ctx.chosen):
@@ -182,6 +185,22 @@ class Operator:
         return output
 
 
+class _Forbidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, message: str, tensor: Tensor) -> Tensor:
+        ctx.message = message
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(ctx.message)
+
+
+def forbid_backward(message: str, tensor: Tensor) -> Tensor:
+    """Return a tensor whose differentiation raises, instead of passing for a constant."""
+    return _Forbidden.apply(message, tensor.detach().requires_grad_())
+
+
 # PyTorch's private names
 
 
@@ -210,9 +229,11 @@ def _is_transformed(args: Sequence[Any]) -> bool:
     """Whether a transform of :mod:`torch.func`, or forward-mode differentiation of one of the arguments, is active."""
     if torch.compiler.is_compiling():
         return False
-    if _transforms_are_active is not None and _transforms_are_active():
-        return True
-    if _knows_forward_mode and forward_ad._current_level < 0:
+    return (_transforms_are_active is not None and _transforms_are_active()) or _has_tangent(args)
+
+
+def _has_tangent(args: Sequence[Any]) -> bool:
+    if torch.compiler.is_compiling() or (_knows_forward_mode and forward_ad._current_level < 0):
         return False
     return any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args)
 

@@ -1,0 +1,198 @@
+"""``torch.ops.mixfeat.gradient_descent``: whole runs of full-batch gradient descent, many networks in one call.
+
+The operator takes and returns the momentum buffer, so that a run that is cut in pieces is the unbroken run, bit for
+bit. It works in float32 and float64; callers cast half precision.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixfeat import _checks, backends
+from mixfeat.kernels.polynomial import Polynomial
+from mixfeat.ops.pairwise_mixup_loss import count_runs, merged_nodes
+from mixfeat.ops.registration import Operator, forbid_backward
+
+__all__ = ["gradient_descent"]
+
+_NOT_DIFFERENTIABLE = (
+    "gradient_descent is not differentiable: detach its input and weight, or call it under torch.no_grad()"
+)
+
+
+def gradient_descent(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lam: Tensor | None,
+    lam_weight: Tensor | None,
+    polynomial: Polynomial,
+    lr: Tensor,
+    steps: int,
+    momentum: float,
+    weight_decay: float,
+    momentum_buffer: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take ``steps`` steps from ``weight`` and return the weight, the loss of each step and the momentum buffer.
+
+    With R = 1 where neither input nor weight has runs. Cutting a run does not change its bits, if the returned weight
+    and momentum buffer are passed on.
+
+    Args:
+        input, weight: (N,P,D) or (R,N,P,D), and (C,M,D) or (R,C,M,D); both float32 or both float64.
+        target: (N,) or (R,N), int64.
+        lam, lam_weight: nodes and their weights (K,), on the CPU; None for plain cross-entropy.
+        polynomial: the activation.
+        lr: float64 on the CPU, (1 or R, 1 or steps).
+        steps, momentum, weight_decay: as :class:`torch.optim.SGD` has them.
+        momentum_buffer: (R,C,M,D), as the call before returned it; None for zeros.
+
+    Returns:
+        weight (R,C,M,D), loss (R,steps), and the momentum buffer (R,C,M,D), empty if momentum is 0.
+    """
+    args = (input, weight, target, lam, lam_weight, polynomial, lr, steps, momentum, weight_decay, momentum_buffer)
+    with torch.no_grad():
+        trained, loss, buffer = _gradient_descent.outputs(*args)
+    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+        trained, loss = (forbid_backward(_NOT_DIFFERENTIABLE, result) for result in (trained, loss))
+    return trained, loss, buffer
+
+
+def _forward(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lam: Tensor | None,
+    lam_weight: Tensor | None,
+    fields: Sequence[float],
+    lr: Tensor,
+    steps: int,
+    momentum: float,
+    weight_decay: float,
+    momentum_buffer: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if lam is not None and lam_weight is not None:
+        _checks.node_values(lam, lam_weight)
+    _checks.class_values(target, weight.shape[-3])
+    _checks.lr_values(lr)
+    shape = (count_runs(input, weight), *weight.shape[-3:])
+    weight = weight.expand(shape).clone(memory_format=torch.contiguous_format)
+    if momentum == 0:
+        buffer = weight.new_empty(0)
+    else:
+        buffer = torch.zeros_like(weight) if momentum_buffer is None else momentum_buffer.expand(shape).clone()
+
+    if backends.serving(input.device.type, input.dtype) == "cpu":
+        nodes = {} if lam is None or lam_weight is None else merged_nodes(lam, lam_weight, input.dtype)
+        loss = torch.ops.mixfeat_cpu.gradient_descent.default(
+            input, weight, target.contiguous(), list(nodes), list(nodes.values()), tuple(fields), lr, steps, momentum,
+            weight_decay, buffer,
+        )  # fmt: skip
+        return weight, loss, buffer
+
+    def objective() -> tuple[Tensor, Tensor]:
+        """The loss (R,) and its gradient."""
+        if lam is None:
+            return _cross_entropy(input, weight, target, fields)
+        options = (lam, lam_weight, fields, "", False, True)
+        loss, _, grad = torch.ops.mixfeat.pairwise_mixup_loss.default(input, weight, target, *options)
+        return loss, grad
+
+    device = input.device.type
+    with torch.autocast(device, enabled=False) if _checks.autocast_is_enabled(device) else contextlib.nullcontext():
+        loss = _loop(objective, weight, buffer, lr, steps, momentum, weight_decay)
+    return weight, loss, buffer
+
+
+def _cross_entropy(input: Tensor, weight: Tensor, target: Tensor, fields: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The mean cross-entropy of the samples (R,), 0 of none, and its gradient to weight (R,C,M,D)."""
+    logits, slope = torch.ops.mixfeat.patch_conv.default(input, weight, None, None, fields, 0)
+    runs, num_samples, num_classes = logits.shape
+    label = target.expand(runs, -1)[..., None] == torch.arange(num_classes, device=target.device)
+    log_p = logits.log_softmax(-1).where(label.any(-1, keepdim=True), torch.nan)  # NaN for a target out of range
+    scale = 1 / max(1, num_samples)
+    loss = -scale * (label * log_p).sum((1, 2))
+    grad = scale * (log_p.exp() - label.to(log_p.dtype))
+    arguments = (grad, slope, input, weight, None, None, fields, False, True)
+    return loss, torch.ops.mixfeat.patch_conv_backward.default(*arguments)[1]
+
+
+def _loop(
+    objective: Callable[[], tuple[Tensor, Tensor]],
+    weight: Tensor,
+    buffer: Tensor,
+    lr: Tensor,
+    steps: int,
+    momentum: float,
+    weight_decay: float,
+) -> Tensor:
+    """Update ``weight`` and ``buffer`` in place; returns the losses (R,steps)."""
+    loss = weight.new_zeros(weight.shape[0], steps)
+    rates = lr.to(weight.device, weight.dtype, non_blocking=True).expand(-1, steps)[:, :, None, None, None]
+    position = torch.zeros(1, dtype=torch.int64, device=weight.device)
+
+    def step() -> None:
+        value, change = objective()
+        loss.index_copy_(1, position, value[:, None])
+        if weight_decay:
+            change = change.add(weight, alpha=weight_decay)
+        if momentum:
+            change = buffer.mul_(momentum).add_(change)
+        weight.sub_(rates.index_select(1, position).squeeze(1) * change)
+        position.add_(1)
+
+    _repeat(step, steps, weight.device)
+    return loss
+
+
+_EAGER_STEPS = 3  # compile the kernels and allocate workspaces, so that capturing needs neither
+
+
+def _repeat(step: Callable[[], None], count: int, device: torch.device) -> None:
+    """Call ``step`` so often, which only reads and writes tensors in place; on CUDA by replays of one graph."""
+    captures = device.type == "cuda" and count > 2 * _EAGER_STEPS and not torch.cuda.is_current_stream_capturing()
+    if not captures:
+        for _ in range(count):
+            step()
+        return
+    with torch.cuda.device(device):
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(_EAGER_STEPS):
+                step()
+            graph = torch.cuda.CUDAGraph()  # torch.cuda.graph would wait for the device
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                step()
+            finally:
+                graph.capture_end()
+            for _ in range(count - _EAGER_STEPS):
+                graph.replay()
+        current.wait_stream(side)
+
+
+def _fake(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, steps, momentum, _, _ = rest
+    trained = weight.new_empty((count_runs(input, weight), *weight.shape[-3:]))
+    buffer = torch.empty_like(trained) if momentum else trained.new_empty(0)
+    return trained, trained.new_empty(trained.shape[0], steps), buffer
+
+
+def _backward(*_: Any) -> tuple[None, ...]:
+    raise RuntimeError(_NOT_DIFFERENTIABLE)
+
+
+_gradient_descent = Operator(
+    "gradient_descent(Tensor input, Tensor weight, Tensor target, Tensor? lam, Tensor? lam_weight, "
+    "float[] polynomial, Tensor lr, SymInt steps, float momentum, float weight_decay, Tensor? momentum_buffer) "
+    "-> (Tensor, Tensor, Tensor)",
+    forward=_forward,
+    fake=_fake,
+    differentiable=("input", "weight"),
+    setup_context=lambda ctx, inputs, output: None,
+    backward=_backward,
+)
