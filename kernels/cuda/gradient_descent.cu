@@ -1,0 +1,487 @@
+// Full-batch gradient descent on two-layer patch-wise networks: a block trains one network, all steps in one launch.
+//
+//   t_ij,f = (lam s_i,f + (1-lam) s_j,f) / threshold,  s_i,f = <w, x_i>      f: a feature, a filter at a patch
+//   g_ijc  = sum_f scale (u^q / q + max(t - 1, 0) [UPPER]),  u = t clamped to at least 0 [LOWER] and at most 1 [UPPER]
+//   D_ijc  = v/N^2 (softmax(g_ij)_c - lam [c = y_i] - (1-lam) [c = y_j])     v: the weight of the node lam
+//   dL/ds_i,f = scale/threshold sum_j (lam D_ijc u_ij,f^(q-1) + (1-lam) D_jic u_ji,f^(q-1)),  dL/dw = dL/ds^T x
+//   b = momentum b + dL/dw + weight_decay w,  w -= lr b
+//
+// Everything of a network stays in shared memory from step to step; the samples are read from global memory. A step is
+// one pass for each node and each band of rows of pairs that fits shared memory beside the pre-activations:
+//   1. convolve:  s, as a = lam s / threshold; so t_ij = a_i + ratio a_j with ratio = (1-lam) / lam
+//   2. logits:    a thread owns a tile of T x T pairs of one class and loops over the features
+//   3. softmax:   a thread owns a pair and writes D over its logits
+//   4. gradient:  a thread owns a feature (or its columns in one chunk) and loops over the pairs: it evaluates each pair
+//                 once for both samples, whose sums stay in registers; they are written over a, or to `ds`
+//   5. dL/dw:     a thread owns four entries of some filters, and a group of patches; logits make room for the parts
+//   6. update, or a sum over passes
+// At lam = 1/2 the pair (j, i) is the pair (i, j): tiles below the diagonal are left out (SYMMETRIC). ERM has no pairs.
+// No atomics and no exchange between threads but through barriers: results repeat bit for bit.
+//
+// A network that leaves the finite numbers becomes NaN, in its loss and in all its weights, as it would in PyTorch; so
+// does one with a target out of range. Clamps hide NaN, hence the explicit `poison`.
+//
+// Macros: the sizes NUM_SAMPLES, NUM_PATCHES, PATCH_DIM, NUM_CLASSES, FILTERS_PER_CLASS; the activation DEGREE, LOWER,
+// UPPER; the objective ERM, or HALF (node 0 is lam = 1/2) and NUM_NODES; MOMENTUM (0, 1); the layout TILE, THREADS,
+// BAND_TILES, CHUNK_TILES, FILTER_GROUP, PATCH_GROUPS, SHARED_FLOATS, chosen by gradient_descent.py.
+
+constexpr int N = NUM_SAMPLES, P = NUM_PATCHES, C = NUM_CLASSES, M = FILTERS_PER_CLASS, F = P * M, T = TILE;
+constexpr int B = (N + T - 1) / T;                       // tiles along a side
+constexpr int ROWS = B * T;                              // samples with padding, which is zero and counts for nothing
+constexpr int D4 = (PATCH_DIM + 3) / 4, D = 4 * D4;      // a patch, padded to whole float4s
+constexpr int W = C * M * D;
+constexpr int STRIDE = ROWS | 1;                         // of a feature's samples; odd: no bank conflicts
+constexpr int TILE_STRIDE = (T * T + 3) / 4 * 4;
+constexpr int CLASS_STRIDE = ERM ? N : BAND_TILES * TILE_STRIDE;  // of a class's logits
+constexpr int CHUNKS = (B + CHUNK_TILES - 1) / CHUNK_TILES;
+constexpr int FILTER_GROUPS = (M + FILTER_GROUP - 1) / FILTER_GROUP;
+constexpr int GROUP_PATCHES = (P + PATCH_GROUPS - 1) / PATCH_GROUPS;
+constexpr bool ONE_PASS = ERM || (NUM_NODES == 1 && BAND_TILES >= (HALF ? B * (B + 1) / 2 : B * B));
+
+__device__ constexpr int round_up(int size) { return (size + 3) / 4 * 4; }
+constexpr int LOGITS_SIZE = C * CLASS_STRIDE > PATCH_GROUPS * W ? round_up(C * CLASS_STRIDE) : PATCH_GROUPS * W;
+constexpr int S_SIZE = round_up(C * F * STRIDE);
+constexpr int FILTERS_OFFSET = LOGITS_SIZE;
+constexpr int MOMENTUM_OFFSET = FILTERS_OFFSET + W;
+constexpr int GRAD_OFFSET = MOMENTUM_OFFSET + (MOMENTUM ? W : 0);
+constexpr int LOSS_OFFSET = GRAD_OFFSET + (ONE_PASS ? 0 : W);
+constexpr int S_OFFSET = LOSS_OFFSET + THREADS;
+constexpr int DS_OFFSET = CHUNKS > 1 ? S_OFFSET + S_SIZE : S_OFFSET;
+constexpr int TARGET_OFFSET = DS_OFFSET + S_SIZE;
+constexpr int PLACES_OFFSET = TARGET_OFFSET + round_up(ROWS);
+static_assert(PLACES_OFFSET + (HALF ? B * (B + 1) / 2 : 0) == SHARED_FLOATS, "the host counts shared memory differently");
+static_assert(ERM || BAND_TILES >= B, "a band holds a row of tiles");
+static_assert(THREADS % 32 == 0 && PATCH_GROUPS <= P, "layout");
+
+// max(t - 1, 0) is a clamp to [0, 1] of (t - 1) SHRINK, which the addition does for nothing; below LARGEST it is exact
+constexpr float SHRINK = 0x1p-100f, LARGEST = 0x1p96f;
+
+#ifdef __CUDACC__
+// __saturatef(a + b) is two instructions, these are one
+__device__ __forceinline__ float add_sat(float a, float b) {
+  float sum;
+  asm("add.sat.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
+  return sum;
+}
+__device__ __forceinline__ float fma_sat(float a, float b, float c) {
+  float sum;
+  asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(sum) : "f"(a), "f"(b), "f"(c));
+  return sum;
+}
+#endif
+
+// u^E with few products
+template <int E>
+__device__ __forceinline__ float power(float u) {
+  if constexpr (E == 0) {
+    return 1.f;
+  } else if constexpr (E == 1) {
+    return u;
+  } else if constexpr (E % 2 == 0) {
+    const float root = power<E / 2>(u);
+    return root * root;
+  } else if constexpr (E % 3 == 0) {
+    const float root = power<E / 3>(u);
+    return root * root * root;
+  } else {
+    return power<E - 1>(u) * u;
+  }
+}
+
+// u^E = u^head(E) u^(E - head(E)): the last product is left to a fused multiply-add
+__device__ constexpr int head(int exponent) {
+  return exponent <= 1 ? 0 : exponent % 2 == 0 ? exponent / 2 : exponent % 3 == 0 ? exponent / 3 : 1;
+}
+
+// sum + factor u^E
+template <int E>
+__device__ __forceinline__ float add_power(float sum, float factor, float u) {
+  return sum + factor * power<head(E)>(u) * power<E - head(E)>(u);
+}
+
+__device__ __forceinline__ float clamp(float t) {
+  if (LOWER) t = fmaxf(t, 0.f);
+  if (UPPER) t = fminf(t, 1.f);
+  return t;
+}
+
+// u of a pair: a + ratio b, clamped
+template <bool SYMMETRIC>
+__device__ __forceinline__ float mixed(float a, float b, float ratio) {
+  if (LOWER && UPPER) return SYMMETRIC ? add_sat(a, b) : fma_sat(ratio, b, a);
+  return clamp(SYMMETRIC ? a + b : a + ratio * b);
+}
+
+// What is the same for all threads in a pass: a node, a band of rows of tiles, and the constants of both
+struct Pass {
+  float lam, ratio;                  // t_ij = a_i + ratio a_j
+  float to_t;                        // lam / threshold: a = to_t s
+  float to_logit;                    // scale / q
+  float share;                       // of the loss, of each ordered pair
+  int first_row, last_row;           // of tiles
+  int first_tile, tiles;
+};
+
+// The number of tiles in rows before `row`
+template <bool SYMMETRIC>
+__device__ __forceinline__ int tiles_before(int row) {
+  return SYMMETRIC ? row * B - row * (row - 1) / 2 : row * B;
+}
+
+template <bool SYMMETRIC>
+__device__ __forceinline__ void place(const int* places, int tile, int& I, int& J) {
+  if (SYMMETRIC) {
+    I = places[tile] & 0xffff;
+    J = places[tile] >> 16;
+  } else {
+    I = tile / B;
+    J = tile % B;
+  }
+}
+
+// Makes the loss NaN where a pre-activation is not finite or too large
+__device__ __forceinline__ void convolve(const float4* x, const float* w, float to_t, float* s, float& loss) {
+  for (int k = threadIdx.x; k < C * FILTER_GROUPS * P * B; k += THREADS) {
+    const int c = k % C, m0 = k / C % FILTER_GROUPS * FILTER_GROUP, p = k / (C * FILTER_GROUPS) % P;
+    const int n0 = k / (C * FILTER_GROUPS * P) * T;
+    float sum[FILTER_GROUP][T] = {};
+    bool finite = true;
+#pragma unroll 1
+    for (int d = 0; d < D4; ++d) {
+      float4 xs[T];
+#pragma unroll
+      for (int i = 0; i < T; ++i) xs[i] = __ldg(x + (p * ROWS + n0 + i) * D4 + d);
+#pragma unroll
+      for (int m = 0; m < FILTER_GROUP; ++m) {
+        if (M % FILTER_GROUP && m0 + m >= M) break;
+        const float4 ws = reinterpret_cast<const float4*>(w)[(c * M + m0 + m) * D4 + d];
+#pragma unroll
+        for (int i = 0; i < T; ++i)
+          sum[m][i] = fmaf(ws.w, xs[i].w, fmaf(ws.z, xs[i].z, fmaf(ws.y, xs[i].y, fmaf(ws.x, xs[i].x, sum[m][i]))));
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < FILTER_GROUP; ++m) {
+      if (M % FILTER_GROUP && m0 + m >= M) break;
+#pragma unroll
+      for (int i = 0; i < T; ++i) {
+        const float a = sum[m][i] * to_t;
+        s[(c * F + p * M + m0 + m) * STRIDE + n0 + i] = a;
+        finite &= fabsf(a) < LARGEST;
+      }
+    }
+    if (!finite) loss = nanf("");
+  }
+}
+
+template <bool SYMMETRIC>
+__device__ __forceinline__ void pair_logits(const Pass& pass, const float* s, const int* places, float* logits) {
+  const float ratio_shrunk = pass.ratio * SHRINK;
+  for (int k = threadIdx.x; k < C * pass.tiles; k += THREADS) {
+    const int c = k / pass.tiles, tile = k % pass.tiles;
+    int I, J;
+    place<SYMMETRIC>(places, pass.first_tile + tile, I, J);
+    const float *rows = s + c * F * STRIDE + I * T, *columns = s + c * F * STRIDE + J * T;
+    float sum[T][T] = {};
+#pragma unroll 2
+    for (int f = 0; f < F; ++f) {
+      float a[T], b[T], above[T];
+#pragma unroll
+      for (int i = 0; i < T; ++i) {
+        a[i] = rows[f * STRIDE + i];
+        b[i] = columns[f * STRIDE + i];
+        above[i] = (a[i] - 1.f) * SHRINK;
+      }
+#pragma unroll
+      for (int i = 0; i < T; ++i)
+#pragma unroll
+        for (int j = 0; j < T; ++j) {
+          sum[i][j] = add_power<DEGREE>(sum[i][j], 1.f, mixed<SYMMETRIC>(a[i], b[j], pass.ratio));
+          if (UPPER) sum[i][j] += fma_sat(b[j], SYMMETRIC ? SHRINK : ratio_shrunk, above[i]) * (DEGREE / SHRINK);
+        }
+    }
+    float* out = logits + c * CLASS_STRIDE + tile * TILE_STRIDE;
+#pragma unroll
+    for (int i = 0; i < T; ++i)
+#pragma unroll
+      for (int j = 0; j < T; ++j) out[i * T + j] = sum[i][j] * pass.to_logit;
+  }
+}
+
+// Cross-entropy to lam [c = yi] + (1-lam) [c = yj], times weight; writes weight (softmax - label) over the logits
+__device__ __forceinline__ float cross_entropy(float* logits, int yi, int yj, float lam, float weight) {
+  float top = logits[0], total = 0.f;
+#pragma unroll 4
+  for (int c = 1; c < C; ++c) top = fmaxf(top, logits[c * CLASS_STRIDE]);
+  const bool known = yi >= 0 && yj >= 0;
+  const float below_i = known ? top - logits[yi * CLASS_STRIDE] : nanf("");
+  const float below_j = known ? top - logits[yj * CLASS_STRIDE] : nanf("");
+#pragma unroll 4
+  for (int c = 0; c < C; ++c) {
+    const float e = expf(logits[c * CLASS_STRIDE] - top);
+    logits[c * CLASS_STRIDE] = e;
+    total += e;
+  }
+  const float factor = weight / total, weight_i = lam * weight, weight_j = weight - weight_i;
+#pragma unroll 4
+  for (int c = 0; c < C; ++c)
+    logits[c * CLASS_STRIDE] = logits[c * CLASS_STRIDE] * factor - (c == yi ? weight_i : 0.f) - (c == yj ? weight_j : 0.f);
+  return weight * (logf(total) + lam * below_i + (1.f - lam) * below_j);
+}
+
+// Adds this thread's part of the loss
+template <bool SYMMETRIC>
+__device__ __forceinline__ void pair_softmax(
+    const Pass& pass, const int* target, const int* places, float* logits, float& loss) {
+  for (int k = threadIdx.x; k < pass.tiles * T * T; k += THREADS) {
+    const int tile = k / (T * T), e = k % (T * T);
+    int I, J;
+    place<SYMMETRIC>(places, pass.first_tile + tile, I, J);
+    const int i = I * T + e / T, j = J * T + e % T;
+    float* at = logits + tile * TILE_STRIDE + e;
+    // Symmetric pairs count for both orders in the loss. In D they count once, as the gradient goes to both samples.
+    const bool counts = i < N && j < N && (!SYMMETRIC || i <= j);
+    const float weight = !counts ? 0.f : SYMMETRIC && i == j ? 0.5f * pass.share : pass.share;
+    const float part = cross_entropy(at, target[i], target[j], pass.lam, SYMMETRIC ? 2.f * weight : weight);
+    if (counts) loss += part;
+  }
+}
+
+// Adds the slopes of T x T pairs, weighted by D, to the sums of their rows and of their columns
+template <bool SYMMETRIC>
+__device__ __forceinline__ void add_slopes(
+    const float (&a)[T], const float* column, const float* tile, float ratio, float (&row)[T], float (&col)[T]) {
+  float b[T], d[TILE_STRIDE];
+#pragma unroll
+  for (int v = 0; v < TILE_STRIDE; v += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(tile + v);
+    d[v] = four.x, d[v + 1] = four.y, d[v + 2] = four.z, d[v + 3] = four.w;
+  }
+#pragma unroll
+  for (int j = 0; j < T; ++j) b[j] = column[j];
+#pragma unroll
+  for (int i = 0; i < T; ++i)
+#pragma unroll
+    for (int j = 0; j < T; ++j) {
+      const float u = mixed<SYMMETRIC>(a[i], b[j], ratio);
+      const float dij = DEGREE == 1 && LOWER && !(u > 0.f) ? 0.f : d[i * T + j];
+      row[i] = add_power<DEGREE - 1>(row[i], dij, u);
+      col[j] = add_power<DEGREE - 1>(col[j], dij, u);
+    }
+}
+
+template <bool SYMMETRIC>
+__device__ __forceinline__ void pair_gradient(const Pass& pass, const float* logits, const float* s, float* ds) {
+  for (int k = threadIdx.x; k < CHUNKS * C * F; k += THREADS) {
+    const int feature = k % (C * F), J0 = k / (C * F) * CHUNK_TILES;
+    const float* samples = s + feature * STRIDE;
+    const float* tiles = logits + feature / F * CLASS_STRIDE - pass.first_tile * TILE_STRIDE;
+    float sum[CHUNK_TILES][T] = {};
+#pragma unroll 1
+    for (int I = pass.first_row; I < pass.last_row; ++I) {
+      if (CHUNKS > 1 && SYMMETRIC && I >= J0 + CHUNK_TILES) break;
+      const float* tile = tiles + (tiles_before<SYMMETRIC>(I) - (SYMMETRIC ? I : 0)) * TILE_STRIDE;
+      float a[T], row[T] = {};
+#pragma unroll
+      for (int i = 0; i < T; ++i) a[i] = samples[I * T + i];
+#pragma unroll
+      for (int j = 0; j < CHUNK_TILES; ++j) {
+        const int J = J0 + j;
+        if ((B % CHUNK_TILES == 0 || J < B) && (!SYMMETRIC || J >= I))
+          add_slopes<SYMMETRIC>(a, samples + J * T, tile + J * TILE_STRIDE, pass.ratio, row, sum[j]);
+      }
+      if (CHUNKS > 1) {  // the rows' sums take the other chunks' columns too, those columns' sums are other threads'
+        if (I < J0 || I >= J0 + CHUNK_TILES) continue;
+        for (int J = SYMMETRIC ? J0 + CHUNK_TILES : 0; J < B; ++J) {
+          float others[T] = {};
+          if (J < J0 || J >= J0 + CHUNK_TILES)
+            add_slopes<SYMMETRIC>(a, samples + J * T, tile + J * TILE_STRIDE, pass.ratio, row, others);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < CHUNK_TILES; ++j)
+        if (J0 + j == I)
+#pragma unroll
+          for (int i = 0; i < T; ++i) sum[j][i] += SYMMETRIC ? row[i] : row[i] / pass.ratio;
+    }
+    const float factor = DEGREE * pass.to_logit * pass.to_t * pass.ratio;  // of columns: dt_ij/ds_j = to_t ratio
+#pragma unroll
+    for (int j = 0; j < CHUNK_TILES; ++j)
+      if (B % CHUNK_TILES == 0 || J0 + j < B)
+#pragma unroll
+        for (int i = 0; i < T; ++i) ds[feature * STRIDE + (J0 + j) * T + i] = sum[j][i] * factor;
+  }
+}
+
+__device__ __forceinline__ void sample_logits(const Pass& pass, const float* s, float* logits) {
+  for (int k = threadIdx.x; k < C * N; k += THREADS) {
+    const float* t = s + k / N * F * STRIDE + k % N;
+    float sum = 0.f;
+    for (int f = 0; f < F; ++f) {
+      sum = add_power<DEGREE>(sum, 1.f, clamp(t[f * STRIDE]));
+      if (UPPER) sum += DEGREE * fmaxf(t[f * STRIDE] - 1.f, 0.f);
+    }
+    logits[k] = sum * pass.to_logit;
+  }
+}
+
+__device__ __forceinline__ void sample_softmax(const Pass& pass, const int* target, float* logits, float& loss) {
+  for (int n = threadIdx.x; n < N; n += THREADS) loss += cross_entropy(logits + n, target[n], target[n], 1.f, pass.share);
+}
+
+__device__ __forceinline__ void sample_gradient(const Pass& pass, const float* logits, float* s) {
+  const float factor = DEGREE * pass.to_logit * pass.to_t;
+  for (int k = threadIdx.x; k < C * F * N; k += THREADS) {
+    const int feature = k / N, n = k % N;
+    float& at = s[feature * STRIDE + n];
+    const float u = clamp(at), slope = DEGREE == 1 && LOWER ? u > 0.f : power<DEGREE - 1>(u);
+    at = logits[feature / F * N + n] * slope * factor;
+  }
+}
+
+// dL/dw of each group of patches, (PATCH_GROUPS, W)
+__device__ __forceinline__ void weight_gradient(const float4* x, const float* ds, float* parts) {
+  for (int k = threadIdx.x; k < PATCH_GROUPS * FILTER_GROUPS * C * D4; k += THREADS) {
+    const int d = k % D4, c = k / D4 % C, m0 = k / (D4 * C) % FILTER_GROUPS * FILTER_GROUP;
+    const int group = k / (D4 * C * FILTER_GROUPS);
+    float4 sum[FILTER_GROUP] = {};
+    for (int p = group * GROUP_PATCHES; p < (group + 1) * GROUP_PATCHES && p < P; ++p) {
+#pragma unroll 5
+      for (int n = 0; n < N; ++n) {
+        const float4 xs = __ldg(x + (p * ROWS + n) * D4 + d);
+#pragma unroll
+        for (int m = 0; m < FILTER_GROUP; ++m) {
+          if (M % FILTER_GROUP && m0 + m >= M) break;
+          const float e = ds[(c * F + p * M + m0 + m) * STRIDE + n];
+          sum[m].x += e * xs.x, sum[m].y += e * xs.y, sum[m].z += e * xs.z, sum[m].w += e * xs.w;
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < FILTER_GROUP; ++m) {
+      if (M % FILTER_GROUP && m0 + m >= M) break;
+      reinterpret_cast<float4*>(parts + group * W)[(c * M + m0 + m) * D4 + d] = sum[m];
+    }
+  }
+}
+
+extern __shared__ float4 shared_memory[];
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) gradient_descent(
+    const float4* __restrict__ input,         // (R or 1, P, ROWS, D4), zero where padded
+    const long long* __restrict__ target,     // (R or 1, N)
+    const float* __restrict__ weight_in,      // (R, C, M, PATCH_DIM)
+    const float* __restrict__ momentum_in,    // likewise, unused without momentum
+    float* __restrict__ weight_out,
+    float* __restrict__ momentum_out,
+    float* __restrict__ losses,               // (R, steps)
+    const float* __restrict__ rates,          // lr, of any strides over runs and steps
+    const float* __restrict__ nodes,          // (NUM_NODES, 3): lam, ratio, weight
+    long long input_stride, long long target_stride, long long rate_run_stride, long long rate_step_stride,
+    int steps, float threshold, float scale, float momentum, float weight_decay) {
+  float* shared = reinterpret_cast<float*>(shared_memory);
+  float *logits = shared, *parts = shared, *w = shared + FILTERS_OFFSET, *velocity = shared + MOMENTUM_OFFSET;
+  float *grad = shared + GRAD_OFFSET, *loss_parts = shared + LOSS_OFFSET, *s = shared + S_OFFSET;
+  float* ds = shared + DS_OFFSET;
+  int *y = reinterpret_cast<int*>(shared + TARGET_OFFSET), *places = reinterpret_cast<int*>(shared + PLACES_OFFSET);
+
+  const int thread = threadIdx.x;
+  const long long run = blockIdx.x, first_weight = run * (C * M * PATCH_DIM);
+  const float4* x = input + run * input_stride;
+  for (int k = thread; k < W; k += THREADS) {
+    const bool inside = k % D < PATCH_DIM;
+    const long long at = first_weight + k / D * PATCH_DIM + k % D;
+    w[k] = inside ? weight_in[at] : 0.f;
+    if (MOMENTUM) velocity[k] = inside ? momentum_in[at] : 0.f;
+  }
+  for (int n = thread; n < ROWS; n += THREADS) {
+    const long long label = n < N ? target[run * target_stride + n] : 0;
+    y[n] = label >= 0 && label < C ? int(label) : -1;
+  }
+  if (HALF)
+    for (int I = thread; I < B; I += THREADS)
+      for (int J = I; J < B; ++J) places[tiles_before<true>(I) + J - I] = I | J << 16;
+  __syncthreads();
+
+  for (int step = 0; step < steps; ++step) {
+    for (int node = 0; node < NUM_NODES; ++node) {
+      const bool symmetric = HALF && (NUM_NODES == 1 || node == 0);
+      Pass pass;
+      pass.lam = nodes[3 * node];
+      pass.ratio = nodes[3 * node + 1];
+      pass.share = nodes[3 * node + 2] / (ERM ? float(N) : float(N) * float(N));
+      pass.to_t = pass.lam / threshold;
+      pass.to_logit = scale / DEGREE;
+      for (pass.first_row = 0; pass.first_row < B; pass.first_row = pass.last_row) {
+        pass.first_tile = symmetric ? tiles_before<true>(pass.first_row) : tiles_before<false>(pass.first_row);
+        pass.last_row = B, pass.tiles = symmetric ? B * (B + 1) / 2 : B * B;
+        if (!ONE_PASS) {
+          pass.last_row = pass.first_row, pass.tiles = 0;
+          for (int more; pass.last_row < B; ++pass.last_row, pass.tiles += more) {
+            more = symmetric ? B - pass.last_row : B;
+            if (pass.tiles + more > BAND_TILES) break;
+          }
+        }
+        const bool last_pass = ONE_PASS || (node == NUM_NODES - 1 && pass.last_row == B);
+
+        if (ONE_PASS || (node == 0 && pass.first_row == 0)) loss_parts[thread] = 0.f;
+        convolve(x, w, pass.to_t, s, loss_parts[thread]);
+        __syncthreads();
+        if constexpr (ERM) {
+          sample_logits(pass, s, logits);
+          __syncthreads();
+          sample_softmax(pass, y, logits, loss_parts[thread]);
+          __syncthreads();
+          sample_gradient(pass, logits, s);
+        } else if (symmetric) {
+          pair_logits<true>(pass, s, places, logits);
+          __syncthreads();
+          pair_softmax<true>(pass, y, places, logits, loss_parts[thread]);
+          __syncthreads();
+          pair_gradient<true>(pass, logits, s, ds);
+        } else {
+          pair_logits<false>(pass, s, places, logits);
+          __syncthreads();
+          pair_softmax<false>(pass, y, places, logits, loss_parts[thread]);
+          __syncthreads();
+          pair_gradient<false>(pass, logits, s, ds);
+        }
+        __syncthreads();
+        weight_gradient(x, ds, parts);
+        if (last_pass && thread >= THREADS - 32) {  // the last warp often has nothing else to do here
+          float total = 0.f;
+          for (int k = thread - (THREADS - 32); k < THREADS; k += 32) total += loss_parts[k];
+          loss_parts[thread - (THREADS - 32)] = total;
+        }
+        __syncthreads();
+
+        float total_loss = 0.f, rate = 0.f;
+        if (last_pass) {
+#pragma unroll
+          for (int k = 0; k < 32; ++k) total_loss += loss_parts[k];
+          rate = rates[run * rate_run_stride + step * rate_step_stride] + 0.f * total_loss;  // NaN spreads to all weights
+        }
+        for (int k = thread; k < W; k += THREADS) {
+          float total = !ONE_PASS && !(node == 0 && pass.first_row == 0) ? grad[k] : 0.f;
+#pragma unroll
+          for (int group = 0; group < PATCH_GROUPS; ++group) total += parts[group * W + k];
+          if (last_pass) {
+            total += weight_decay * w[k];
+            if (MOMENTUM) velocity[k] = total += momentum * velocity[k];
+            w[k] -= rate * total;
+          } else {
+            grad[k] = total;
+          }
+        }
+        if (last_pass && thread == 0) losses[run * steps + step] = total_loss;
+        __syncthreads();
+      }
+    }
+  }
+  for (int k = thread; k < W; k += THREADS) {
+    if (k % D >= PATCH_DIM) continue;
+    const long long at = first_weight + k / D * PATCH_DIM + k % D;
+    weight_out[at] = w[k];
+    if (MOMENTUM) momentum_out[at] = velocity[k];
+  }
+}
