@@ -365,6 +365,10 @@ __device__ __forceinline__ void weight_gradient(const float4* x, const float* ds
   }
 }
 
+struct Nodes {
+  float lam[NUM_NODES], ratio[NUM_NODES], weight[NUM_NODES];
+};
+
 extern __shared__ float4 shared_memory[];
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) gradient_descent(
@@ -376,9 +380,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gradient_descent(
     float* __restrict__ momentum_out,
     float* __restrict__ losses,               // (R, steps)
     const float* __restrict__ rates,          // lr, of any strides over runs and steps
-    const float* __restrict__ nodes,          // (NUM_NODES, 3): lam, ratio, weight
     long long input_stride, long long target_stride, long long rate_run_stride, long long rate_step_stride,
-    int steps, float threshold, float scale, float momentum, float weight_decay) {
+    long long steps, float threshold, float scale, float momentum, float weight_decay, Nodes nodes) {
   float* shared = reinterpret_cast<float*>(shared_memory);
   float *logits = shared, *parts = shared, *w = shared + FILTERS_OFFSET, *velocity = shared + MOMENTUM_OFFSET;
   float *grad = shared + GRAD_OFFSET, *loss_parts = shared + LOSS_OFFSET, *s = shared + S_OFFSET;
@@ -403,13 +406,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gradient_descent(
       for (int J = I; J < B; ++J) places[tiles_before<true>(I) + J - I] = I | J << 16;
   __syncthreads();
 
-  for (int step = 0; step < steps; ++step) {
+  for (long long step = 0; step < steps; ++step) {
     for (int node = 0; node < NUM_NODES; ++node) {
       const bool symmetric = HALF && (NUM_NODES == 1 || node == 0);
       Pass pass;
-      pass.lam = nodes[3 * node];
-      pass.ratio = nodes[3 * node + 1];
-      pass.share = nodes[3 * node + 2] / (ERM ? float(N) : float(N) * float(N));
+      pass.lam = nodes.lam[node];
+      pass.ratio = nodes.ratio[node];
+      pass.share = nodes.weight[node] / (ERM ? float(N) : float(N) * float(N));
       pass.to_t = pass.lam / threshold;
       pass.to_logit = scale / DEGREE;
       for (pass.first_row = 0; pass.first_row < B; pass.first_row = pass.last_row) {
@@ -463,7 +466,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gradient_descent(
         }
         for (int k = thread; k < W; k += THREADS) {
           float total = !ONE_PASS && !(node == 0 && pass.first_row == 0) ? grad[k] : 0.f;
-#pragma unroll
+#pragma unroll 12
           for (int group = 0; group < PATCH_GROUPS; ++group) total += parts[group * W + k];
           if (last_pass) {
             total += weight_decay * w[k];
