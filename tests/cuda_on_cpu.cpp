@@ -29,12 +29,14 @@ struct float4 {
 struct Index {
   int x;
 };
-static Index threadIdx, blockIdx;
+static Index blockIdx;
+static int thread;  // that runs
 
 template <class Value>
 Value __ldg(const Value* address) {
   return *address;
 }
+inline int thread_index() { return thread; }
 inline float saturated(float t) { return t > 0.f ? (t < 1.f ? t : 1.f) : 0.f; }  // of NaN 0, as on a GPU
 inline float add_sat(float a, float b) { return saturated(a + b); }
 inline float fma_sat(float a, float b, float c) { return saturated(fmaf(a, b, c)); }
@@ -44,7 +46,7 @@ static std::vector<ucontext_t> fibers;
 static std::vector<char> finished;
 static void** arguments;
 
-inline void __syncthreads() { swapcontext(&fibers[threadIdx.x], &scheduler); }
+inline void __syncthreads() { swapcontext(&fibers[thread], &scheduler); }
 
 #include KERNEL_FILE
 
@@ -62,7 +64,7 @@ static void call(void (*kernel)(Parameters...)) {
 
 static void fiber() {
   call(KERNEL);
-  finished[threadIdx.x] = 1;
+  finished[thread] = 1;
 }
 
 // Returns 0; 1 if threads of a block end while others wait at a barrier; 2 if it wrote beyond shared memory.
@@ -87,7 +89,7 @@ extern "C" int run(void** addresses, int blocks, int threads, unsigned seed) {
     for (int ended = 0; ended < threads;) {
       std::shuffle(order.begin(), order.end(), random);
       for (const int t : order) {
-        threadIdx.x = t;
+        thread = t;
         swapcontext(&scheduler, &fibers[t]);
       }
       ended = std::accumulate(finished.begin(), finished.end(), 0);

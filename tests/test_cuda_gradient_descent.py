@@ -99,7 +99,12 @@ def problem(num_runs, num_samples, num_patches, patch_dim, num_classes, filters,
     return x, w, torch.randint(num_classes, x.shape[:2])
 
 
-OBJECTIVES = {"erm": (None, None), "midpoint": ([0.5], [1.0]), "nodes": UNIFORM, "odd": ([0.9, 0.5, 0.1], [0.3, 0.4, 0.3])}
+OBJECTIVES = {
+    "erm": (None, None),
+    "midpoint": ([0.5], [1.0]),
+    "nodes": UNIFORM,
+    "odd": ([0.9, 0.5, 0.1], [0.3, 0.4, 0.3]),
+}
 ACTIVATIONS = [PolyReLU(8, 0.3), PolyReLU(3, 0.3, clamp=False), PowerReLU(3), Power(2), Power(5), ReLU(), Identity()]
 
 

@@ -36,8 +36,8 @@ class Launch(NamedTuple):
 
     Attributes:
         constants: macros the kernel is compiled with.
-        arguments: a tensor is passed as its address (None as null), an int as ``long long``, a float as ``float``, a
-            tuple of floats by value. The first is a tensor, whose device is launched on.
+        arguments: a tensor is passed as its address (None as null), an int as ``long long``, a float as ``float``, bytes
+            as a structure by value. The first is a tensor, whose device is launched on.
     """
 
     kernel: str
@@ -45,18 +45,18 @@ class Launch(NamedTuple):
     blocks: int
     threads: int
     shared_bytes: int
-    arguments: tuple[Tensor | None | int | float | tuple[float, ...], ...]
+    arguments: tuple[Tensor | None | int | float | bytes, ...]
 
     def parameters(self) -> list[Any]:
         """The arguments as ctypes' objects, whose addresses a launch is given."""
         return [_parameter(argument) for argument in self.arguments]
 
 
-def _parameter(argument: Tensor | None | int | float | tuple[float, ...]) -> Any:
+def _parameter(argument: Tensor | None | int | float | bytes) -> Any:
     if argument is None or isinstance(argument, Tensor):
         return ctypes.c_void_p(None if argument is None else argument.data_ptr())
-    if isinstance(argument, tuple):
-        return (ctypes.c_float * len(argument))(*argument)
+    if isinstance(argument, bytes):
+        return ctypes.create_string_buffer(argument, len(argument))
     return ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_float(argument)
 
 
@@ -160,8 +160,17 @@ def run(launch: Launch) -> None:
         stream = torch.cuda.current_stream(device).cuda_stream
         _checked(
             driver.cuLaunchKernel(
-                function, launch.blocks, 1, 1, launch.threads, 1, 1, launch.shared_bytes, stream,
-                ctypes.addressof(addresses), 0,
+                function,
+                launch.blocks,
+                1,
+                1,
+                launch.threads,
+                1,
+                1,
+                launch.shared_bytes,
+                stream,
+                ctypes.addressof(addresses),
+                0,
             )  # fmt: skip
         )
 
@@ -212,7 +221,9 @@ def _architecture(capability: int) -> int:
     fitting = [one for one in known if one // 10 == capability // 10 and one <= capability]
     if not fitting:
         version = ".".join(map(str, _nvrtc_version()))
-        raise CompileError(f"NVRTC {version} does not compile for sm_{capability}; it knows {', '.join(map(str, known))}")
+        raise CompileError(
+            f"NVRTC {version} does not compile for sm_{capability}; it knows {', '.join(map(str, known))}"
+        )
     return max(fitting)
 
 

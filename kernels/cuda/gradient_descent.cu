@@ -22,8 +22,8 @@
 // does one with a target out of range. Clamps hide NaN, hence the explicit `poison`.
 //
 // Macros: the sizes NUM_SAMPLES, NUM_PATCHES, PATCH_DIM, NUM_CLASSES, FILTERS_PER_CLASS; the activation DEGREE, LOWER,
-// UPPER; the objective ERM, or HALF (node 0 is lam = 1/2) and NUM_NODES; MOMENTUM (0, 1); the layout TILE, THREADS,
-// BAND_TILES, CHUNK_TILES, FILTER_GROUP, PATCH_GROUPS, SHARED_FLOATS, chosen by gradient_descent.py.
+// UPPER; ERM (0, 1) and MOMENTUM (0, 1); NUM_PASSES, of which the first SYMMETRIC_PASSES are at lam = 1/2; the layout TILE,
+// THREADS, BAND_TILES, CHUNK_TILES, FILTER_GROUP, PATCH_GROUPS, SHARED_FLOATS, chosen by gradient_descent.py.
 
 constexpr int N = NUM_SAMPLES, P = NUM_PATCHES, C = NUM_CLASSES, M = FILTERS_PER_CLASS, F = P * M, T = TILE;
 constexpr int B = (N + T - 1) / T;                       // tiles along a side
@@ -36,7 +36,6 @@ constexpr int CLASS_STRIDE = ERM ? N : BAND_TILES * TILE_STRIDE;  // of a class'
 constexpr int CHUNKS = (B + CHUNK_TILES - 1) / CHUNK_TILES;
 constexpr int FILTER_GROUPS = (M + FILTER_GROUP - 1) / FILTER_GROUP;
 constexpr int GROUP_PATCHES = (P + PATCH_GROUPS - 1) / PATCH_GROUPS;
-constexpr bool ONE_PASS = ERM || (NUM_NODES == 1 && BAND_TILES >= (HALF ? B * (B + 1) / 2 : B * B));
 
 __device__ constexpr int round_up(int size) { return (size + 3) / 4 * 4; }
 constexpr int LOGITS_SIZE = C * CLASS_STRIDE > PATCH_GROUPS * W ? round_up(C * CLASS_STRIDE) : PATCH_GROUPS * W;
@@ -44,12 +43,12 @@ constexpr int S_SIZE = round_up(C * F * STRIDE);
 constexpr int FILTERS_OFFSET = LOGITS_SIZE;
 constexpr int MOMENTUM_OFFSET = FILTERS_OFFSET + W;
 constexpr int GRAD_OFFSET = MOMENTUM_OFFSET + (MOMENTUM ? W : 0);
-constexpr int LOSS_OFFSET = GRAD_OFFSET + (ONE_PASS ? 0 : W);
+constexpr int LOSS_OFFSET = GRAD_OFFSET + (NUM_PASSES > 1 ? W : 0);
 constexpr int S_OFFSET = LOSS_OFFSET + THREADS;
 constexpr int DS_OFFSET = CHUNKS > 1 ? S_OFFSET + S_SIZE : S_OFFSET;
 constexpr int TARGET_OFFSET = DS_OFFSET + S_SIZE;
 constexpr int PLACES_OFFSET = TARGET_OFFSET + round_up(ROWS);
-static_assert(PLACES_OFFSET + (HALF ? B * (B + 1) / 2 : 0) == SHARED_FLOATS, "the host counts shared memory differently");
+static_assert(PLACES_OFFSET + (SYMMETRIC_PASSES ? B * (B + 1) / 2 : 0) == SHARED_FLOATS, "the host counts shared memory differently");
 static_assert(ERM || BAND_TILES >= B, "a band holds a row of tiles");
 static_assert(THREADS % 32 == 0 && PATCH_GROUPS <= P, "layout");
 
@@ -57,6 +56,12 @@ static_assert(THREADS % 32 == 0 && PATCH_GROUPS <= P, "layout");
 constexpr float SHRINK = 0x1p-100f, LARGEST = 0x1p96f;
 
 #ifdef __CUDACC__
+// Volatile, or the compiler would compute the indices of all phases before the first step and keep them in registers
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 // __saturatef(a + b) is two instructions, these are one
 __device__ __forceinline__ float add_sat(float a, float b) {
   float sum;
@@ -69,6 +74,17 @@ __device__ __forceinline__ float fma_sat(float a, float b, float c) {
   return sum;
 }
 #endif
+
+// Calls task(0) to task(TASKS - 1), a thread each
+template <int TASKS, class Task>
+__device__ __forceinline__ void share_out(Task task) {
+  if constexpr (TASKS <= THREADS) {  // the compiler does not see by itself that this is no loop
+    const int k = thread_index();
+    if (k < TASKS) task(k);
+  } else {
+    for (int k = thread_index(); k < TASKS; k += THREADS) task(k);
+  }
+}
 
 // u^E with few products
 template <int E>
@@ -112,14 +128,17 @@ __device__ __forceinline__ float mixed(float a, float b, float ratio) {
   return clamp(SYMMETRIC ? a + b : a + ratio * b);
 }
 
-// What is the same for all threads in a pass: a node, a band of rows of tiles, and the constants of both
+// A node and a band of rows of tiles
 struct Pass {
-  float lam, ratio;                  // t_ij = a_i + ratio a_j
-  float to_t;                        // lam / threshold: a = to_t s
-  float to_logit;                    // scale / q
-  float share;                       // of the loss, of each ordered pair
-  int first_row, last_row;           // of tiles
+  float lam;
+  float ratio;                    // (1-lam) / lam: t_ij = a_i + ratio a_j
+  float to_t;                     // lam / threshold: a = to_t s
+  float share;                    // of the loss, for each ordered pair
+  int first_row, last_row;        // of tiles, the last one excluded
   int first_tile, tiles;
+};
+struct Passes {
+  Pass all[NUM_PASSES];
 };
 
 // The number of tiles in rows before `row`
@@ -141,7 +160,7 @@ __device__ __forceinline__ void place(const int* places, int tile, int& I, int& 
 
 // Makes the loss NaN where a pre-activation is not finite or too large
 __device__ __forceinline__ void convolve(const float4* x, const float* w, float to_t, float* s, float& loss) {
-  for (int k = threadIdx.x; k < C * FILTER_GROUPS * P * B; k += THREADS) {
+  share_out<C * FILTER_GROUPS * P * B>([&](int k) {
     const int c = k % C, m0 = k / C % FILTER_GROUPS * FILTER_GROUP, p = k / (C * FILTER_GROUPS) % P;
     const int n0 = k / (C * FILTER_GROUPS * P) * T;
     float sum[FILTER_GROUP][T] = {};
@@ -171,13 +190,14 @@ __device__ __forceinline__ void convolve(const float4* x, const float* w, float 
       }
     }
     if (!finite) loss = nanf("");
-  }
+  });
 }
 
 template <bool SYMMETRIC>
-__device__ __forceinline__ void pair_logits(const Pass& pass, const float* s, const int* places, float* logits) {
+__device__ __forceinline__ void pair_logits(
+    const Pass& pass, const float* s, const int* places, float to_logit, float* logits) {
   const float ratio_shrunk = pass.ratio * SHRINK;
-  for (int k = threadIdx.x; k < C * pass.tiles; k += THREADS) {
+  for (int k = thread_index(); k < C * pass.tiles; k += THREADS) {
     const int c = k / pass.tiles, tile = k % pass.tiles;
     int I, J;
     place<SYMMETRIC>(places, pass.first_tile + tile, I, J);
@@ -204,7 +224,7 @@ __device__ __forceinline__ void pair_logits(const Pass& pass, const float* s, co
 #pragma unroll
     for (int i = 0; i < T; ++i)
 #pragma unroll
-      for (int j = 0; j < T; ++j) out[i * T + j] = sum[i][j] * pass.to_logit;
+      for (int j = 0; j < T; ++j) out[i * T + j] = sum[i][j] * to_logit;
   }
 }
 
@@ -233,7 +253,7 @@ __device__ __forceinline__ float cross_entropy(float* logits, int yi, int yj, fl
 template <bool SYMMETRIC>
 __device__ __forceinline__ void pair_softmax(
     const Pass& pass, const int* target, const int* places, float* logits, float& loss) {
-  for (int k = threadIdx.x; k < pass.tiles * T * T; k += THREADS) {
+  for (int k = thread_index(); k < pass.tiles * T * T; k += THREADS) {
     const int tile = k / (T * T), e = k % (T * T);
     int I, J;
     place<SYMMETRIC>(places, pass.first_tile + tile, I, J);
@@ -271,23 +291,26 @@ __device__ __forceinline__ void add_slopes(
 }
 
 template <bool SYMMETRIC>
-__device__ __forceinline__ void pair_gradient(const Pass& pass, const float* logits, const float* s, float* ds) {
-  for (int k = threadIdx.x; k < CHUNKS * C * F; k += THREADS) {
+__device__ __forceinline__ void pair_gradient(
+    const Pass& pass, const float* logits, const float* s, float scale, float* ds) {
+  share_out<CHUNKS * C * F>([&](int k) {
     const int feature = k % (C * F), J0 = k / (C * F) * CHUNK_TILES;
     const float* samples = s + feature * STRIDE;
-    const float* tiles = logits + feature / F * CLASS_STRIDE - pass.first_tile * TILE_STRIDE;
+    const float* tiles = logits + feature / F * CLASS_STRIDE;
     float sum[CHUNK_TILES][T] = {};
 #pragma unroll 1
     for (int I = pass.first_row; I < pass.last_row; ++I) {
       if (CHUNKS > 1 && SYMMETRIC && I >= J0 + CHUNK_TILES) break;
-      const float* tile = tiles + (tiles_before<SYMMETRIC>(I) - (SYMMETRIC ? I : 0)) * TILE_STRIDE;
+      const int row_tile = tiles_before<SYMMETRIC>(I) - (SYMMETRIC ? I : 0) - pass.first_tile;
+      const float* tile = tiles + row_tile * TILE_STRIDE;
       float a[T], row[T] = {};
 #pragma unroll
       for (int i = 0; i < T; ++i) a[i] = samples[I * T + i];
 #pragma unroll
       for (int j = 0; j < CHUNK_TILES; ++j) {
         const int J = J0 + j;
-        if ((B % CHUNK_TILES == 0 || J < B) && (!SYMMETRIC || J >= I))
+        // the second condition, always true, keeps the compiler from loading many tiles ahead, which would spill
+        if ((B % CHUNK_TILES == 0 || J < B) && (SYMMETRIC ? J >= I : row_tile + J < pass.tiles))
           add_slopes<SYMMETRIC>(a, samples + J * T, tile + J * TILE_STRIDE, pass.ratio, row, sum[j]);
       }
       if (CHUNKS > 1) {  // the rows' sums take the other chunks' columns too, those columns' sums are other threads'
@@ -304,44 +327,44 @@ __device__ __forceinline__ void pair_gradient(const Pass& pass, const float* log
 #pragma unroll
           for (int i = 0; i < T; ++i) sum[j][i] += SYMMETRIC ? row[i] : row[i] / pass.ratio;
     }
-    const float factor = DEGREE * pass.to_logit * pass.to_t * pass.ratio;  // of columns: dt_ij/ds_j = to_t ratio
+    const float factor = scale * pass.to_t * pass.ratio;  // of columns: dt_ij/ds_j = to_t ratio
 #pragma unroll
     for (int j = 0; j < CHUNK_TILES; ++j)
       if (B % CHUNK_TILES == 0 || J0 + j < B)
 #pragma unroll
         for (int i = 0; i < T; ++i) ds[feature * STRIDE + (J0 + j) * T + i] = sum[j][i] * factor;
-  }
+  });
 }
 
-__device__ __forceinline__ void sample_logits(const Pass& pass, const float* s, float* logits) {
-  for (int k = threadIdx.x; k < C * N; k += THREADS) {
+__device__ __forceinline__ void sample_logits(const float* s, float to_logit, float* logits) {
+  share_out<C * N>([&](int k) {
     const float* t = s + k / N * F * STRIDE + k % N;
     float sum = 0.f;
     for (int f = 0; f < F; ++f) {
       sum = add_power<DEGREE>(sum, 1.f, clamp(t[f * STRIDE]));
       if (UPPER) sum += DEGREE * fmaxf(t[f * STRIDE] - 1.f, 0.f);
     }
-    logits[k] = sum * pass.to_logit;
-  }
+    logits[k] = sum * to_logit;
+  });
 }
 
 __device__ __forceinline__ void sample_softmax(const Pass& pass, const int* target, float* logits, float& loss) {
-  for (int n = threadIdx.x; n < N; n += THREADS) loss += cross_entropy(logits + n, target[n], target[n], 1.f, pass.share);
+  for (int n = thread_index(); n < N; n += THREADS) loss += cross_entropy(logits + n, target[n], target[n], 1.f, pass.share);
 }
 
-__device__ __forceinline__ void sample_gradient(const Pass& pass, const float* logits, float* s) {
-  const float factor = DEGREE * pass.to_logit * pass.to_t;
-  for (int k = threadIdx.x; k < C * F * N; k += THREADS) {
+__device__ __forceinline__ void sample_gradient(const Pass& pass, const float* logits, float scale, float* s) {
+  const float factor = scale * pass.to_t;
+  share_out<C * F * N>([&](int k) {
     const int feature = k / N, n = k % N;
     float& at = s[feature * STRIDE + n];
     const float u = clamp(at), slope = DEGREE == 1 && LOWER ? u > 0.f : power<DEGREE - 1>(u);
     at = logits[feature / F * N + n] * slope * factor;
-  }
+  });
 }
 
 // dL/dw of each group of patches, (PATCH_GROUPS, W)
 __device__ __forceinline__ void weight_gradient(const float4* x, const float* ds, float* parts) {
-  for (int k = threadIdx.x; k < PATCH_GROUPS * FILTER_GROUPS * C * D4; k += THREADS) {
+  share_out<PATCH_GROUPS * FILTER_GROUPS * C * D4>([&](int k) {
     const int d = k % D4, c = k / D4 % C, m0 = k / (D4 * C) % FILTER_GROUPS * FILTER_GROUP;
     const int group = k / (D4 * C * FILTER_GROUPS);
     float4 sum[FILTER_GROUP] = {};
@@ -362,12 +385,8 @@ __device__ __forceinline__ void weight_gradient(const float4* x, const float* ds
       if (M % FILTER_GROUP && m0 + m >= M) break;
       reinterpret_cast<float4*>(parts + group * W)[(c * M + m0 + m) * D4 + d] = sum[m];
     }
-  }
+  });
 }
-
-struct Nodes {
-  float lam[NUM_NODES], ratio[NUM_NODES], weight[NUM_NODES];
-};
 
 extern __shared__ float4 shared_memory[];
 
@@ -381,110 +400,93 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gradient_descent(
     float* __restrict__ losses,               // (R, steps)
     const float* __restrict__ rates,          // lr, of any strides over runs and steps
     long long input_stride, long long target_stride, long long rate_run_stride, long long rate_step_stride,
-    long long steps, float threshold, float scale, float momentum, float weight_decay, Nodes nodes) {
+    long long steps, float scale, float momentum, float weight_decay, Passes passes) {
   float* shared = reinterpret_cast<float*>(shared_memory);
   float *logits = shared, *parts = shared, *w = shared + FILTERS_OFFSET, *velocity = shared + MOMENTUM_OFFSET;
-  float *grad = shared + GRAD_OFFSET, *loss_parts = shared + LOSS_OFFSET, *s = shared + S_OFFSET;
+  float *grad = shared + GRAD_OFFSET, *loss = shared + LOSS_OFFSET, *s = shared + S_OFFSET;
   float* ds = shared + DS_OFFSET;
   int *y = reinterpret_cast<int*>(shared + TARGET_OFFSET), *places = reinterpret_cast<int*>(shared + PLACES_OFFSET);
 
-  const int thread = threadIdx.x;
   const long long run = blockIdx.x, first_weight = run * (C * M * PATCH_DIM);
   const float4* x = input + run * input_stride;
-  for (int k = thread; k < W; k += THREADS) {
+  share_out<W>([&](int k) {
     const bool inside = k % D < PATCH_DIM;
     const long long at = first_weight + k / D * PATCH_DIM + k % D;
     w[k] = inside ? weight_in[at] : 0.f;
     if (MOMENTUM) velocity[k] = inside ? momentum_in[at] : 0.f;
-  }
-  for (int n = thread; n < ROWS; n += THREADS) {
+  });
+  share_out<ROWS>([&](int n) {
     const long long label = n < N ? target[run * target_stride + n] : 0;
     y[n] = label >= 0 && label < C ? int(label) : -1;
-  }
-  if (HALF)
-    for (int I = thread; I < B; I += THREADS)
-      for (int J = I; J < B; ++J) places[tiles_before<true>(I) + J - I] = I | J << 16;
+  });
+  share_out<SYMMETRIC_PASSES ? B : 0>([&](int I) {
+    for (int J = I; J < B; ++J) places[tiles_before<true>(I) + J - I] = I | J << 16;
+  });
   __syncthreads();
 
-  for (long long step = 0; step < steps; ++step) {
-    for (int node = 0; node < NUM_NODES; ++node) {
-      const bool symmetric = HALF && (NUM_NODES == 1 || node == 0);
-      Pass pass;
-      pass.lam = nodes.lam[node];
-      pass.ratio = nodes.ratio[node];
-      pass.share = nodes.weight[node] / (ERM ? float(N) : float(N) * float(N));
-      pass.to_t = pass.lam / threshold;
-      pass.to_logit = scale / DEGREE;
-      for (pass.first_row = 0; pass.first_row < B; pass.first_row = pass.last_row) {
-        pass.first_tile = symmetric ? tiles_before<true>(pass.first_row) : tiles_before<false>(pass.first_row);
-        pass.last_row = B, pass.tiles = symmetric ? B * (B + 1) / 2 : B * B;
-        if (!ONE_PASS) {
-          pass.last_row = pass.first_row, pass.tiles = 0;
-          for (int more; pass.last_row < B; ++pass.last_row, pass.tiles += more) {
-            more = symmetric ? B - pass.last_row : B;
-            if (pass.tiles + more > BAND_TILES) break;
-          }
-        }
-        const bool last_pass = ONE_PASS || (node == NUM_NODES - 1 && pass.last_row == B);
+  for (int step = 0; step < int(steps); ++step) {
+    for (int k = 0; k < NUM_PASSES; ++k) {
+      const Pass& pass = passes.all[k];
+      const bool first_pass = k == 0, last_pass = k == NUM_PASSES - 1;
 
-        if (ONE_PASS || (node == 0 && pass.first_row == 0)) loss_parts[thread] = 0.f;
-        convolve(x, w, pass.to_t, s, loss_parts[thread]);
+      if (first_pass) loss[thread_index()] = 0.f;
+      convolve(x, w, pass.to_t, s, loss[thread_index()]);
+      __syncthreads();
+      if constexpr (ERM) {
+        sample_logits(s, scale / DEGREE, logits);
         __syncthreads();
-        if constexpr (ERM) {
-          sample_logits(pass, s, logits);
-          __syncthreads();
-          sample_softmax(pass, y, logits, loss_parts[thread]);
-          __syncthreads();
-          sample_gradient(pass, logits, s);
-        } else if (symmetric) {
-          pair_logits<true>(pass, s, places, logits);
-          __syncthreads();
-          pair_softmax<true>(pass, y, places, logits, loss_parts[thread]);
-          __syncthreads();
-          pair_gradient<true>(pass, logits, s, ds);
-        } else {
-          pair_logits<false>(pass, s, places, logits);
-          __syncthreads();
-          pair_softmax<false>(pass, y, places, logits, loss_parts[thread]);
-          __syncthreads();
-          pair_gradient<false>(pass, logits, s, ds);
-        }
+        sample_softmax(pass, y, logits, loss[thread_index()]);
         __syncthreads();
-        weight_gradient(x, ds, parts);
-        if (last_pass && thread >= THREADS - 32) {  // the last warp often has nothing else to do here
-          float total = 0.f;
-          for (int k = thread - (THREADS - 32); k < THREADS; k += 32) total += loss_parts[k];
-          loss_parts[thread - (THREADS - 32)] = total;
-        }
+        sample_gradient(pass, logits, scale, s);
+      } else if (k < SYMMETRIC_PASSES) {
+        pair_logits<true>(pass, s, places, scale / DEGREE, logits);
         __syncthreads();
-
-        float total_loss = 0.f, rate = 0.f;
-        if (last_pass) {
-#pragma unroll
-          for (int k = 0; k < 32; ++k) total_loss += loss_parts[k];
-          rate = rates[run * rate_run_stride + step * rate_step_stride] + 0.f * total_loss;  // NaN spreads to all weights
-        }
-        for (int k = thread; k < W; k += THREADS) {
-          float total = !ONE_PASS && !(node == 0 && pass.first_row == 0) ? grad[k] : 0.f;
-#pragma unroll 12
-          for (int group = 0; group < PATCH_GROUPS; ++group) total += parts[group * W + k];
-          if (last_pass) {
-            total += weight_decay * w[k];
-            if (MOMENTUM) velocity[k] = total += momentum * velocity[k];
-            w[k] -= rate * total;
-          } else {
-            grad[k] = total;
-          }
-        }
-        if (last_pass && thread == 0) losses[run * steps + step] = total_loss;
+        pair_softmax<true>(pass, y, places, logits, loss[thread_index()]);
         __syncthreads();
+        pair_gradient<true>(pass, logits, s, scale, ds);
+      } else {
+        pair_logits<false>(pass, s, places, scale / DEGREE, logits);
+        __syncthreads();
+        pair_softmax<false>(pass, y, places, logits, loss[thread_index()]);
+        __syncthreads();
+        pair_gradient<false>(pass, logits, s, scale, ds);
       }
+      __syncthreads();
+      weight_gradient(x, ds, parts);
+      const int lane = thread_index() - (THREADS - 32);
+      if (last_pass && lane >= 0) {  // the last warp often has nothing else to do here
+        float total = 0.f;
+        for (int t = lane; t < THREADS; t += 32) total += loss[t];
+        loss[lane] = total;
+      }
+      __syncthreads();
+
+      float total_loss = 0.f, rate = 0.f;
+      if (last_pass) {
+#pragma unroll
+        for (int t = 0; t < 32; ++t) total_loss += loss[t];
+        rate = rates[run * rate_run_stride + step * rate_step_stride] + 0.f * total_loss;  // NaN spreads to all weights
+        if (thread_index() == 0) losses[run * steps + step] = total_loss;
+      }
+      share_out<W>([&](int at) {
+        float total = first_pass ? 0.f : grad[at];
+#pragma unroll 12
+        for (int group = 0; group < PATCH_GROUPS; ++group) total += parts[group * W + at];
+        if (last_pass) {
+          total += weight_decay * w[at];
+          if (MOMENTUM) velocity[at] = total += momentum * velocity[at];
+          w[at] -= rate * total;
+        } else {
+          grad[at] = total;
+        }
+      });
+      __syncthreads();
     }
   }
-  for (int k = thread; k < W; k += THREADS) {
-    if (k % D >= PATCH_DIM) continue;
+  share_out<W>([&](int k) {
+    if (k % D >= PATCH_DIM) return;
     const long long at = first_weight + k / D * PATCH_DIM + k % D;
     weight_out[at] = w[k];
     if (MOMENTUM) momentum_out[at] = velocity[k];
-  }
+  });
 }

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -39,20 +40,24 @@ class Problem(NamedTuple):
     momentum: bool
 
     @property
-    def half(self) -> bool:
-        """Whether pairs are symmetric at the first node."""
-        return self.nodes is not None and self.nodes[0] == 0.5
-
-    @property
     def weights(self) -> int:
         """Floats of all filters, each padded to a multiple of four."""
         return self.num_classes * self.filters_per_class * _round_up(self.patch_dim)
 
-    def tiles(self, side: int) -> list[int]:
-        """How many tiles each kind of node visits, of ``side`` x ``side``."""
-        if self.nodes is None:
-            return []
-        return [side * (side + 1) // 2] * self.half + [side * side] * (len(self.nodes) > self.half)
+    @property
+    def symmetric(self) -> bool:
+        """Whether pairs are symmetric at some node, 1/2."""
+        return self.nodes is not None and self.nodes[0] == 0.5
+
+
+class Pass(NamedTuple):
+    """A node and a band of rows of tiles: ``last_row`` is excluded, ``first_tile`` counts from the node's first."""
+
+    lam: float
+    first_row: int
+    last_row: int
+    first_tile: int
+    tiles: int
 
 
 class Layout(NamedTuple):
@@ -78,29 +83,32 @@ class Layout(NamedTuple):
         """Tiles along a side."""
         return math.ceil(problem.num_samples / self.tile)
 
-    def bands(self, problem: Problem, tiles: int) -> Iterator[int]:
-        """Tiles in each pass over a node that visits so many: as many whole rows as the logits have room for."""
+    def passes(self, problem: Problem) -> list[Pass]:
+        """The passes of a step: for each node bands of as many whole rows as the logits have room for."""
+        if problem.nodes is None:
+            return [Pass(1.0, 0, 0, 0, 0)]
         side = self.side(problem)
-        held = 0
-        for row in range(side):
-            more = side if tiles == side * side else side - row
-            if held + more > self.band_tiles:
-                yield held
-                held = 0
-            held += more
-        yield held
+        passes = []
+        for lam in problem.nodes:
+            first_row = first_tile = tiles = 0
+            for row in range(side):
+                more = side - row if lam == 0.5 else side
+                if tiles + more > self.band_tiles:
+                    passes.append(Pass(lam, first_row, row, first_tile, tiles))
+                    first_row, first_tile, tiles = row, first_tile + tiles, 0
+                tiles += more
+            passes.append(Pass(lam, first_row, side, first_tile, tiles))
+        return passes
 
     def shared_floats(self, problem: Problem) -> int:
         """Shared memory in floats, as the kernel counts it."""
         n, p, _, c, m, nodes, momentum = problem
         side = self.side(problem)
-        tiles = problem.tiles(side)
         class_stride = n if nodes is None else self.band_tiles * _round_up(self.tile**2)
-        one_pass = nodes is None or (len(nodes) == 1 and self.band_tiles >= tiles[0])
-        filters = problem.weights * (1 + momentum + (not one_pass))
+        filters = problem.weights * (1 + momentum + (len(self.passes(problem)) > 1))
         s = _round_up(c * p * m * (side * self.tile | 1)) * (2 if side > self.chunk_tiles else 1)
         logits = max(_round_up(c * class_stride), self.patch_groups * problem.weights)
-        places = tiles[0] if problem.half else 0
+        places = side * (side + 1) // 2 if problem.symmetric else 0
         return logits + filters + self.threads + s + _round_up(side * self.tile) + places
 
     def cost(self, problem: Problem) -> float:
@@ -122,21 +130,22 @@ class Layout(NamedTuple):
             return products + rounds(c * n) * features * 8 + rounds(n) * c * 40 + rounds(c * features * n) * 20
         total = 0.0
         per_tile = 7 * self.tile**2 + 8 * self.tile
-        chunks = math.ceil(side / self.chunk_tiles)
-        for node in range(len(nodes)):
-            tiles = problem.tiles(side)[0 if node == 0 else -1]
-            for band in self.bands(problem, tiles):
-                total += products + rounds(c * band) * features * per_tile + rounds(band * self.tile**2) * c * 25
-            inside, across = self.chunk_tiles**2, self.chunk_tiles * (side - self.chunk_tiles)
+        for one in self.passes(problem):
+            total += products + rounds(c * one.tiles) * features * per_tile
+            total += rounds(one.tiles * self.tile**2) * c * 25
+        inside, across = self.chunk_tiles**2, self.chunk_tiles * (side - self.chunk_tiles)
+        for lam in nodes:
             # other chunks' columns, in each of this one's rows, and its columns, in each of their rows
-            evaluated = inside / 2 + across if tiles < side * side else inside + 2 * across
-            total += rounds(chunks * c * features) * evaluated * per_tile
+            evaluated = inside / 2 + across if lam == 0.5 else inside + 2 * across
+            total += rounds(math.ceil(side / self.chunk_tiles) * c * features) * evaluated * per_tile
         return total
 
 
 # A thread of a block of so many has registers for the gradients of so many samples, apart from what else it holds.
 # More than 80 would be too long a loop for the instruction cache.
 _GRADIENTS = {640: 50, 512: 80, 384: 80, 256: 80, 128: 80}
+_MAX_PASSES = 100  # 32 bytes each of the 4 KiB that a kernel's arguments may take
+_MAX_CHUNK = 13  # a longer loop over small tiles spills
 _MAX_TILE = 5  # more pairs than 5 x 5 do not fit the registers that 640 threads have
 
 
@@ -162,15 +171,19 @@ def layout(problem: Problem, capability: int) -> Layout:
 def _search(problem: Problem, capability: int) -> Layout | str:
     """The layout of least cost among those that fit, or why there is none."""
     if capability not in SHARED_KIB:
-        return f"sm_{capability} is not among the GPUs it is written for: {', '.join(f'sm_{one}' for one in SHARED_KIB)}"
+        return (
+            f"sm_{capability} is not among the GPUs it is written for: {', '.join(f'sm_{one}' for one in SHARED_KIB)}"
+        )
     if min(problem[:5]) < 1:
         return "there is nothing to compute"
     limit = SHARED_KIB[capability] * 256
     sizes = {candidate: candidate.shared_floats(problem) for candidate in _candidates(problem, limit)}
-    fitting = [candidate for candidate, size in sizes.items() if size <= limit]
-    if not fitting:
+    if min(sizes.values()) > limit:
         least = math.ceil(min(sizes.values()) / 256)
         return f"a network takes {least} KiB of shared memory, and sm_{capability} has {limit // 256}"
+    fitting = [one for one, size in sizes.items() if size <= limit and len(one.passes(problem)) <= _MAX_PASSES]
+    if not fitting:
+        return f"a step takes more than {_MAX_PASSES} passes"
     return min(fitting, key=lambda one: (one.cost(problem), one.threads, sizes[one]))
 
 
@@ -185,23 +198,25 @@ def _candidates(problem: Problem, limit: int) -> Iterator[Layout]:
                 if nodes is None:
                     yield Layout(tile, threads, 0, side, filter_group, groups)
                     continue
-                chunks = math.ceil(side / (gradients // tile))
+                chunks = math.ceil(side / min(gradients // tile, _MAX_CHUNK))
                 for chunk in sorted({math.ceil(side / min(side, k * chunks)) for k in (1, 2, 4)}):
                     # all tiles, or as many as there is room for, and a whole row at least
-                    whole = Layout(tile, threads, max(problem.tiles(side)), chunk, filter_group, groups)
+                    tiles = side * (side + 1) // 2 if nodes == (0.5,) else side * side
+                    whole = Layout(tile, threads, tiles, chunk, filter_group, groups)
                     yield whole
                     class_tile, parts = c * _round_up(tile**2), groups * problem.weights
                     bare = whole._replace(band_tiles=side).shared_floats(problem) - max(class_tile * side, parts)
-                    yield whole._replace(band_tiles=min(max(side, (limit - bare) // class_tile), whole.band_tiles))
+                    yield whole._replace(band_tiles=min(max(side, (limit - bare) // class_tile), tiles))
 
 
 def _constants(problem: Problem, polynomial: Polynomial, chosen: Layout) -> dict[str, int]:
     n, p, d, c, m, nodes, momentum = problem
+    passes = chosen.passes(problem)
     return {
         "NUM_SAMPLES": n, "NUM_PATCHES": p, "PATCH_DIM": d, "NUM_CLASSES": c, "FILTERS_PER_CLASS": m,
         "DEGREE": polynomial.degree, "LOWER": int(polynomial.lower), "UPPER": int(polynomial.upper),
-        "ERM": int(nodes is None), "HALF": int(problem.half), "NUM_NODES": 1 if nodes is None else len(nodes),
-        "MOMENTUM": int(momentum), "TILE": chosen.tile, "THREADS": chosen.threads, "BAND_TILES": chosen.band_tiles,
+        "ERM": int(nodes is None), "MOMENTUM": int(momentum), "NUM_PASSES": len(passes),
+        "SYMMETRIC_PASSES": sum(one.lam == 0.5 for one in passes), "TILE": chosen.tile, "THREADS": chosen.threads, "BAND_TILES": chosen.band_tiles,
         "CHUNK_TILES": chosen.chunk_tiles, "FILTER_GROUP": chosen.filter_group, "PATCH_GROUPS": chosen.patch_groups,
         "SHARED_FLOATS": chosen.shared_floats(problem),
     }  # fmt: skip
@@ -275,15 +290,19 @@ def gradient_descent(
         momentum_buffer = torch.zeros_like(before) if momentum_buffer is None else momentum_buffer.float().contiguous()
         velocity = torch.empty_like(before)
 
-    lams = tuple(weights or {1.0: 1.0})
-    ratios = tuple(max((1 - lam) / lam, _LEAST_RATIO) for lam in lams)
+    shares = {1.0: 1 / num_samples} if weights is None else {lam: v / num_samples**2 for lam, v in weights.items()}
+    passes = b"".join(
+        struct.pack(
+            "4f4i", lam, max((1 - lam) / lam, _LEAST_RATIO), lam / polynomial.threshold, shares[lam], *band
+        )
+        for lam, *band in chosen.passes(problem)
+    )  # fmt: skip
     launch = Launch(
         KERNEL, _constants(problem, polynomial, chosen), num_runs, chosen.threads, 4 * chosen.shared_floats(problem),
         (
             x, y, before, momentum_buffer if momentum else None, after, velocity, loss, rates,
             x[0].numel() // 4 if len(x) > 1 else 0, num_samples if len(y) > 1 else 0, rates.stride(0), rates.stride(1),
-            steps, float(polynomial.threshold), float(polynomial.scale), float(momentum), float(weight_decay),
-            (*lams, *ratios, *(weights or {1.0: 1.0}).values()),
+            steps, float(polynomial.scale), float(momentum), float(weight_decay), passes,
         ),
     )  # fmt: skip
     if num_runs:
