@@ -21,6 +21,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __shared__
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 struct float4 {

@@ -1,20 +1,23 @@
-"""The CUDA kernel of gradient descent, without a GPU: run on the CPU, thread by thread, and compiled for every target."""
+"""The CUDA kernel of gradient descent: run on the CPU thread by thread, compiled for every target, and run on a GPU."""
 
 import ctypes
 import functools
 import hashlib
 import math
+import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, error
 
+from mixfeat import report
 from mixfeat.activations import Identity, PolyReLU, Power, PowerReLU, ReLU
 from mixfeat.kernels import cuda
 from mixfeat.kernels.cpu.build import compiler
-from mixfeat.kernels.cuda.gradient_descent import Layout, Problem, fits, gradient_descent, layout
+from mixfeat.kernels.cuda.gradient_descent import Layout, Problem, fits, gradient_descent, layout, mirrored
 
 KERNEL = ROOT / "kernels" / "cuda" / "gradient_descent.cu"
 UNIFORM = ([0.93, 0.67, 0.33, 0.07], [0.17, 0.33, 0.33, 0.17])  # nearly: any nodes and weights will do
@@ -138,12 +141,258 @@ LAYOUTS = [
 @pytest.mark.parametrize("objective", ["midpoint", "nodes"])
 @pytest.mark.parametrize(("sizes", "chosen"), LAYOUTS)
 def test_every_layout(run, objective, sizes, chosen):
-    activation, settings = PolyReLU(4, 0.3), (*OBJECTIVES[objective], 0.5, 2, 0.5, 0.1)
+    check_orders(run, OBJECTIVES[objective], sizes, chosen)
+
+
+@pytest.mark.parametrize("chosen", [Layout(5, 32, 0, 4, 4, 2), Layout(2, 96, 0, 9, 7, 5)])
+def test_every_layout_without_pairs(run, chosen):
+    check_orders(run, OBJECTIVES["erm"], (17, 5, 4, 11, 7), chosen)
+
+
+def check_orders(run, objective, sizes, chosen):
+    """Exact to float32, and the same bits whichever thread comes first: so there are no races."""
+    activation, settings = PolyReLU(4, 0.3), (*objective, 0.5, 2, 0.5, 0.1)
     x, w, y = problem(2, *sizes, shared=False)
     results = []
     for seed in (1, 2):
         run(seed)
         results.append(gradient_descent(x, w, y, activation.polynomial, *settings, capability=90, chosen=chosen))
     check(results[0], x, w, y, activation, *settings)
-    for one, other in zip(*results, strict=True):  # whichever thread comes first
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert_equal(*results)
+
+
+def assert_equal(one, other):
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+SIZES = (6, 2, 5, 3, 2)
+MIDPOINT = (PolyReLU(4, 0.3).polynomial, [0.5], [1.0])
+
+
+def test_a_network_that_leaves_the_finite_numbers_is_alone(run):
+    x, w, y = problem(4, *SIZES, shared=False)
+    lr = torch.tensor([[0.5], [1e30], [0.5], [0.5]])
+    trained, losses, buffer = gradient_descent(x, w, y, *MIDPOINT, lr, 4, 0.9, capability=90)
+    assert losses[1, 0].isfinite()
+    assert losses[1, 2:].isnan().all()
+    assert trained[1].isnan().all()
+    for r in (0, 2, 3):
+        alone = gradient_descent(x[r : r + 1], w[r : r + 1], y[r : r + 1], *MIDPOINT, 0.5, 4, 0.9, capability=90)
+        assert_equal((trained[r : r + 1], losses[r : r + 1], buffer[r : r + 1]), alone)
+
+
+@pytest.mark.parametrize("nodes", [([0.5], [1.0]), (None, None)], ids=["midpoint", "erm"])
+def test_what_cannot_be_trained_is_nan(run, nodes):
+    x, w, y = problem(6, *SIZES, shared=False)
+    y[0, 3], y[1, 5] = 3, -1
+    x[2, 1, 1, 4], x[3, 0, 0, 0], w[4, 2, 1, 0] = math.inf, math.nan, -math.inf
+    trained, losses, _ = gradient_descent(x, w, y, MIDPOINT[0], *nodes, 0.5, 2, capability=90)
+    assert trained[:5].isnan().all()
+    assert losses[:5].isnan().all()
+    assert trained[5].isfinite().all()
+
+
+def test_goes_on_where_it_stopped(run):
+    x, w, y = problem(2, *SIZES)
+    lr = torch.rand(2, 5)
+    whole = gradient_descent(x, w, y, *MIDPOINT, lr, 5, 0.9, 0.01, capability=90)
+    middle, first, buffer = gradient_descent(x, w, y, *MIDPOINT, lr[:, :2], 2, 0.9, 0.01, capability=90)
+    end, second, buffer = gradient_descent(x, middle, y, *MIDPOINT, lr[:, 2:], 3, 0.9, 0.01, buffer, capability=90)
+    assert_equal(whole, (end, torch.cat([first, second], 1), buffer))
+
+
+@pytest.mark.parametrize("shape", [(), (1, 3), (2, 1), (2, 3)])
+def test_learning_rates(run, shape):
+    x, w, y = problem(2, *SIZES)
+    settings = ([0.5], [1.0], torch.rand(shape), 3)
+    check(gradient_descent(x, w, y, MIDPOINT[0], *settings, capability=90), x, w, y, PolyReLU(4, 0.3), *settings)
+
+
+def test_arguments_of_any_strides_and_dtype_are_left_alone(run):
+    x, w, y = problem(2, *SIZES)
+    x, w = x.bfloat16(), w.bfloat16()
+    plain = (x.float(), w.float(), y)
+    strided = (x.transpose(1, 3).contiguous().transpose(1, 3), w.mT.contiguous().mT, y.repeat_interleave(2, 1)[:, ::2])
+    before = [tensor.clone() for tensor in strided]
+    buffer = torch.rand(w.shape)
+    results = [gradient_descent(*a, *MIDPOINT, 0.5, 2, 0.9, 0.0, buffer, capability=90) for a in (plain, strided)]
+    assert_equal(*results)
+    assert_equal(before, strided)
+
+
+def test_no_steps_and_no_networks(run):
+    x, w, y = problem(2, *SIZES)
+    trained, losses, buffer = gradient_descent(x, w, y, *MIDPOINT, 0.5, 0, 0.9, capability=90)
+    assert_equal((trained, buffer), (w, torch.zeros_like(w)))
+    assert losses.shape == (2, 0)
+    trained, losses, buffer = gradient_descent(x, w[:0], y, *MIDPOINT, 0.5, 3, capability=90)
+    assert (trained.shape, losses.shape, buffer) == (w[:0].shape, (0, 3), None)
+
+
+def test_mirrored_nodes_are_one():
+    merged = mirrored([0.1, 0.5, 0.9, 1.0, 0.0], [0.2, 0.3, 0.1, 0.25, 0.15])
+    assert list(merged) == pytest.approx([0.5, 0.9, 1.0])
+    assert list(merged.values()) == pytest.approx([0.3, 0.3, 0.4])
+    assert next(iter(mirrored([0.8, 0.5 - 1e-12], [0.5, 0.5]))) == 0.5
+
+
+DEFAULT = Problem(50, 12, 20, 10, 5, (0.5,), False)
+
+
+def test_fits():
+    assert [fits(DEFAULT, capability) for capability in (80, 90, 100)] == [None] * 3
+    assert fits(DEFAULT, 120) == "a network takes 134 KiB of shared memory, and sm_120 has 99"
+    assert fits(DEFAULT._replace(num_patches=8), 120) is None
+    assert fits(DEFAULT._replace(num_samples=0), 90) == "there is nothing to compute"
+    assert "sm_75 is not among the GPUs" in fits(DEFAULT, 75)
+    many = tuple(0.5 + k / 250 for k in range(101))
+    assert fits(DEFAULT._replace(num_patches=1, nodes=many), 90) == "a step takes more than 100 passes"
+    with pytest.raises(ValueError, match="a network takes"):
+        layout(DEFAULT, 120)
+
+
+def test_layouts_fit_and_cover_all_pairs():
+    for capability, limit in cuda.SHARED_KIB.items():
+        for nodes in ((0.5,), (0.6, 0.9), (0.5, 0.7), None):
+            sizes = torch.tensor([60, 8, 40, 12, 9]) * torch.rand(5) + 1
+            one = Problem(*map(int, sizes.tolist()), nodes, True)
+            if fits(one, capability):
+                continue
+            chosen = layout(one, capability)
+            assert chosen.shared_floats(one) <= limit * 256
+            assert chosen.threads % 32 == 0
+            side, passes = chosen.side(one), chosen.passes(one)
+            for lam in nodes or ():
+                bands = [band for band in passes if band.lam == lam]
+                assert [band.first_row for band in bands[1:]] + [side] == [band.last_row for band in bands]
+                assert sum(band.tiles for band in bands) == (side * (side + 1) // 2 if lam == 0.5 else side * side)
+                assert max(band.tiles for band in bands) <= chosen.band_tiles
+
+
+@pytest.fixture
+def nvrtc():
+    reason = cuda.unavailable()
+    if reason:
+        pytest.skip(reason)
+
+
+def recorded(one, activation, capability):
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    n, p, d, c, m, nodes, momentum = one
+    weights = None if nodes is None else [1 / len(nodes)] * len(nodes)
+    with cuda.record() as launches:
+        gradient_descent(
+            meta(1, n, p, d), meta(128, c, m, d), meta(1, n, dtype=torch.int64), activation.polynomial, nodes, weights,
+            0.1, 10, 0.9 * momentum, capability=capability,
+        )  # fmt: skip
+    return launches[0]
+
+
+TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120"]
+COMPILED = {
+    "midpoint": DEFAULT,
+    "nodes": DEFAULT._replace(num_patches=8, nodes=(0.5, 0.67, 0.93), momentum=True),
+    "erm": DEFAULT._replace(num_patches=8, nodes=None, momentum=True),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_without_spills(nvrtc, target, name):
+    pytest.importorskip("triton")  # has the disassembler
+    one = COMPILED[name]
+    if target == "sm_120":
+        one = one._replace(num_patches=5)
+    launch = recorded(one, PolyReLU(8, 0.1), capability=int(target[3:]))
+    row = report.compile_cuda(launch, target)
+    assert (row.stack_bytes, row.local_loads, row.local_stores) == (0, 0, 0)
+    assert row.registers <= 65536 // launch.threads // 8 * 8
+    assert row.shared_bytes <= cuda.SHARED_KIB[int(target[3:])] << 10
+    assert not re.search(r"_f64|\.F64|\bD(ADD|MUL|FMA|SETP)\b", row.assembly), "float64 instructions"
+    if (target, name) == ("sm_90", "midpoint"):
+        (logits, pairs), (gradient, unordered_pairs) = row.evaluation_loops()
+        assert logits / pairs <= 7.0
+        assert gradient / unordered_pairs <= 8.1
+        assert (row.registers, launch.threads, launch.shared_bytes) == (96, 640, 190988)
+
+
+def test_keeps_what_it_compiled(nvrtc, tmp_path, monkeypatch):
+    monkeypatch.setenv("MIXFEAT_CACHE", str(tmp_path))
+    launch = recorded(Problem(2, 1, 1, 2, 1, None, False), ReLU(), capability=90)
+    cubin = cuda.binary(launch.kernel, launch.constants, 90)
+    assert cubin[:4] == b"\x7fELF"
+    (path,) = (tmp_path / "cuda").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "compile", None)
+        assert cuda.binary(launch.kernel, launch.constants, 90) == cubin
+        with pytest.raises(TypeError):  # another degree, another kernel
+            cuda.binary(launch.kernel, launch.constants | {"DEGREE": 3}, 90)
+    path.unlink()
+    path.parent.rmdir()
+    path.parent.write_text("where the folder would be")
+    assert cuda.binary(launch.kernel, launch.constants, 90) == cubin
+
+
+def test_says_why_it_cannot_compile(nvrtc):
+    with pytest.raises(cuda.CompileError, match=r"gradient_descent\.cu .*failed:(.|\n)*NUM_SAMPLES"):
+        cuda.compile("gradient_descent", {}, 90)
+    with pytest.raises(cuda.CompileError, match=r"NVRTC \d+\.\d+ does not compile for sm_999; it knows .*90"):
+        cuda.compile("gradient_descent", {}, 999)
+
+
+def test_needs_cuda_bindings_only_to_compile(run_python):
+    code = """
+import sys
+sys.modules["cuda"] = None
+from mixfeat.kernels import cuda
+from mixfeat.kernels.cuda.gradient_descent import gradient_descent
+assert "pip install 'mixfeat[cuda]'" in cuda.unavailable(), cuda.unavailable()
+try:
+    cuda.binary("gradient_descent", {}, 90)
+except cuda.CompileError as error:
+    print(error)
+"""
+    assert run_python(code).startswith("cuda-bindings cannot be imported: ")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_gpu_trains_as_autograd_does(nvrtc, objective, activation):
+    x, w, y = problem(3, 23, 4, 7, 5, 3, shared=False)
+    settings = (*OBJECTIVES[objective], 0.1, 4, 0.9, 0.01)
+    results = [gradient_descent(x.cuda(), w.cuda(), y.cuda(), activation.polynomial, *settings) for _ in range(2)]
+    assert_equal(*results)
+    check([tensor.cpu() for tensor in results[0]], x, w, y, activation, *settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("sizes", "chosen"), [(tuple(DEFAULT[:5]), None), *LAYOUTS])
+def test_gpu_every_layout(nvrtc, sizes, chosen):
+    activation, settings = PolyReLU(8, 0.3), ([0.5], [1.0], 0.5, 3)
+    x, w, y = problem(2, *sizes)
+    one = Problem(*sizes, (0.5,), False)
+    reason = None if chosen else fits(one, cuda.capability(torch.device("cuda", torch.cuda.current_device())))
+    if reason:
+        pytest.skip(reason)
+    result = gradient_descent(x.cuda(), w.cuda(), y.cuda(), activation.polynomial, *settings, chosen=chosen)
+    check((result[0].cpu(), result[1].cpu(), None), x, w, y, activation, *settings)
+
+
+@pytest.mark.gpu
+def test_gpu_streams_graphs_and_threads(nvrtc):
+    x, w, y = (tensor.cuda() for tensor in problem(2, *SIZES))
+    expected = gradient_descent(x, w, y, *MIDPOINT, 0.5, 3)[:2]
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        assert_equal(gradient_descent(x, w, y, *MIDPOINT, 0.5, 3)[:2], expected)
+    with torch.cuda.graph(graph):
+        captured = gradient_descent(x, w, y, *MIDPOINT, 0.5, 3)[:2]
+    graph.replay()
+    assert_equal(captured, expected)
+    with ThreadPoolExecutor(1) as pool:  # a thread without a CUDA context
+        assert_equal(pool.submit(gradient_descent, x, w, y, *MIDPOINT, 0.5, 3).result()[:2], expected)

@@ -1,8 +1,8 @@
-"""The CUDA backend: kernels in CUDA C++, compiled at first use by NVRTC for the shape at hand, launched on PyTorch's stream.
+"""The CUDA backend: kernels in CUDA C++, compiled by NVRTC at first use for the shape at hand.
 
-NVRTC is reached through NVIDIA's ``cuda-bindings``, which PyTorch's CUDA wheels bring (``pip install 'mixfeat[cuda]'``
-where they do not). Compiling takes a second or two and needs no GPU. Results are kept in the user's cache
-(:func:`mixfeat.kernels.cpu.cache_directory`), named after all that decides them.
+NVRTC and the driver are reached through NVIDIA's ``cuda-bindings``, which PyTorch's CUDA wheels require, as they do
+NVRTC itself. Compiling takes a second or two and needs no GPU. The result is kept in the user's cache
+(:func:`mixfeat.kernels.cpu.cache_directory`), under a name made of everything that it depends on.
 """
 
 import contextlib
@@ -36,8 +36,8 @@ class Launch(NamedTuple):
 
     Attributes:
         constants: macros the kernel is compiled with.
-        arguments: a tensor is passed as its address (None as null), an int as ``long long``, a float as ``float``, bytes
-            as a structure by value. The first is a tensor, whose device is launched on.
+        arguments: a tensor is passed as its address (None as null), an int as ``long long``, a float as ``float``,
+            bytes as a structure by value. The first is a tensor, and the launch is on its device.
     """
 
     kernel: str
@@ -45,14 +45,14 @@ class Launch(NamedTuple):
     blocks: int
     threads: int
     shared_bytes: int
-    arguments: tuple[Tensor | None | int | float | bytes, ...]
+    arguments: tuple[Tensor | int | float | bytes | None, ...]
 
     def parameters(self) -> list[Any]:
         """The arguments as ctypes' objects, whose addresses a launch is given."""
         return [_parameter(argument) for argument in self.arguments]
 
 
-def _parameter(argument: Tensor | None | int | float | bytes) -> Any:
+def _parameter(argument: Tensor | int | float | bytes | None) -> Any:
     if argument is None or isinstance(argument, Tensor):
         return ctypes.c_void_p(None if argument is None else argument.data_ptr())
     if isinstance(argument, bytes):
@@ -67,8 +67,8 @@ def unavailable() -> str | None:
         _nvrtc_version()
     except ImportError as error:
         return f"cuda-bindings cannot be imported: {error} (pip install 'mixfeat[cuda]')"
-    except Exception as error:  # cuda-bindings' own kinds of error differ between its releases
-        return f"NVRTC cannot be loaded: {str(error).splitlines()[0]} (pip install 'mixfeat[cuda]')"
+    except Exception as error:  # of a type that differs between releases of cuda-bindings
+        return f"NVRTC cannot be loaded: {str(error).splitlines()[0]} (pip install nvidia-cuda-nvrtc)"
     return None
 
 
@@ -158,20 +158,9 @@ def run(launch: Launch) -> None:
         parameters = launch.parameters()
         addresses = (ctypes.c_void_p * len(parameters))(*map(ctypes.addressof, parameters))
         stream = torch.cuda.current_stream(device).cuda_stream
+        grid, block = (launch.blocks, 1, 1), (launch.threads, 1, 1)
         _checked(
-            driver.cuLaunchKernel(
-                function,
-                launch.blocks,
-                1,
-                1,
-                launch.threads,
-                1,
-                1,
-                launch.shared_bytes,
-                stream,
-                ctypes.addressof(addresses),
-                0,
-            )  # fmt: skip
+            driver.cuLaunchKernel(function, *grid, *block, launch.shared_bytes, stream, ctypes.addressof(addresses), 0)
         )
 
 
@@ -195,7 +184,7 @@ def _function(device: int, kernel: str, constants: tuple[tuple[str, int], ...], 
 
 
 def _checked(result: tuple[Any, ...]) -> Any:
-    """What a call of cuda-bindings returns besides its error, which must be none."""
+    """Return the value that cuda-bindings returns beside an error code; raise if there is an error."""
     error, *values = result
     if int(error):
         raise RuntimeError(f"CUDA: {error.name}")

@@ -400,7 +400,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gradient_descent(
     float* __restrict__ losses,               // (R, steps)
     const float* __restrict__ rates,          // lr, of any strides over runs and steps
     long long input_stride, long long target_stride, long long rate_run_stride, long long rate_step_stride,
-    long long steps, float scale, float momentum, float weight_decay, Passes passes) {
+    long long steps, float scale, float momentum, float weight_decay,
+    const __grid_constant__ Passes passes) {
   float* shared = reinterpret_cast<float*>(shared_memory);
   float *logits = shared, *parts = shared, *w = shared + FILTERS_OFFSET, *velocity = shared + MOMENTUM_OFFSET;
   float *grad = shared + GRAD_OFFSET, *loss = shared + LOSS_OFFSET, *s = shared + S_OFFSET;

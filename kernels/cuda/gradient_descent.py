@@ -1,5 +1,6 @@
-"""Plain gradient descent of many networks in one launch: how gradient_descent.cu is laid out for a problem, and launched."""
+"""Gradient descent of many networks in one launch: lays gradient_descent.cu out for a problem, and launches it."""
 
+import ctypes
 import functools
 import math
 import struct
@@ -13,7 +14,7 @@ from .. import cuda
 from ..polynomial import Polynomial
 from . import SHARED_KIB, Launch
 
-__all__ = ["Layout", "Problem", "fits", "gradient_descent", "layout"]
+__all__ = ["Layout", "Problem", "fits", "gradient_descent", "layout", "mirrored"]
 
 KERNEL = "gradient_descent"
 # t_ij = a_i + ratio a_j, and sums are divided by the ratio: so it is never zero, only less than a float32 can tell
@@ -141,11 +142,10 @@ class Layout(NamedTuple):
         return total
 
 
-# A thread of a block of so many has registers for the gradients of so many samples, apart from what else it holds.
-# More than 80 would be too long a loop for the instruction cache.
-_GRADIENTS = {640: 50, 512: 80, 384: 80, 256: 80, 128: 80}
+# By threads of a block: for how many samples a thread has registers to keep gradients, and in how many tiles of pairs
+# they may lie, as each takes some addresses. More samples would make too long a loop for the instruction cache.
+_GRADIENTS = {640: (50, 13), 512: (72, 25), 384: (80, 25), 256: (80, 25), 128: (80, 25)}
 _MAX_PASSES = 100  # 32 bytes each of the 4 KiB that a kernel's arguments may take
-_MAX_CHUNK = 13  # a longer loop over small tiles spills
 _MAX_TILE = 5  # more pairs than 5 x 5 do not fit the registers that 640 threads have
 
 
@@ -193,12 +193,12 @@ def _candidates(problem: Problem, limit: int) -> Iterator[Layout]:
     tasks = c * math.ceil(m / filter_group) * math.ceil(d / 4)
     for tile in range(min(_MAX_TILE, max(2, n)), 1, -1):
         side = math.ceil(n / tile)
-        for threads, gradients in _GRADIENTS.items():
+        for threads, (most_samples, most_tiles) in _GRADIENTS.items():
             for groups in sorted({min(p, groups) for groups in (1, 2, 4, 8, math.ceil(threads / tasks))}):
                 if nodes is None:
                     yield Layout(tile, threads, 0, side, filter_group, groups)
                     continue
-                chunks = math.ceil(side / min(gradients // tile, _MAX_CHUNK))
+                chunks = math.ceil(side / min(most_samples // tile, most_tiles))
                 for chunk in sorted({math.ceil(side / min(side, k * chunks)) for k in (1, 2, 4)}):
                     # all tiles, or as many as there is room for, and a whole row at least
                     tiles = side * (side + 1) // 2 if nodes == (0.5,) else side * side
@@ -216,17 +216,17 @@ def _constants(problem: Problem, polynomial: Polynomial, chosen: Layout) -> dict
         "NUM_SAMPLES": n, "NUM_PATCHES": p, "PATCH_DIM": d, "NUM_CLASSES": c, "FILTERS_PER_CLASS": m,
         "DEGREE": polynomial.degree, "LOWER": int(polynomial.lower), "UPPER": int(polynomial.upper),
         "ERM": int(nodes is None), "MOMENTUM": int(momentum), "NUM_PASSES": len(passes),
-        "SYMMETRIC_PASSES": sum(one.lam == 0.5 for one in passes), "TILE": chosen.tile, "THREADS": chosen.threads, "BAND_TILES": chosen.band_tiles,
-        "CHUNK_TILES": chosen.chunk_tiles, "FILTER_GROUP": chosen.filter_group, "PATCH_GROUPS": chosen.patch_groups,
-        "SHARED_FLOATS": chosen.shared_floats(problem),
+        "SYMMETRIC_PASSES": sum(one.lam == 0.5 for one in passes), "TILE": chosen.tile, "THREADS": chosen.threads,
+        "BAND_TILES": chosen.band_tiles, "CHUNK_TILES": chosen.chunk_tiles, "FILTER_GROUP": chosen.filter_group,
+        "PATCH_GROUPS": chosen.patch_groups, "SHARED_FLOATS": chosen.shared_floats(problem),
     }  # fmt: skip
 
 
 def mirrored(nodes: Sequence[float], node_weights: Sequence[float]) -> dict[float, float]:
-    """Weights by node: lam < 1/2 is the node 1 - lam, as with pairs (i, j) go pairs (j, i); 1/2 comes first."""
+    """Return weights by node, 1/2 first. All pairs at lam are all pairs at 1 - lam, so lam < 1/2 becomes 1 - lam."""
     merged: dict[float, float] = {}
     for lam, weight in zip(nodes, node_weights, strict=True):
-        lam = max(lam, 1 - lam)
+        lam = ctypes.c_float(max(lam, 1 - lam)).value  # as the kernel gets it: what is equal there is one node
         merged[lam] = merged.get(lam, 0.0) + weight
     return dict(sorted(merged.items()))
 
@@ -247,22 +247,23 @@ def gradient_descent(
     capability: int | None = None,
     chosen: Layout | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Train R networks for so many steps.
+    """Train R networks for ``steps`` steps of full-batch gradient descent; nothing is mutated.
 
     Args:
         input: (R or 1, N, P, D), a floating dtype.
         weight: (R, C, M, D).
-        target: (R or 1, N) int64. One out of range makes its network NaN.
+        target: (R or 1, N) int64. A label out of range makes its network NaN.
         polynomial: phi.
-        nodes, node_weights: of the all-pairs Mixup loss; None for plain cross-entropy.
-        lr: a number, or a tensor on input's device that broadcasts to (R, steps).
-        momentum, weight_decay: as torch.optim.SGD has them.
-        momentum_buffer: (R, C, M, D) from an earlier call that this one goes on from; None to begin.
-        capability: of the GPU; by default that of input's device.
-        chosen: a layout other than :func:`layout` would choose.
+        nodes, node_weights: lam and weight of each node of the all-pairs Mixup loss; None for plain cross-entropy.
+        lr: a number, or a tensor that broadcasts to (R, steps).
+        momentum, weight_decay: as in torch.optim.SGD.
+        momentum_buffer: (R, C, M, D), returned by the call that this one continues; None to begin.
+        capability: compute capability to lay out for, such as 90; by default that of input's device.
+        chosen: use this layout instead of :func:`layout`'s.
 
     Returns:
-        the weight, the loss of each step before its update (R, steps), and with momentum its buffer; float32.
+        the weight, each step's loss before its update (R, steps), and the momentum buffer, None without momentum. All
+        are float32.
 
     Raises:
         ValueError: the problem does not fit shared memory.
@@ -283,7 +284,7 @@ def gradient_descent(
     x[:, :, :num_samples, :patch_dim] = input.transpose(1, 2)
     before, y = weight.float().contiguous(), target.contiguous()
     rates = lr if isinstance(lr, Tensor) else torch.full((), lr, **options)
-    rates = rates.float().expand(num_runs, steps)
+    rates = rates.to(**options).expand(num_runs, steps)
     loss, after = torch.empty(num_runs, steps, **options), torch.empty_like(before)
     velocity = None
     if momentum:
