@@ -14,14 +14,17 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from ..cpu import cache_directory
 
-__all__ = ["SHARED_KIB", "CompileError", "Launch", "binary", "compile", "record", "run", "unavailable"]
+__all__ = [
+    "SHARED_KIB", "CompileError", "Launch", "binary", "capability", "compile", "nvrtc_version", "record", "run",
+    "unavailable",
+]  # fmt: skip
 
 #: KiB of shared memory that a block can have, by compute capability
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
@@ -63,8 +66,10 @@ def _parameter(argument: Tensor | int | float | bytes | None) -> Any:
 @functools.cache
 def unavailable() -> str | None:
     """Why kernels cannot be compiled in this process, or None."""
+    if torch.version.hip:
+        return "it is for NVIDIA's GPUs"
     try:
-        _nvrtc_version()
+        nvrtc_version()
     except ImportError as error:
         return f"cuda-bindings cannot be imported: {error} (pip install 'mixfeat[cuda]')"
     except Exception as error:  # of a type that differs between releases of cuda-bindings
@@ -113,7 +118,7 @@ def binary(kernel: str, constants: Mapping[str, int], capability: int) -> bytes:
     if reason:
         raise CompileError(reason)
     key = hashlib.sha256(_source(kernel).read_bytes())
-    key.update(repr((_nvrtc_version(), _architecture(capability), sorted(constants.items()))).encode())
+    key.update(repr((nvrtc_version(), _architecture(capability), sorted(constants.items()))).encode())
     path = cache_directory() / "cuda" / f"{kernel}-{key.hexdigest()[:16]}.cubin"
     with contextlib.suppress(OSError):
         return path.read_bytes()
@@ -149,22 +154,22 @@ def run(launch: Launch) -> None:
         return
     from cuda.bindings import driver
 
-    device = launch.arguments[0].device  # type: ignore[union-attr]
+    device = cast(Tensor, launch.arguments[0]).get_device()
     with torch.cuda.device(device):
         if not int(_checked(driver.cuCtxGetCurrent())):  # a thread in which PyTorch has launched nothing yet
-            context = _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device.index))))
+            context = _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device))))
             _checked(driver.cuCtxSetCurrent(context))
-        function = _function(device.index, launch.kernel, tuple(launch.constants.items()), launch.shared_bytes)
+        function = _function(device, launch.kernel, tuple(launch.constants.items()), launch.shared_bytes)
         parameters = launch.parameters()
         addresses = (ctypes.c_void_p * len(parameters))(*map(ctypes.addressof, parameters))
-        stream = torch.cuda.current_stream(device).cuda_stream
         grid, block = (launch.blocks, 1, 1), (launch.threads, 1, 1)
+        stream = torch.cuda.current_stream(device).cuda_stream
         _checked(
             driver.cuLaunchKernel(function, *grid, *block, launch.shared_bytes, stream, ctypes.addressof(addresses), 0)
         )
 
 
-def capability(device: torch.device) -> int:
+def capability(device: torch.device | int) -> int:
     """Compute capability of a GPU, as its name in sm_90 has it."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
@@ -175,7 +180,7 @@ def _function(device: int, kernel: str, constants: tuple[tuple[str, int], ...], 
     """The kernel on a device, the current one. Modules are kept while the process lives."""
     from cuda.bindings import driver
 
-    cubin = ctypes.create_string_buffer(binary(kernel, dict(constants), capability(torch.device("cuda", device))))
+    cubin = ctypes.create_string_buffer(binary(kernel, dict(constants), capability(device)))
     module = _checked(driver.cuModuleLoadData(ctypes.addressof(cubin)))
     function = _checked(driver.cuModuleGetFunction(module, kernel.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -192,7 +197,8 @@ def _checked(result: tuple[Any, ...]) -> Any:
 
 
 @functools.cache
-def _nvrtc_version() -> tuple[int, int]:
+def nvrtc_version() -> tuple[int, int]:
+    """Version of NVRTC, such as (13, 0)."""
     from cuda.bindings import nvrtc
 
     error, major, minor = nvrtc.nvrtcVersion()
@@ -209,7 +215,7 @@ def _architecture(capability: int) -> int:
     known = _checked(nvrtc.nvrtcGetSupportedArchs())
     fitting = [one for one in known if one // 10 == capability // 10 and one <= capability]
     if not fitting:
-        version = ".".join(map(str, _nvrtc_version()))
+        version = ".".join(map(str, nvrtc_version()))
         raise CompileError(
             f"NVRTC {version} does not compile for sm_{capability}; it knows {', '.join(map(str, known))}"
         )
