@@ -124,7 +124,7 @@ def check(result, x, w, y, activation, nodes, weights, lr, steps, momentum=0.0, 
 @pytest.mark.parametrize("objective", ["erm", "odd"])
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_trains_as_autograd_does(run, objective, activation):
-    x, w, y = problem(2, 7, 3, 5, 3, 2)
+    x, w, y = problem(2, 7, 3, 5, 3, 2, scale=0.25)
     settings = (*OBJECTIVES[objective], 0.1, 3, 0.9, 0.01)
     check(gradient_descent(x, w, y, activation.polynomial, *settings, capability=90), x, w, y, activation, *settings)
 
@@ -395,7 +395,7 @@ for _ in range(2):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_gpu_trains_as_autograd_does(nvrtc, objective, activation):
-    x, w, y = problem(3, 23, 4, 7, 5, 3, shared=False)
+    x, w, y = problem(3, 23, 4, 7, 5, 3, shared=False, scale=0.25)
     settings = (*OBJECTIVES[objective], 0.1, 4, 0.9, 0.01)
     results = [gradient_descent(x.cuda(), w.cuda(), y.cuda(), activation.polynomial, *settings) for _ in range(2)]
     assert_equal(*results)

@@ -279,13 +279,13 @@ def gradient_descent(
     chosen = chosen or layout(problem, cuda.capability(input.device) if capability is None else capability)
 
     rows, vectors = chosen.side(problem) * chosen.tile, math.ceil(patch_dim / 4)
-    options = {"dtype": torch.float32, "device": input.device}
-    x = torch.zeros(input.shape[0], num_patches, rows, 4 * vectors, **options)
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=input.device)
+    x = empty(input.shape[0], num_patches, rows, 4 * vectors).zero_()
     x[:, :, :num_samples, :patch_dim] = input.transpose(1, 2)
     before, y = weight.float().contiguous(), target.contiguous()
-    rates = lr if isinstance(lr, Tensor) else torch.full((), lr, **options)
-    rates = rates.to(**options).expand(num_runs, steps)
-    loss, after = torch.empty(num_runs, steps, **options), torch.empty_like(before)
+    rates = lr.to(x.device, x.dtype) if isinstance(lr, Tensor) else empty(()).fill_(lr)
+    rates = rates.expand(num_runs, steps)
+    loss, after = empty(num_runs, steps), torch.empty_like(before)
     velocity = None
     if momentum:
         momentum_buffer = torch.zeros_like(before) if momentum_buffer is None else momentum_buffer.float().contiguous()
