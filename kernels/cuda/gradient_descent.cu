@@ -11,19 +11,19 @@
 //   1. convolve:  s, as a = lam s / threshold; so t_ij = a_i + ratio a_j with ratio = (1-lam) / lam
 //   2. logits:    a thread owns a tile of T x T pairs of one class and loops over the features
 //   3. softmax:   a thread owns a pair and writes D over its logits
-//   4. gradient:  a thread owns a feature (or its columns in one chunk) and loops over the pairs: it evaluates each pair
-//                 once for both samples, whose sums stay in registers; they are written over a, or to `ds`
+//   4. gradient:  a thread owns a feature (or its columns in one chunk) and loops over the pairs: it evaluates each
+//                 pair once for both samples, whose sums stay in registers; they are written over a, or to `ds`
 //   5. dL/dw:     a thread owns four entries of some filters, and a group of patches; logits make room for the parts
 //   6. update, or a sum over passes
 // At lam = 1/2 the pair (j, i) is the pair (i, j): tiles below the diagonal are left out (SYMMETRIC). ERM has no pairs.
 // No atomics and no exchange between threads but through barriers: results repeat bit for bit.
 //
-// A network that leaves the finite numbers becomes NaN, in its loss and in all its weights, as it would in PyTorch; so
-// does one with a target out of range. Clamps hide NaN, hence the explicit `poison`.
+// A network with a pre-activation that is not finite, or beyond 2^96, becomes NaN, in its loss and in all its weights;
+// so does one with a target out of range. Clamps hide NaN, so pre-activations are tested as they are computed.
 //
 // Macros: the sizes NUM_SAMPLES, NUM_PATCHES, PATCH_DIM, NUM_CLASSES, FILTERS_PER_CLASS; the activation DEGREE, LOWER,
-// UPPER; ERM (0, 1) and MOMENTUM (0, 1); NUM_PASSES, of which the first SYMMETRIC_PASSES are at lam = 1/2; the layout TILE,
-// THREADS, BAND_TILES, CHUNK_TILES, FILTER_GROUP, PATCH_GROUPS, SHARED_FLOATS, chosen by gradient_descent.py.
+// UPPER; ERM (0, 1) and MOMENTUM (0, 1); NUM_PASSES, of which the first SYMMETRIC_PASSES are at lam = 1/2; the layout
+// TILE, THREADS, BAND_TILES, CHUNK_TILES, FILTER_GROUP, PATCH_GROUPS, SHARED_FLOATS, chosen by gradient_descent.py.
 
 constexpr int N = NUM_SAMPLES, P = NUM_PATCHES, C = NUM_CLASSES, M = FILTERS_PER_CLASS, F = P * M, T = TILE;
 constexpr int B = (N + T - 1) / T;                       // tiles along a side
@@ -48,7 +48,8 @@ constexpr int S_OFFSET = LOSS_OFFSET + THREADS;
 constexpr int DS_OFFSET = CHUNKS > 1 ? S_OFFSET + S_SIZE : S_OFFSET;
 constexpr int TARGET_OFFSET = DS_OFFSET + S_SIZE;
 constexpr int PLACES_OFFSET = TARGET_OFFSET + round_up(ROWS);
-static_assert(PLACES_OFFSET + (SYMMETRIC_PASSES ? B * (B + 1) / 2 : 0) == SHARED_FLOATS, "the host counts shared memory differently");
+constexpr int PLACES_SIZE = SYMMETRIC_PASSES ? B * (B + 1) / 2 : 0;
+static_assert(PLACES_OFFSET + PLACES_SIZE == SHARED_FLOATS, "the host counts shared memory differently");
 static_assert(ERM || BAND_TILES >= B, "a band holds a row of tiles");
 static_assert(THREADS % 32 == 0 && PATCH_GROUPS <= P, "layout");
 
@@ -163,17 +164,18 @@ __device__ __forceinline__ void convolve(const float4* x, const float* w, float 
   share_out<C * FILTER_GROUPS * P * B>([&](int k) {
     const int c = k % C, m0 = k / C % FILTER_GROUPS * FILTER_GROUP, p = k / (C * FILTER_GROUPS) % P;
     const int n0 = k / (C * FILTER_GROUPS * P) * T;
+    const float4 *samples = x + (p * ROWS + n0) * D4, *filters = reinterpret_cast<const float4*>(w) + (c * M + m0) * D4;
     float sum[FILTER_GROUP][T] = {};
     bool finite = true;
 #pragma unroll 1
     for (int d = 0; d < D4; ++d) {
       float4 xs[T];
 #pragma unroll
-      for (int i = 0; i < T; ++i) xs[i] = __ldg(x + (p * ROWS + n0 + i) * D4 + d);
+      for (int i = 0; i < T; ++i) xs[i] = __ldg(samples + i * D4 + d);
 #pragma unroll
       for (int m = 0; m < FILTER_GROUP; ++m) {
         if (M % FILTER_GROUP && m0 + m >= M) break;
-        const float4 ws = reinterpret_cast<const float4*>(w)[(c * M + m0 + m) * D4 + d];
+        const float4 ws = filters[m * D4 + d];
 #pragma unroll
         for (int i = 0; i < T; ++i)
           sum[m][i] = fmaf(ws.w, xs[i].w, fmaf(ws.z, xs[i].z, fmaf(ws.y, xs[i].y, fmaf(ws.x, xs[i].x, sum[m][i]))));
@@ -244,8 +246,10 @@ __device__ __forceinline__ float cross_entropy(float* logits, int yi, int yj, fl
   }
   const float factor = weight / total, weight_i = lam * weight, weight_j = weight - weight_i;
 #pragma unroll 4
-  for (int c = 0; c < C; ++c)
-    logits[c * CLASS_STRIDE] = logits[c * CLASS_STRIDE] * factor - (c == yi ? weight_i : 0.f) - (c == yj ? weight_j : 0.f);
+  for (int c = 0; c < C; ++c) {
+    float& at = logits[c * CLASS_STRIDE];
+    at = at * factor - (c == yi ? weight_i : 0.f) - (c == yj ? weight_j : 0.f);
+  }
   return weight * (logf(total) + lam * below_i + (1.f - lam) * below_j);
 }
 
@@ -349,7 +353,7 @@ __device__ __forceinline__ void sample_logits(const float* s, float to_logit, fl
 }
 
 __device__ __forceinline__ void sample_softmax(const Pass& pass, const int* target, float* logits, float& loss) {
-  for (int n = thread_index(); n < N; n += THREADS) loss += cross_entropy(logits + n, target[n], target[n], 1.f, pass.share);
+  share_out<N>([&](int n) { loss += cross_entropy(logits + n, target[n], target[n], 1.f, pass.share); });
 }
 
 __device__ __forceinline__ void sample_gradient(const Pass& pass, const float* logits, float scale, float* s) {
@@ -369,13 +373,15 @@ __device__ __forceinline__ void weight_gradient(const float4* x, const float* ds
     const int group = k / (D4 * C * FILTER_GROUPS);
     float4 sum[FILTER_GROUP] = {};
     for (int p = group * GROUP_PATCHES; p < (group + 1) * GROUP_PATCHES && p < P; ++p) {
+      const float4* samples = x + p * ROWS * D4 + d;
+      const float* slopes = ds + (c * F + p * M + m0) * STRIDE;
 #pragma unroll 5
-      for (int n = 0; n < N; ++n) {
-        const float4 xs = __ldg(x + (p * ROWS + n) * D4 + d);
+      for (int n = 0; n < N; ++n, samples += D4) {
+        const float4 xs = __ldg(samples);
 #pragma unroll
         for (int m = 0; m < FILTER_GROUP; ++m) {
           if (M % FILTER_GROUP && m0 + m >= M) break;
-          const float e = ds[(c * F + p * M + m0 + m) * STRIDE + n];
+          const float e = slopes[m * STRIDE + n];
           sum[m].x += e * xs.x, sum[m].y += e * xs.y, sum[m].z += e * xs.z, sum[m].w += e * xs.w;
         }
       }

@@ -40,6 +40,14 @@ class Problem(NamedTuple):
     nodes: tuple[float, ...] | None
     momentum: bool
 
+    @classmethod
+    def of(cls, input: Tensor, weight: Tensor, nodes: Sequence[float] | None, momentum: float) -> "Problem":
+        """Return the problem of :func:`gradient_descent`'s arguments; tensors may come without their runs."""
+        lams = None if nodes is None else tuple(mirrored(nodes, [0.0] * len(nodes)))
+        n, p, d = input.shape[-3:]
+        c, m, _ = weight.shape[-3:]
+        return cls(n, p, d, c, m, lams, momentum != 0)
+
     @property
     def weights(self) -> int:
         """Floats of all filters, each padded to a multiple of four."""
@@ -269,13 +277,8 @@ def gradient_descent(
         ValueError: the problem does not fit shared memory.
         CompileError: the kernel cannot be compiled here.
     """
-    num_runs, num_classes, filters, patch_dim = weight.shape
-    _, num_samples, num_patches, _ = input.shape
-    weights = None if nodes is None else mirrored(nodes, node_weights or ())
-    problem = Problem(
-        num_samples, num_patches, patch_dim, num_classes, filters, None if weights is None else tuple(weights),
-        momentum != 0,
-    )  # fmt: skip
+    problem = Problem.of(input, weight, nodes, momentum)
+    num_runs, num_samples, num_patches, patch_dim = len(weight), *problem[:3]
     chosen = chosen or layout(problem, cuda.capability(input.device) if capability is None else capability)
 
     rows, vectors = chosen.side(problem) * chosen.tile, math.ceil(patch_dim / 4)
@@ -291,7 +294,9 @@ def gradient_descent(
         momentum_buffer = torch.zeros_like(before) if momentum_buffer is None else momentum_buffer.float().contiguous()
         velocity = torch.empty_like(before)
 
-    shares = {1.0: 1 / num_samples} if weights is None else {lam: v / num_samples**2 for lam, v in weights.items()}
+    shares = {1.0: 1 / num_samples}
+    if nodes is not None:
+        shares = {lam: v / num_samples**2 for lam, v in mirrored(nodes, node_weights or ()).items()}
     passes = b"".join(
         struct.pack(
             "4f4i", lam, max((1 - lam) / lam, _LEAST_RATIO), lam / polynomial.threshold, shares[lam], *band
