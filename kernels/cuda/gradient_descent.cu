@@ -301,6 +301,7 @@ __device__ __forceinline__ void pair_gradient(
     const int feature = k % (C * F), J0 = k / (C * F) * CHUNK_TILES;
     const float* samples = s + feature * STRIDE;
     const float* tiles = logits + feature / F * CLASS_STRIDE;
+    const float inverse_ratio = 1.f / pass.ratio;  // sums are in units of a column's share
     float sum[CHUNK_TILES][T] = {};
 #pragma unroll 1
     for (int I = pass.first_row; I < pass.last_row; ++I) {
@@ -329,7 +330,7 @@ __device__ __forceinline__ void pair_gradient(
       for (int j = 0; j < CHUNK_TILES; ++j)
         if (J0 + j == I)
 #pragma unroll
-          for (int i = 0; i < T; ++i) sum[j][i] += SYMMETRIC ? row[i] : row[i] / pass.ratio;
+          for (int i = 0; i < T; ++i) sum[j][i] += SYMMETRIC ? row[i] : row[i] * inverse_ratio;
     }
     const float factor = scale * pass.to_t * pass.ratio;  // of columns: dt_ij/ds_j = to_t ratio
 #pragma unroll
