@@ -22,7 +22,7 @@ from mixfeat.activations import Activation, Identity, PolyReLU, Power, PowerReLU
 
 __all__ = [
     "KERNELS", "TARGETS", "Case", "CompiledKernel", "CrossEntropyCase", "MixupCase", "PairwiseCase", "PatchConvCase",
-    "compile_case", "compile_pool", "compile_report", "recorded_launch", "shipped",
+    "compile_case", "compile_cuda", "compile_pool", "compile_report", "recorded_launch", "shipped",
 ]  # fmt: skip
 
 #: targets by name: backend, architecture and warp size as Triton names them
@@ -314,7 +314,7 @@ def compile_case(case: Case, target: str) -> CompiledKernel:
         options=options,
     )
     config = launch.constants | options
-    resources = _amd(compiled) if TARGETS[target][0] == "hip" else _nvidia(compiled)
+    resources = _amd(compiled) if TARGETS[target][0] == "hip" else _nvidia(compiled.asm["cubin"])
     return CompiledKernel(
         case.kernel,
         case.direction,
@@ -323,6 +323,18 @@ def compile_case(case: Case, target: str) -> CompiledKernel:
         target,
         shared_bytes=compiled.metadata.shared,
         **resources,
+    )
+
+
+def compile_cuda(launch: Any, target: str) -> CompiledKernel:
+    """Compile the CUDA C++ kernel of a recorded :class:`mixfeat.kernels.cuda.Launch` for one target."""
+    from mixfeat.kernels import cuda
+
+    _, capability, warp_size = TARGETS[target]
+    resources = _nvidia(cuda.compile(launch.kernel, launch.constants, int(capability)))
+    config = dict(launch.constants) | {"num_warps": launch.threads // warp_size}
+    return CompiledKernel(
+        launch.kernel, "forward and backward", "float32", config, target, shared_bytes=launch.shared_bytes, **resources
     )
 
 
@@ -381,13 +393,13 @@ def _type(value: Any) -> str:
     return "constexpr" if value is None else "fp32" if isinstance(value, float) else "i32"
 
 
-def _nvidia(compiled: Any) -> dict[str, Any]:
+def _nvidia(binary: bytes) -> dict[str, Any]:
     import triton.backends.nvidia
 
     tools = Path(triton.backends.nvidia.__file__).parent / "bin"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(compiled.asm["cubin"])
+        cubin.write_bytes(binary)
         usage, sass = (
             subprocess.run([tools / tool, option, cubin], capture_output=True, text=True, check=True).stdout
             for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))

@@ -57,6 +57,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [i for i in items if i.get_closest_marker("triton") and not i.get_closest_marker("kernels")]
     elif mf.backends.interpreted():  # in this process Triton's kernels cannot be compiled
         left_out = [i for i in items if i.get_closest_marker("kernels") and not i.get_closest_marker("triton")]
+        if not LONG:  # properties take hours there
+            left_out += [i for i in items if hasattr(getattr(i, "obj", None), "hypothesis") and i not in left_out]
     else:
         left_out = []
     if left_out:

@@ -77,15 +77,17 @@ def problems(
         cases: the fields of :class:`mixfeat.operators.Operator`, separated by spaces.
         dtypes, backends: Triton gets no float64.
         operators: their names.
-        interpreted: the fields in Triton's interpreter, which takes long. By default the same.
+        interpreted: the fields in Triton's interpreter, which takes long. By default the same. There, only the field
+            ``interpreted`` is run in other dtypes than float32.
         seed: of the generator of each problem.
     """
     found = {}
     for name, backend in itertools.product(operators, backends):
         operator = OPERATORS[name]
-        in_interpreter = backend == "triton" and mf.backends.interpreted() and interpreted is not None
-        for field in (interpreted if in_interpreter else cases).split():
-            for case, dtype in itertools.product(getattr(operator, field), dtypes):
+        in_interpreter = backend == "triton" and mf.backends.interpreted()
+        for field in (interpreted if in_interpreter and interpreted is not None else cases).split():
+            few = in_interpreter and field != "interpreted"
+            for case, dtype in itertools.product(getattr(operator, field), ("float32",) if few else dtypes):
                 if not (backend == "triton" and dtype == "float64"):
                     generator = torch.Generator().manual_seed(seed)
                     problem = Problem(operator, backend, case, DTYPES[dtype], generator)

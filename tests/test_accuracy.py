@@ -9,9 +9,14 @@ import mixfeat as mf
 from mixfeat.operators import DTYPES, OPERATORS, deterministic, same_bits
 
 
-@over("quick full wide variants", DTYPES, interpreted="interpreted variants")
+@over("quick full wide", DTYPES, interpreted="interpreted")
 def test_accuracy(problem):
     problem.hold(problem.draws())
+
+
+@over("variants", DTYPES)
+def test_accuracy_of_options(problem):
+    problem.hold([problem.draw()] if interpreted(problem.backend) else problem.draws())
 
 
 @over("degrees", interpreted="main")
