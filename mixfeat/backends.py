@@ -1,5 +1,8 @@
 """Which kernels serve a tensor: ``"triton"`` (CUDA, ROCm), ``"cpu"`` (native C++) or ``"reference"`` (plain PyTorch).
 
+``"cuda"``, CUDA C++ where Triton falls short, serves whole training runs (``gradient_descent``); the other operators on
+the same tensors are Triton's.
+
 The best one that is there serves by default. ``with mixfeat.backend("reference"):`` or the environment variable
 ``MIXFEAT_BACKEND`` choose another; ``with`` holds for the thread that enters it, with the backward passes of what was
 called there, and wins over the environment.
@@ -15,9 +18,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["NAMES", "available", "backend", "describe", "serving"]
+__all__ = ["NAMES", "available", "backend", "describe", "serves_cuda", "serving"]
 
-NAMES = ("triton", "cpu", "reference")
+NAMES = ("cuda", "triton", "cpu", "reference")
 
 _chosen: ContextVar[str | None] = ContextVar("mixfeat_backend", default=None)
 _environment = os.environ.get("MIXFEAT_BACKEND")
@@ -33,6 +36,10 @@ def _why_not(name: str) -> str | None:
             cpu.load()
         except cpu.BuildError as error:
             return str(error)
+    if name == "cuda":
+        from mixfeat.kernels import cuda
+
+        return cuda.unavailable() or (None if torch.cuda.is_available() else "no GPU is here")
     if name == "triton":
         try:
             import triton
@@ -113,6 +120,8 @@ def serving(device_type: str, dtype: torch.dtype = torch.float32) -> str:
         ValueError: the backend chosen by ``with`` or by the environment does not serve them.
     """
     name = _chosen.get() or _from_environment()
+    if name == "cuda":
+        name = "triton"
     if name is None:
         name = _default(device_type)
         return "reference" if name == "triton" and dtype == torch.float64 else name
@@ -122,6 +131,11 @@ def serving(device_type: str, dtype: torch.dtype = torch.float32) -> str:
     if name == "triton" and dtype == torch.float64:
         raise ValueError("backend 'triton' does not serve torch.float64; use 'cpu' or 'reference'")
     return name
+
+
+def serves_cuda() -> bool:
+    """Whether CUDA C++ kernels serve the operators that have one, on CUDA tensors in this thread."""
+    return (_chosen.get() or _from_environment()) in (None, "cuda") and _why_not("cuda") is None
 
 
 def describe() -> dict[str, Any]:

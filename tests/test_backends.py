@@ -42,10 +42,10 @@ def test_choice_changes_what_runs():
         seen.append((logits.detach(), w.grad))
         w.grad = None
         assert any(event.name == "mixfeat_cpu::patch_conv" for event in profile.events()) == (name == "cpu")
-    torch.testing.assert_close(*seen)
+    assert error(*seen) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["cuda", "", None])
+@pytest.mark.parametrize("name", ["cudnn", "", None])
 def test_refuses_unknown_backend(name):
     with pytest.raises(ValueError, match="backend must be one of triton, cpu, reference, got"), mf.backend(name):
         pass

@@ -85,8 +85,21 @@ def _forward(
     else:
         buffer = torch.zeros_like(weight) if momentum_buffer is None else momentum_buffer.expand(shape).clone()
 
-    if backends.serving(input.device.type, input.dtype) == "cpu":
-        nodes = {} if lam is None or lam_weight is None else merged_nodes(lam, lam_weight, input.dtype)
+    nodes = {} if lam is None or lam_weight is None else merged_nodes(lam, lam_weight, input.dtype)
+    name = backends.serving(input.device.type, input.dtype)
+    if name == "triton" and input.dtype == torch.float32 and input.is_cuda and backends.serves_cuda():
+        from mixfeat.kernels import cuda
+        from mixfeat.kernels.cuda import gradient_descent as kernel
+
+        problem = kernel.Problem.of(input, weight, list(nodes) or None, momentum)
+        if kernel.fits(problem, cuda.capability(input.device)) is None:
+            x, y = input if input.dim() == 4 else input[None], torch.atleast_2d(target)
+            options = (list(nodes) or None, list(nodes.values()) or None, lr, steps, momentum, weight_decay)
+            weight, loss, velocity = kernel.gradient_descent(
+                x, weight, y, Polynomial.of(fields), *options, buffer if momentum else None
+            )
+            return weight, loss, buffer if velocity is None else velocity
+    if name == "cpu":
         loss = torch.ops.mixfeat_cpu.gradient_descent.default(
             input, weight, target.contiguous(), list(nodes), list(nodes.values()), tuple(fields), lr, steps, momentum,
             weight_decay, buffer,
