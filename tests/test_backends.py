@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from conftest import error
 
 import mixfeat as mf
 
@@ -47,7 +48,7 @@ def test_choice_changes_what_runs():
 
 @pytest.mark.parametrize("name", ["cudnn", "", None])
 def test_refuses_unknown_backend(name):
-    with pytest.raises(ValueError, match="backend must be one of triton, cpu, reference, got"), mf.backend(name):
+    with pytest.raises(ValueError, match="backend must be one of cuda, triton, cpu, reference, got"), mf.backend(name):
         pass
 
 
@@ -85,7 +86,7 @@ def test_environment(run_python):
         "import mixfeat as mf; print(mf.backends.serving('cpu'))", MIXFEAT_BACKEND="reference"
     )
     refused = run_python(CALL, check=False, MIXFEAT_BACKEND="gpu")
-    assert "MIXFEAT_BACKEND must be one of triton, cpu, reference, got 'gpu'" in refused
+    assert "MIXFEAT_BACKEND must be one of cuda, triton, cpu, reference, got 'gpu'" in refused
 
 
 def test_import_is_light(run_python):
