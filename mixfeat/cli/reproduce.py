@@ -242,13 +242,11 @@ def _workers(args: argparse.Namespace, settings: BaseSettings, tasks: int) -> en
             package = (error.name or "").partition(".")[0]
             raise RefusedError(f"{package} is missing: pip install 'mixfeat[cluster]'") from None
     device = torch.device(settings.device)
-    if device.type != "cuda":
-        most = engine.cpu_count()
-    elif device.index is None:
-        most = torch.cuda.device_count()
+    if device.type == "cuda":
+        gpus = torch.cuda.device_count() if device.index is None else 1
+        jobs = min(args.jobs or gpus, gpus)  # one process for each: more would only share them
     else:
-        most = 1  # processes would only share that GPU
-    jobs = most if args.jobs is None else args.jobs if device.type != "cuda" else min(args.jobs, most)
+        jobs = args.jobs or engine.cpu_count()
     return engine.Local(max(1, min(jobs, tasks)), gpus=device.type == "cuda")
 
 
