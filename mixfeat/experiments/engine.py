@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import signal
 import time
 from abc import ABC, abstractmethod
@@ -38,6 +39,7 @@ __all__ = [
 CHUNK_SECONDS = 2.0  # of one chunk: about the most that a kill loses of each run in work
 _IDLE_SECONDS = 60  # after which a worker without work ends
 _CONNECT_SECONDS = 10
+_LOST = "the cluster's scheduler was lost: pass --resume to continue"
 _VERSION = 3  # of the results folder; 2 was an SQLite database
 _ABOUT, _SUFFIX = "settings.json", ".run"
 
@@ -147,12 +149,14 @@ def train(
                 deaths[name] += 1
                 if deaths[name] == workers.attempts:
                     raise WorkerDiedError(
-                        f"{batch[0].label}: every worker that tried it died; pass --resume to try again"
+                        f"{batch[0].label}: every worker that tried it died: pass --resume to try again"
                     ) from None
                 queue.appendleft(batch)
                 continue
             except CancelledError:
-                raise EngineError("the cluster's scheduler was lost; pass --resume to continue") from None
+                raise EngineError(_LOST) from None
+            except ImportError as error:
+                raise EngineError(f"a worker cannot be used: {_line(error)}") from None
             for run, record in zip(batch, after, strict=True):
                 if results:
                     results.save(run.name, record)
@@ -324,12 +328,20 @@ class Cluster(Workers):
     def slots(self) -> int:
         when, threads = self._counted
         if time.monotonic() - when > 1:
-            threads = sum(self._client.nthreads().values())
+            try:
+                threads = sum(self._client.nthreads().values())
+            except OSError:
+                raise EngineError(_LOST) from None
             self._counted = (time.monotonic(), threads)
         return max(1, threads)
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        future: Future[Any] = self._executor.submit(function, *arguments)
+        def call(content: bytes) -> Any:  # pickled by value, as it is a local function
+            function, arguments = pickle.loads(content)
+            return function(*arguments)
+
+        # the scheduler unpickles what it passes on, and it need not have mixfeat: so it gets bytes
+        future: Future[Any] = self._executor.submit(call, pickle.dumps((function, arguments)))
         return future
 
     def close(self) -> None:
