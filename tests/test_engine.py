@@ -296,6 +296,24 @@ def running(pid):
         return False
 
 
+def test_workers_end_with_a_parent_that_is_killed():
+    code = """
+import os, signal, sys
+from mixfeat.experiments import engine
+workers = engine.Local(2)
+print(workers.submit(os.getpid).result(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    worker = int(process.stdout)
+    for _ in range(100):
+        if not running(worker):
+            break
+        time.sleep(0.1)
+    assert not running(worker)
+
+
 def test_threads_share_the_cores(monkeypatch):
     monkeypatch.setattr(engine, "cpu_count", lambda: 16)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)

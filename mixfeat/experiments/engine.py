@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 import signal
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
@@ -37,7 +38,6 @@ __all__ = [
 ]  # fmt: skip
 
 CHUNK_SECONDS = 2.0  # of one chunk: about the most that a kill loses of each run in work
-_IDLE_SECONDS = 60  # after which a worker without work ends
 _CONNECT_SECONDS = 10
 _LOST = "the cluster's scheduler was lost: pass --resume to continue"
 _VERSION = 3  # of the results folder; 2 was an SQLite database
@@ -264,10 +264,9 @@ class Local(Workers):
         """One process to an executor: if it dies, its task is known."""
         from joblib.externals.loky import ProcessPoolExecutor
 
-        # idle processes end, so that none outlives this one for long if it is killed
         return ProcessPoolExecutor(
-            1, timeout=_IDLE_SECONDS, initializer=_start_worker, initargs=(slot if self._gpus else None,),
-            env={"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")},
+            1, initializer=_start_worker, initargs=(os.getpid(), slot if self._gpus else None),
+            env={"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")},  # threads that wait do not spin
         )  # fmt: skip
 
     def close(self) -> None:
@@ -275,10 +274,18 @@ class Local(Workers):
             executor.shutdown(kill_workers=True)  # type: ignore[call-arg]
 
 
-def _start_worker(gpu: int | None) -> None:
+def _start_worker(parent: int, gpu: int | None) -> None:
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers too; their parent ends them
     if gpu is not None:
         torch.cuda.set_device(gpu)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has ended, as a killed parent cannot do it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def cpu_count() -> int:
