@@ -85,7 +85,7 @@ def test_schedulers_that_cannot_be_reached(address, tmp_path, monkeypatch, capsy
 
 
 def test_idle_and_lost_schedulers(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "_CONNECT_SECONDS", 3)
+    monkeypatch.setattr(engine, "_FIRST_WORKER_SECONDS", 1)
     monkeypatch.setattr(engine, "CHUNK_SECONDS", 0.1)
     command = [sys.executable, "-c", "from distributed.cli.dask_scheduler import main; main()"]
     options = ["--port", "0", "--no-dashboard", "--scheduler-file", str(tmp_path / "scheduler.json")]
@@ -106,7 +106,7 @@ def test_idle_and_lost_schedulers(tmp_path, monkeypatch):
             [*command, "--no-dashboard", "--death-timeout", "60"], cwd=ROOT, stderr=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{paths}"},
         )  # fmt: skip
-        monkeypatch.setattr(engine, "_CONNECT_SECONDS", 60)
+        monkeypatch.setattr(engine, "_FIRST_WORKER_SECONDS", 60)
         with (
             engine.Cluster(address, SOFTWARE) as workers,
             pytest.raises(engine.EngineError, match="the cluster's scheduler was lost: pass --resume to continue"),

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -53,7 +54,7 @@ class Walk:
             folder, times = self.dies
             deaths = len(os.listdir(folder))
             if deaths < times:
-                open(os.path.join(folder, str(deaths)), "w").close()
+                Path(folder, str(deaths)).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
         generator = torch.Generator().manual_seed(len(self.name))
         total = torch.zeros(())
@@ -291,7 +292,7 @@ def test_workers_share_the_runs_and_one_dies(tmp_path, monkeypatch):
 
 def running(pid):
     try:
-        return "Z" not in open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[:1]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 

@@ -38,7 +38,7 @@ __all__ = [
 ]  # fmt: skip
 
 CHUNK_SECONDS = 2.0  # of one chunk: about the most that a kill loses of each run in work
-_CONNECT_SECONDS = 10
+_CONNECT_SECONDS, _FIRST_WORKER_SECONDS = 10, 60
 _LOST = "the cluster's scheduler was lost: pass --resume to continue"
 _VERSION = 3  # of the results folder; 2 was an SQLite database
 _ABOUT, _SUFFIX = "settings.json", ".run"
@@ -319,7 +319,7 @@ class Cluster(Workers):
         except (OSError, ValueError, TypeError) as error:
             raise EngineError(f"the scheduler {address} cannot be reached: {_line(error)}") from None
         try:
-            self._client.wait_for_workers(1, timeout=_CONNECT_SECONDS)
+            self._client.wait_for_workers(1, timeout=_FIRST_WORKER_SECONDS)
             refusals = self._client.run(_refusal, software, on_error="return")
         except TimeoutError:
             self.close()
