@@ -456,6 +456,22 @@ runpy.run_module("mixfeat", run_name="__main__")
     assert run_python(code).splitlines() == ["set()", f"mixfeat {mf.__version__}"]
 
 
+@pytest.mark.parametrize(("chosen", "found"), [(None, "passive"), ("active", "active")])
+def test_threads_that_wait_do_not_spin(chosen, found, tmp_path):
+    """Unless the user says so; flags of the interpreter are kept."""
+    command = ["check", "--quick", "--operator", "mixup", "--backend", "reference", "--dtype", "float64", "--json"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    environment |= {"OMP_WAIT_POLICY": chosen} if chosen else {}
+    process = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "mixfeat", *command, str(tmp_path / "check.json")],
+        cwd=ROOT, capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.splitlines()[-1].startswith("import time:")
+    variables = json.loads((tmp_path / "check.json").read_text())["environment"]["environment variables"]
+    assert variables["OMP_WAIT_POLICY"] == found
+
+
 def test_output_that_nobody_reads(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)

@@ -19,8 +19,10 @@ __all__ = ["environment", "main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
+    if argv is None and args.patient:
+        _wait_without_spinning()
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
         status: int = args.run(args)
         sys.stdout.flush()  # here, where it may fail
@@ -39,6 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _wait_without_spinning() -> None:
+    """Start this program again with OpenMP threads that sleep while they wait, unless the user has chosen otherwise.
+
+    Threads that spin slow small problems down tenfold on a busy machine: they take the core on which the thread that
+    they wait for would run. OpenMP reads the setting when PyTorch is imported, so it is too late for this process.
+    """
+    if os.name == "posix" and sys.executable and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _parser() -> Parser:

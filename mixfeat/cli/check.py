@@ -20,6 +20,7 @@ def add_commands(commands: Commands) -> None:
         commands,
         "check",
         _check,
+        patient=True,
         help="are the kernels right on this machine?",
         description="Hold every operator, on every backend that runs here, to the reference in float64: values and "
         "gradients of random inputs, contiguous and strided, and the same bits from a second call. The exit status is "

@@ -32,12 +32,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_command(
-    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], help: str, description: str | None = None
-) -> argparse.ArgumentParser:
-    """Add a command with the option that all have, and return its parser."""
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], help: str, description: str | None = None,
+    *, patient: bool = False,
+) -> argparse.ArgumentParser:  # fmt: skip
+    """Add a command with the option that all have, and return its parser.
+
+    OpenMP threads of a ``patient`` command sleep while they wait.
+    """
     parser: argparse.ArgumentParser = commands.add_parser(name, allow_abbrev=False, help=help, description=description)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
-    parser.set_defaults(run=run, prog=parser.prog)
+    parser.set_defaults(run=run, prog=parser.prog, patient=patient)
     return parser
 
 
