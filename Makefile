@@ -17,7 +17,7 @@ TRITON_TESTS := $(wildcard tests/test_triton_*.py)
 install: $(VENV)/installed
 
 # torch first: with it at hand the CPU library is built ahead, by the compiler here and against that torch
-$(VENV)/installed: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard kernels/cpu/*)
+$(VENV)/installed: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard kernels/cpu/* kernels/cpu/isa/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) setuptools ninja torch
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[experiments,test,docs,dev]'

@@ -1,7 +1,7 @@
 // The rate at which this processor evaluates PolyReLU of degree 8 with everything in registers: the arithmetic limit of the
 // all-pairs Mixup loss. Each function runs `rounds` rounds of 8 vectors and returns how many evaluations that was.
 
-#include "activation.h"
+#include "isa/activation.h"
 
 #if defined(__AVX512F__)
 #define IN_REGISTER(x) asm volatile("" : "+v"(x))

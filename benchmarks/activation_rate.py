@@ -1,4 +1,4 @@
-"""The rate at which a GPU evaluates PolyReLU of degree 8 in registers: what activation_rate.cpp does, in Triton."""
+"""The rate at which a GPU evaluates PolyReLU of degree 8 in registers: activation_rate.cpp in Triton."""
 
 import torch
 import triton
@@ -6,14 +6,16 @@ import triton.language as tl
 
 from mixfeat.kernels.triton.activation import add_phi_of_sum, mul_slope_of_sum
 
-from .harness import Contender, compare
+from .timing import Contender, compare
 
-BLOCK, ROUNDS = 2048, 4096  # 16 entries to a thread: enough to keep its pipeline full
+__all__ = ["BLOCK", "evaluate", "rates"]
+
+BLOCK, ROUNDS = 2048, 4096  # 16 entries per thread: enough to fill its pipeline
 
 
 @triton.jit
 def evaluate(output, rounds, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
-    """``rounds`` activations, or slopes, for each of the program's entries of output, (programs * BLOCK,)."""
+    """Evaluate ``rounds`` activations, or slopes, for each entry of output, (programs * BLOCK,)."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = tl.arange(0, BLOCK).to(tl.float32) / BLOCK
     row = tl.full([], 0.0, tl.float32)
@@ -28,12 +30,12 @@ def evaluate(output, rounds, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def rates() -> dict[str, float]:
-    """Evaluations a second, "forward" and "backward"."""
+    """Measure evaluations per second, "forward" and "backward"."""
     programs = 32 * torch.cuda.get_device_properties("cuda").multi_processor_count
     output = torch.empty(programs * BLOCK, device="cuda")
 
     def launch(backward: bool) -> Contender:
         return lambda: evaluate[(programs,)](output, ROUNDS, backward, BLOCK, num_warps=4)
 
-    timing = compare({"forward": launch(False), "backward": launch(True)}, share=0.25)
-    return {name: programs * BLOCK * ROUNDS / found.p20 for name, found in timing.items()}
+    timings = compare({"forward": launch(False), "backward": launch(True)}, share=0.25)
+    return {name: programs * BLOCK * ROUNDS / timing.p20 for name, timing in timings.items()}

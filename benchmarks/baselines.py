@@ -1,6 +1,6 @@
-"""What a user could write instead, in plain PyTorch: from the authors' way to the strongest formulation known.
+"""Baselines in plain PyTorch, from the authors' code to the strongest formulation known.
 
-Each function has the operator's signature, so that a benchmark can time any of them in its place.
+Each function has the signature of its operator, so that a benchmark can time it in the operator's place.
 """
 
 from collections.abc import Callable
@@ -14,24 +14,24 @@ from mixfeat.activations import PolyReLU
 
 
 def naive(input: Tensor, weight: Tensor, activation: PolyReLU) -> Tensor:
-    """As the authors' released code goes about it: a convolution over patches laid side by side, then masks and pow."""
-    num_classes, filters, features = weight.shape
+    """Follow the authors' released code: convolve over patches laid side by side, then apply masks and pow."""
+    num_classes, filters, patch_dim = weight.shape
     samples, patches, _ = input.shape
-    image = input.reshape(samples, 1, patches * features)
-    s = torch.conv1d(image, weight.reshape(-1, 1, features), stride=features).view(
+    image = input.reshape(samples, 1, patches * patch_dim)
+    s = torch.conv1d(image, weight.reshape(-1, 1, patch_dim), stride=patch_dim).view(
         samples, num_classes, filters, patches
     )
     rho, degree = activation.rho, activation.degree
-    curve = s**degree / (degree * rho ** (degree - 1))
-    s = torch.where(s <= 0, torch.zeros_like(s), torch.where(s < rho, curve, s - (1 - 1 / degree) * rho))
+    poly = s**degree / (degree * rho ** (degree - 1))
+    s = torch.where(s <= 0, torch.zeros_like(s), torch.where(s < rho, poly, s - (1 - 1 / degree) * rho))
     return s.sum(dim=(2, 3))
 
 
 def eager(input: Tensor, weight: Tensor, activation: PolyReLU) -> Tensor:
-    """One matrix product, the power by repeated squaring, clamps instead of masks."""
-    num_classes, filters, features = weight.shape
+    """Use one matrix product, repeated squaring for the power, and clamps in place of masks."""
+    num_classes, filters, patch_dim = weight.shape
     samples, patches, _ = input.shape
-    t = input.reshape(-1, features) @ weight.reshape(-1, features).t() * (1 / activation.rho)
+    t = input.reshape(-1, patch_dim) @ weight.reshape(-1, patch_dim).t() * (1 / activation.rho)
     u = t.clamp(0, 1)
     power = _power(u, activation.degree)
     s = power * (activation.rho / activation.degree) + (t - 1).clamp(min=0) * activation.rho
@@ -46,13 +46,13 @@ def _power(u: Tensor, exponent: int) -> Tensor:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile of it for the shapes at hand, with the most tuning on a GPU."""
+    """Compile for static shapes, on a GPU with maximal autotuning."""
     mode = "max-autotune-no-cudagraphs" if torch.cuda.is_available() else None
     return torch.compile(function, mode=mode, dynamic=False)
 
 
 def pairwise_naive(input: Tensor, weight: Tensor, target: Tensor, activation: PolyReLU) -> Tensor:
-    """Midpoint Mixup of all pairs as written: mix inputs, convolve N^2 samples, cross-entropy to both labels."""
+    """Follow the definition of the midpoint loss: mix inputs, convolve N^2 samples, compare with both labels."""
     samples, classes = input.shape[0], weight.shape[0]
     mixed = (input[:, None] + input[None]) / 2
     logits = eager(mixed.flatten(0, 1), weight, activation).view(samples, samples, classes)
@@ -61,10 +61,14 @@ def pairwise_naive(input: Tensor, weight: Tensor, target: Tensor, activation: Po
 
 
 class PairwiseRows:
-    """The best formulation known: convolve once, some rows of pre-activations against all columns at a time.
+    """The best formulation known: convolve once, then pair a few rows of pre-activations with all columns at a time.
 
-    The gradient is written out, in the pass of the loss: so no more than the activations of these rows is ever kept,
-    and the compiler sees both directions at once. (With autograd, torch.compile takes 1.7 times as long on a CPU.)
+    The gradient is written out and computed together with the loss. So only the activations of these rows are in memory
+    at once, and the compiler sees both directions. (With autograd, torch.compile takes 1.7 times as long on a CPU.)
+
+    Args:
+        rows: number of rows at a time.
+        compile: whether to compile the work on one block of rows.
     """
 
     def __init__(self, rows: int = 16, compile: bool = True) -> None:
@@ -98,11 +102,11 @@ class PairwiseRows:
     def __call__(
         self, input: Tensor, weight: Tensor, target: Tensor, activation: PolyReLU, backward: bool = True
     ) -> Tensor:
-        """The loss, or, with ``backward``, its gradient to ``weight``."""
-        samples, patches, features = input.shape
+        """Return the loss or, with ``backward``, its gradient to ``weight``."""
+        samples, patches, patch_dim = input.shape
         label = F.one_hot(target, weight.shape[0]).to(input.dtype)
         with torch.no_grad():
-            x, w = input.reshape(-1, features), weight.reshape(-1, features)
+            x, w = input.reshape(-1, patch_dim), weight.reshape(-1, patch_dim)
             s = (x @ w.t()).view(samples, patches, *weight.shape[:2])
             loss = torch.zeros((), device=input.device)
             row_grads, column_grad = [], torch.zeros_like(s)
@@ -121,36 +125,36 @@ class PairwiseRows:
 
 
 def mixup(input: Tensor, index: Tensor, lam: Tensor) -> Tensor:
-    """As users write it."""
+    """Mix as most users write it."""
     return lam * input + (1 - lam) * input[index]
 
 
 def mixup_lerp(input: Tensor, index: Tensor, lam: Tensor) -> Tensor:
-    """In two passes, the fewest that eager PyTorch offers."""
+    """Mix in two passes, the fewest that eager PyTorch offers."""
     return torch.lerp(input[index], input, lam)
 
 
 def mixup_timm(input: Tensor, index: Tensor, lam: Tensor) -> Tensor:
-    """timm's way: in the input's own memory, with the batch reversed, whatever ``index`` says."""
+    """Mix as timm does: in place, with the reversed batch; ``index`` is ignored."""
     return input.mul_(lam).add_(input.flip(0).mul_(1 - lam))
 
 
 def mixup_torchvision(input: Tensor, index: Tensor, lam: Tensor) -> Tensor:
-    """torchvision's way: with the sample before, whatever ``index`` says."""
+    """Mix as torchvision does: with the previous sample; ``index`` is ignored."""
     return input.roll(1, 0).mul_(1 - lam).add_(input.mul(lam))
 
 
 def dense_cross_entropy(input: Tensor, target_a: Tensor, target_b: Tensor, lam: Tensor) -> Tensor:
-    """The loss of timm and torchvision: dense targets are mixed, then compared."""
+    """Compute the loss as timm and torchvision do: cross-entropy to mixed dense targets."""
     a, b = (F.one_hot(target, input.shape[1]).to(input.dtype) for target in (target_a, target_b))
     return F.cross_entropy(input, lam * a + (1 - lam) * b)
 
 
 def soft_cross_entropy_timm(input: Tensor, target: Tensor) -> Tensor:
-    """timm's SoftTargetCrossEntropy."""
+    """Compute timm's SoftTargetCrossEntropy."""
     return torch.sum(-target * F.log_softmax(input, dim=-1), dim=-1).mean()
 
 
 def two_cross_entropies(input: Tensor, target_a: Tensor, target_b: Tensor, lam: Tensor) -> Tensor:
-    """The loss of the authors' code and of mixup-cifar10."""
+    """Compute the loss as the authors' code and mixup-cifar10 do."""
     return lam * F.cross_entropy(input, target_a) + (1 - lam) * F.cross_entropy(input, target_b)

@@ -1,4 +1,4 @@
-"""Order and isolation of the benchmarks."""
+"""Order and isolate the benchmarks."""
 
 from collections import Counter
 
@@ -7,17 +7,17 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Suites take turns, each from its most telling case on: so little is missing where the time runs out."""
+    """Interleave the suites, each from its most telling case on, so that a run cut short has covered what matters."""
     seen: Counter[str] = Counter()
-    places = {}
+    positions = {}
     for item in items:
         suite = item.nodeid.split("::")[0]
-        places[item] = seen[suite]
+        positions[item] = seen[suite]
         seen[suite] += 1
-    items.sort(key=places.__getitem__)
+    items.sort(key=positions.__getitem__)
 
 
 @pytest.fixture(autouse=True)
-def _compile_anew() -> None:
-    """Else what torch.compile has seen before would make it give up on shapes, and in the end on compiling."""
+def _reset_compiler() -> None:
+    """Forget earlier compilations, which would make torch.compile generalise shapes and finally give up."""
     torch.compiler.reset()

@@ -12,38 +12,38 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullFormatter, PercentFormatter
 
-from mixfeat.experiments.plots import INK, MUTED, plain
+from mixfeat.plotting import INK, MUTED, plain
 
-from .results import fingerprint, of_limit, ratios
+from .results import GROWTH, fingerprint, of_limit, ratios
 
 __all__ = ["MARK", "plot"]
 
-#: the key in a figure's PNG of the fingerprint of the results that it shows
+#: Key, in a figure's PNG, of the fingerprint of its results.
 MARK = "mixfeat results"
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; marks differ as well
+# Okabe and Ito's colours, which colour-blind readers can tell apart; markers differ as well
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#7f7f7f")
 _OURS = "#d55e00"
 _MARKERS = "os^DvPX*"
 _TITLE: dict[str, Any] = {"loc": "left", "fontsize": 11, "fontweight": "bold", "color": INK}
 _SMALL = 8.5
-_MOST = 1.2  # of the limit: where its axis ends
-_FLOP = "FLOP/s of "  # how the roofs are called among the limits
+_MAX_SHARE = 1.2  # end of the axis of shares of the limit
+_FLOP = "FLOP/s of "  # prefix of the roofs among the limits
 
 _Rows = Sequence[Mapping[str, Any]]
 
 
 def plot(document: Mapping[str, Any], path: Path) -> None:
-    """Write a figure: per row speed, peak memory and the share of the limit; below a roofline, and how times grow.
+    """Write a figure: speed, peak memory and share of the limit per row; a roofline; curves of growth.
 
-    Of what was timed with its gradient, forward alone is in the roofline only. What the document has no rows for is
-    left out. The PNG holds the document's fingerprint, under MARK.
+    A case that was timed with its gradient shows forward alone in the roofline only. Parts without rows are left out.
+    The PNG holds the document's fingerprint, under MARK.
     """
     timed = [row for row in document["rows"] if len(row["timings"]) > 1]
     trained = [_problem(row) for row in timed if row["direction"] != "forward"]
     timed = [row for row in timed if row["direction"] != "forward" or _problem(row) not in trained]
     counted = [row for row in document["rows"] if row["timings"] and {"FLOP", "bytes"} <= set(row["work"])]
-    curves = [row for row in document["rows"] if row["direction"].startswith("growth with")]
+    curves = [row for row in document["rows"] if row["direction"].startswith(GROWTH)]
     suites = list(dict.fromkeys(row["suite"] for row in [*timed, *counted, *curves]))
     lines = len(timed) + len({row["suite"] for row in timed})
     parts = [(1.6 + 0.175 * lines, _table, timed), (4.4, _roofline, counted), (2.8, _curves, curves)]
@@ -60,12 +60,12 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
 
 
 def _problem(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a row is about, in whatever direction."""
+    """Key of a row without its direction."""
     return row["suite"], row["case"], row["dtype"]
 
 
 def _table(figure: Any, rows: _Rows, colours: Mapping[str, str], document: Mapping[str, Any]) -> None:
-    """A line per row under its suite's name: times of baselines, everyone's memory, mixfeat's share of the limit."""
+    """Draw a line per row, under its suite's name: times of baselines, peak memory, mixfeat's share of the limit."""
     speed, memory, limit = figure.subplots(1, 3, sharey=True, width_ratios=[3.4, 2, 1.5])
     names = list(dict.fromkeys(name for row in rows for name in ratios(row)))
     styles = dict(zip(names, _styles(), strict=False))
@@ -99,7 +99,7 @@ def _table(figure: Any, rows: _Rows, colours: Mapping[str, str], document: Mappi
         axes.set_xscale("log")
         _plain_numbers(axes.xaxis)
     limit.axvline(1, color=MUTED, linewidth=1, zorder=2)
-    limit.set_xlim(0, _MOST)
+    limit.set_xlim(0, _MAX_SHARE)
     limit.xaxis.set_major_locator(MultipleLocator(0.5))
     limit.xaxis.set_major_formatter(PercentFormatter(1))
     limit.set_title("mixfeat, of the limit", **_TITLE)
@@ -122,7 +122,7 @@ _OUR_STYLE: dict[str, Any] = {"color": _OURS, "marker": "o", "markersize": 5.5, 
 
 
 def _styles() -> Iterator[dict[str, Any]]:
-    """How each baseline is drawn: filled, then, where there are more than colours, hollow."""
+    """Yield a style per baseline: filled markers in every colour, then hollow ones."""
     for i in itertools.count():
         colour = _COLOURS[i % len(_COLOURS)]
         yield {
@@ -132,13 +132,13 @@ def _styles() -> Iterator[dict[str, Any]]:
 
 
 def _plain_numbers(axis: Axis) -> None:
-    """1000 and not 10^3, at the larger ticks only."""
+    """Write 1000, not 10^3, at major ticks only."""
     axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x < 1e4 else f"{x / 1e3:g}k"))
     axis.set_minor_formatter(NullFormatter())
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    """A row's name without its shape, which is in the tables."""
+    """Name a row without its shape, which the tables give."""
     case = re.sub(r" \([\d, ]+\)$", "", row["case"])
     return ", ".join([case, row["direction"], *(["bfloat16"] if row["dtype"] == "bfloat16" else [])]) + "  "
 
@@ -147,13 +147,13 @@ def _share(axes: Axes, row: Mapping[str, Any], y: float) -> None:
     share = of_limit(row)
     if share is None:
         return
-    axes.barh(y, min(share, _MOST), height=0.62, color="#f0b48f", zorder=1)
+    axes.barh(y, min(share, _MAX_SHARE), height=0.62, color="#f0b48f", zorder=1)
     text = f"{share:.0%} of {row['limit']['name']}"
     axes.text(0.02, y, text, fontsize=7.5, color=INK, va="center", zorder=3)
 
 
 def _roofline(figure: Any, rows: _Rows, colours: Mapping[str, str], document: Mapping[str, Any]) -> None:
-    """Rates of arithmetic against its intensity, under the roofs that were measured."""
+    """Draw arithmetic rates against intensity, under the measured roofs."""
     axes = figure.subplots()
     for row in rows:
         colour, half = colours[row["suite"]], row["dtype"] == "bfloat16"
@@ -170,7 +170,9 @@ def _roofline(figure: Any, rows: _Rows, colours: Mapping[str, str], document: Ma
     bandwidth = limits.get("bytes/s of copies")
     if bandwidth:
         flat = {name.removeprefix(_FLOP): rate for name, rate in limits.items() if name.startswith(_FLOP)}
-        for i, (name, rate) in enumerate(flat.items()):  # names side by side, as roofs can be close to each other
+        for i, (name, rate) in enumerate(
+            flat.items()
+        ):  # names stand side by side, since roofs can be close to each other
             axes.plot([rate / bandwidth, right], [rate / 1e9] * 2, color=MUTED, linewidth=1.2, zorder=1)
             axes.text(
                 (i + 2.5) / (len(flat) + 2.5), rate / 1e9, name, transform=axes.get_yaxis_transform(), ha="center",
@@ -203,12 +205,12 @@ def _roofline(figure: Any, rows: _Rows, colours: Mapping[str, str], document: Ma
 
 
 def _curves(figure: Any, rows: _Rows, colours: Mapping[str, str], document: Mapping[str, Any]) -> None:
-    """A panel for each thing that grows; at the end of each line the fitted exponent."""
-    names = list(dict.fromkeys(row["direction"].removeprefix("growth with ") for row in rows))
+    """Draw a panel per growing dimension, with the fitted exponent at the end of each line."""
+    names = list(dict.fromkeys(row["direction"].removeprefix(GROWTH) for row in rows))
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
-        found = [row for row in rows if row["direction"] == f"growth with {name}"]
-        below = 0.0  # where the line below ends
+        found = [row for row in rows if row["direction"] == f"{GROWTH}{name}"]
+        below = 0.0  # end of the line below
         for row in sorted(found, key=lambda row: row["figures"]["ms"][-1]):
             values, times = row["figures"][name], row["figures"]["ms"]
             axes.plot(values, times, color=colours[row["suite"]], marker="o", markersize=4, linewidth=1.6)

@@ -1,44 +1,24 @@
-"""Results of the benchmarks: one JSON document per device, its tables in README and docs/, and what has become slower.
-
-``python -m mixfeat.benchmarks.results`` writes the tables anew from the documents in results/, and their figure.
-"""
+"""Results of the benchmarks: one JSON document per device, rows in words and in tables, comparison of two documents."""
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "FIGURE", "PAGES", "ROOT", "Timing", "committed", "compare", "describe", "fingerprint", "load", "markdown",
-    "of_limit", "rates", "ratios", "tables", "with_tables",
-]  # fmt: skip
+__all__ = ["GROWTH", "compare", "describe", "fingerprint", "load", "markdown", "of_limit", "rates", "ratios", "tables"]
 
-ROOT = Path(__file__).resolve().parents[1]
-#: of the first document
-FIGURE = ROOT / "docs/benchmarks.png"
-#: that have the figure and the tables; whether only a selection of them
-PAGES = {ROOT / "README.md": True, ROOT / "docs/benchmarks.md": False}
-#: what a document must have beside its rows
+#: Keys of a document.
 KEYS = ("version", "commit", "device", "torch", "triton", "date", "rows")
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one contender: quantiles over its turns."""
-
-    p20: float
-    p50: float
-    p80: float
+#: A row with this direction, followed by the name of a dimension, has an exponent among its figures.
+GROWTH = "growth with "
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A document of results.
+    """Load a document of results.
 
     Raises:
-        ValueError: the file cannot be read, or is none; the message names it and says why.
+        ValueError: the file cannot be read or holds something else; the message names it and says why.
     """
     try:
         document = json.loads(path.read_text())
@@ -51,30 +31,33 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def fingerprint(document: Mapping[str, Any]) -> str:
-    """What tells this document from all others."""
+    """Hash a document; equal documents have equal fingerprints."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def ratios(row: Mapping[str, Any]) -> dict[str, float]:
-    """How many times as long as mixfeat each baseline takes, by medians."""
+    """Divide the median time of each baseline by mixfeat's."""
     times = row["timings"]
     return {name: time["p50"] / times["mixfeat"]["p50"] for name, time in times.items() if name != "mixfeat"}
 
 
 def of_limit(row: Mapping[str, Any]) -> float | None:
-    """The share of the limit's rate that mixfeat reaches; above 1 where the limit's own measure is slower."""
+    """Divide the limit's time by mixfeat's median: the share of the limit's rate that mixfeat reaches.
+
+    It exceeds 1 if mixfeat is faster than the measurement that defines the limit. None for a row without a limit.
+    """
     return row["limit"]["seconds"] / row["timings"]["mixfeat"]["p50"] if row["limit"] else None
 
 
 def rates(row: Mapping[str, Any]) -> dict[str, float]:
-    """What mixfeat does of each kind of work in a second, by its median: "evaluations/s", "FLOP/s", "bytes/s"."""
+    """Divide each amount of work by mixfeat's median time: "evaluations/s", "FLOP/s", "bytes/s"."""
     if not row["timings"]:
         return {}
     return {f"{unit}/s": amount / row["timings"]["mixfeat"]["p50"] for unit, amount in row["work"].items()}
 
 
 def describe(row: Mapping[str, Any]) -> str:
-    """A row in one line."""
+    """Write a row in one line."""
     parts = [f"{row['suite']} {row['case']} {row['direction']} {row['dtype']}:"]
     if row["timings"]:
         parts.append(f"{row['timings']['mixfeat']['p50'] * 1e3:.3g} ms")
@@ -102,14 +85,14 @@ def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(row[name] for name in ("suite", "case", "direction", "dtype"))
 
 
-def compare(new: Mapping[str, Any], old: Mapping[str, Any], least: float = 1.05) -> list[str]:
-    """What has become slower beyond noise, one line each.
+def compare(new: Mapping[str, Any], old: Mapping[str, Any], min_ratio: float = 1.05) -> list[str]:
+    """List the rows that have become slower beyond noise, one line each.
 
-    That is what takes at least ``least`` times as long by its median, and of which a fast turn (the 20% quantile) takes
-    longer now than a slow one (80%) took before.
+    A row counts if mixfeat's median is more than ``min_ratio`` times the old one, and its 20% quantile lies above the
+    old 80% quantile.
 
     Raises:
-        ValueError: the two are of different devices.
+        ValueError: the documents come from different devices.
     """
     if new["device"] != old["device"]:
         raise ValueError(f"results compare only on one device: {new['device']} here, {old['device']} there")
@@ -117,7 +100,7 @@ def compare(new: Mapping[str, Any], old: Mapping[str, Any], least: float = 1.05)
     lines = []
     for row in new["rows"]:
         then, now = before.get(_key(row)), row["timings"].get("mixfeat")
-        if then and now and now["p20"] > then["p80"] and now["p50"] > least * then["p50"]:
+        if then and now and now["p20"] > then["p80"] and now["p50"] > min_ratio * then["p50"]:
             ratio = now["p50"] / then["p50"]
             lines.append(
                 f"{' '.join(_key(row))}: {then['p50'] * 1e3:.3g} ms -> {now['p50'] * 1e3:.3g} ms ({ratio:.2f}x)"
@@ -126,7 +109,7 @@ def compare(new: Mapping[str, Any], old: Mapping[str, Any], least: float = 1.05)
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first row is its head."""
+    """Format a table in Markdown; the first row is its head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
@@ -135,9 +118,9 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def tables(document: Mapping[str, Any], *, brief: bool = False) -> str:
-    """A table per operator, one of exponents of growth, and the other figures as a list, in Markdown.
+    """Format a document in Markdown: a table per operator, a table of growth exponents, a list of other figures.
 
-    ``brief`` leaves one row of each case that is timed: of float32, forward and backward, if there is such.
+    ``brief`` keeps one row per timed case, preferably float32 with forward and backward, and every untimed row.
     """
     where = f"{document['device']}, PyTorch {document['torch']}"
     where += f", Triton {document['triton']}" if document["triton"] else ""
@@ -162,7 +145,7 @@ def tables(document: Mapping[str, Any], *, brief: bool = False) -> str:
             cells += [_memory(row["peak_bytes"])] if memory else []
             body.append(cells)
         parts.append(markdown([head, *body]))
-    growth = [row for row in everything if row["direction"].startswith(_GROWTH)]
+    growth = [row for row in everything if row["direction"].startswith(GROWTH)]
     parts.append(_exponents(growth) if growth else "")
     others = [row for row in everything if row["figures"] and row not in growth]
     parts.append("\n".join(f"- {_figures(row)}" for row in others))
@@ -170,7 +153,7 @@ def tables(document: Mapping[str, Any], *, brief: bool = False) -> str:
 
 
 def _selected(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of each case that is timed one row; and all that are not."""
+    """Keep one row per timed case, and every untimed row."""
     order = ["forward + backward", "training step", "forward"]
     timed = [row for row in rows if row["timings"] and row["direction"] in order]
     first: dict[tuple[str, str], Mapping[str, Any]] = {}
@@ -184,12 +167,9 @@ def _memory(peaks: Mapping[str, int]) -> str:
     return f"{peaks['mixfeat'] / 2**20:.1f} of {min(others) / 2**20:.1f} MiB" if others else ""
 
 
-_GROWTH = "growth with "
-
-
 def _exponents(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Of the growth of time, by operator and by what grows."""
-    found = {(row["suite"], row["direction"].removeprefix(_GROWTH)): row["figures"]["exponent"] for row in rows}
+    """Format the exponents of growth: a row per operator, a column per dimension."""
+    found = {(row["suite"], row["direction"].removeprefix(GROWTH)): row["figures"]["exponent"] for row in rows}
     suites, names = (list(dict.fromkeys(key)) for key in zip(*found, strict=True))
     body = [
         [f"`{suite}`", *(f"{found[suite, n]:.2f}" if (suite, n) in found else "" for n in names)] for suite in suites
@@ -198,7 +178,7 @@ def _exponents(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    """Of a row in its operator's table: a device's plain launches are named, where graphs are the rule."""
+    """Name a row within its operator's table; on a GPU, where graphs are the rule, mention plain launches."""
     launches = "no graph" if row.get("cache") == "cold" and not row["graph"] else ""
     return ", ".join(filter(None, (row["case"], row["direction"], row["dtype"].replace("float32", ""), launches)))
 
@@ -209,32 +189,3 @@ def _figures(row: Mapping[str, Any]) -> str:
         for name, value in row["figures"].items()
     ]
     return f"`{row['suite']}`, {_name(row)}: {', '.join(texts)}"
-
-
-def with_tables(page: Path, text: str, documents: Iterable[Mapping[str, Any]]) -> str:
-    """The text of one of ``PAGES`` with the figure and the tables of these documents between its two markers."""
-    begin, end = "<!-- benchmarks -->\n", "<!-- end of benchmarks -->"
-    found = re.search(f"{begin}.*?{end}", text, re.DOTALL)
-    assert found, f"{page} has no place for the tables"
-    figure = FIGURE.relative_to(page.parent)
-    alt = "Times, memory, shares of the limits, roofline and growth of all operators"
-    body = "\n\n".join([f"![{alt}]({figure})", *(tables(document, brief=PAGES[page]) for document in documents)])
-    return text[: found.start()] + f"{begin}\n{body}\n\n{end}" + text[found.end() :]
-
-
-def committed() -> list[dict[str, Any]]:
-    """The documents in results/; the figure is of the first."""
-    return [load(path) for path in sorted((ROOT / "benchmarks/results").glob("bench-*.json"))]
-
-
-def _main() -> None:
-    from .plots import plot  # which needs matplotlib
-
-    documents = committed()
-    for page in PAGES:
-        page.write_text(with_tables(page, page.read_text(), documents))
-    plot(documents[0], FIGURE)
-
-
-if __name__ == "__main__":
-    _main()

@@ -1,6 +1,6 @@
-"""The named shapes of all suites: ``mixfeat bench --filter NAME`` chooses by name. The most telling come first.
+"""Named shapes of all suites, the most telling first: ``mixfeat bench --filter NAME`` selects them by name.
 
-On a GPU most have more samples. Batches of images and logits are as networks of our days meet them.
+Most have more samples on a GPU. Batches of images and logits have the sizes of current networks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,42 +15,42 @@ _MORE = 8 if torch.cuda.is_available() else 1
 
 
 class Network(NamedTuple):
-    """A batch of samples and the network that takes it."""
+    """Sizes of a batch and of the network that it goes through."""
 
     samples: int
     patches: int
-    features: int
+    patch_dim: int
     classes: int
     filters: int
 
     @property
     def evaluations(self) -> int:
-        """Of the activation, for all samples."""
+        """Count the evaluations of the activation for all samples."""
         return self.samples * self.patches * self.classes * self.filters
 
     @property
     def pair_evaluations(self) -> int:
-        """Of the activation, for all pairs: N(N+1)/2 of them, which is what symmetry leaves of N^2."""
+        """Count the evaluations of the activation for the N(N+1)/2 pairs that symmetry leaves of N^2."""
         return (self.samples + 1) * self.evaluations // 2
 
     @property
     def products(self) -> int:
-        """Multiply-adds of the convolution."""
-        return self.features * self.evaluations
+        """Count the multiply-adds of the convolution."""
+        return self.patch_dim * self.evaluations
 
 
 NETWORKS = {
-    "paper-10": Network(256, 12, 20, 10, 10),  # paper-k: k classes, k filters for each, the 2k features as a basis
+    "paper-10": Network(256, 12, 20, 10, 10),  # paper-k: k classes, k filters each; 2k features as a basis
     "paper-10-large": Network(4096 if _MORE > 1 else 1024, 12, 20, 10, 10),
-    "image": Network(64 * _MORE, 196, 768, 10, 16),  # 224 x 224 in three colours, by patches of 16 x 16
+    "image": Network(64 * _MORE, 196, 768, 10, 16),  # 224 x 224 x 3 in patches of 16 x 16
     "patches": Network(1024 * _MORE, 16, 64, 10, 16),  # many small images
     "paper-50": Network(64 * _MORE, 12, 100, 50, 50),
     "paper-20": Network(128 * _MORE, 12, 40, 20, 20),
     "wide": Network(64 * _MORE, 12, 64, 10, 256),
-    "tiny": Network(2, 3, 4, 2, 2),  # what a call costs
+    "tiny": Network(2, 3, 4, 2, 2),  # the overhead of a call
 }
 
-#: what is mixed: images, activations of a hidden layer, the paper's samples
+#: Shapes of mixed batches: images, activations of a hidden layer, the paper's samples.
 BATCHES = {
     "imagenet": (256, 3, 224, 224),
     "hidden": (128, 256, 14, 14),
@@ -59,7 +59,7 @@ BATCHES = {
     "tiny": (2, 3, 8, 8),
 }
 
-#: samples and classes
+#: Samples and classes of logits.
 LOGITS = {
     "imagenet": (1024, 1000),
     "vocabulary": (512 * _MORE, 50257) if _MORE > 1 else (256, 50257),
@@ -74,7 +74,7 @@ def cases(
     half: Sequence[str] = (),
     directions: Sequence[str] = ("forward + backward", "forward"),
 ) -> list[Any]:
-    """Parameters ``name, dtype, direction`` of a suite: ``names`` in float32, ``half`` in bfloat16 as well."""
+    """List parameters ``name, dtype, direction`` of a suite: ``names`` in float32, ``half`` in bfloat16 too."""
     dtypes = [(name, dtype) for name in names for dtype in (torch.float32, torch.bfloat16)[: 1 + (name in half)]]
     return [
         pytest.param(name, dtype, direction, id="-".join((name, str(dtype).removeprefix("torch."), direction)))

@@ -1,4 +1,4 @@
-"""mixup_cross_entropy and soft_target_cross_entropy, against what users write."""
+"""mixup_cross_entropy and soft_target_cross_entropy against what users write."""
 
 import functools
 
@@ -9,30 +9,32 @@ import torch.nn.functional as F
 import mixfeat as mf
 
 from . import baselines, harness
-from .harness import DEVICE
+from .limits import Work, copy_limit
 from .shapes import LOGITS, cases
+from .timing import DEVICE, measure
 
-#: per logit: a maximum, a difference, an exponential, a sum; for its gradient a product and a difference more
+#: FLOP per logit: a maximum, a difference, an exponential, a sum; the gradient adds a product and a difference.
 FLOP = {"forward": 4, "forward + backward": 6}
 BOTH, FORWARD = ("forward + backward",), ("forward",)
-#: a loss is for training: without its gradient only a few are timed
+#: A loss is used with its gradient: only a few cases are timed without.
 CASES = cases(LOGITS, ("imagenet", "vocabulary", "cifar"), BOTH) + cases(["imagenet", "vocabulary"], (), FORWARD)
 SOFT_CASES = cases(["imagenet", "cifar"], ("imagenet",), BOTH) + cases(["imagenet"], (), FORWARD)
 
 
-def time_formulas(benchmark, capsys, suite, case, dtype, direction, formulas, x, targets, read):
-    """Time ``formulas`` of logits ``x`` and ``targets``; ``read`` is the targets' share of the bytes."""
+def time_formulas(benchmark, capsys, case, formulas, x, targets, target_bytes):
+    """Time ``formulas`` of logits ``x`` and ``targets``, from which ``target_bytes`` must be read."""
+    direction = case.direction
     contenders = {key: harness.directed(direction, functools.partial(f, x, *targets), x) for key, f in formulas.items()}
     exact = x.detach().double().requires_grad_()
     doubles = [t.double() if t.is_floating_point() else t for t in targets]
     truth = harness.directed(direction, functools.partial(formulas["naive"], exact, *doubles), exact)
-    harness.check(contenders, truth(), dtype)
-    measured = harness.measure(contenders)
+    harness.check(contenders, truth(), case.dtype)
+    measured = measure(contenders)
     benchmark.pedantic(contenders["mixfeat"], rounds=5)
-    bytes = x.nbytes * (1 + (direction != "forward")) + read  # the gradient is written
+    bytes = x.nbytes * (1 + (direction != "forward")) + target_bytes  # the gradient is written
     harness.record(
-        capsys, suite, case, direction, dtype=dtype, measured=measured, memory=harness.peak_bytes(contenders),
-        work={"FLOP": FLOP[direction] * x.numel(), "bytes": bytes}, limit=harness.copy_limit(bytes),
+        capsys, case, measured=measured, memory=harness.peak_bytes(contenders),
+        work=Work({"FLOP": FLOP[direction] * x.numel(), "bytes": bytes}, copy_limit(bytes)),
     )  # fmt: skip
 
 
@@ -48,8 +50,8 @@ def test_mixup_cross_entropy(benchmark, capsys, name, dtype, direction):
         "naive": baselines.two_cross_entropies,
         "timm": baselines.dense_cross_entropy,
     }
-    case = f"{name} {(samples, classes)}"
-    time_formulas(benchmark, capsys, "mixup_cross_entropy", case, dtype, direction, formulas, x, targets, 16 * samples)
+    case = harness.Case("mixup_cross_entropy", f"{name} {(samples, classes)}", direction, dtype)
+    time_formulas(benchmark, capsys, case, formulas, x, targets, 16 * samples)
 
 
 @pytest.mark.parametrize(("name", "dtype", "direction"), SOFT_CASES)
@@ -64,5 +66,5 @@ def test_soft_target_cross_entropy(benchmark, capsys, name, dtype, direction):
         "naive": F.cross_entropy,
         "timm": baselines.soft_cross_entropy_timm,
     }
-    case, read = f"{name} {(samples, classes)}", target.nbytes
-    time_formulas(benchmark, capsys, "soft_target_cross_entropy", case, dtype, direction, formulas, x, (target,), read)
+    case = harness.Case("soft_target_cross_entropy", f"{name} {(samples, classes)}", direction, dtype)
+    time_formulas(benchmark, capsys, case, formulas, x, (target,), target.nbytes)

@@ -1,6 +1,6 @@
 """The all-pairs loss over ranks of a process group on a CPU, each with one thread: strong and weak scaling, bytes sent.
 
-Run as a module, this file is a rank: it forms its group, and then takes a step for every line that it reads.
+Run as a module, this file is a rank: it joins the group, and then takes a step for every line of its standard input.
 """
 
 import math
@@ -8,8 +8,11 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Literal
+from unittest import mock
 
 import pytest
 import torch
@@ -18,17 +21,20 @@ import torch.distributed as dist
 import mixfeat as mf
 from mixfeat.ops import sharding
 
-PATCHES, FEATURES, CLASSES, FILTERS = 12, 20, 10, 10
+from .harness import Case, record
+from .timing import compare, warm
+
+PATCHES, PATCH_DIM, CLASSES, FILTERS = 12, 20, 10, 10
 ACTIVATION = mf.PolyReLU(8, 0.1)
 
 
-def step_of(num_samples):
-    """Forward and backward to the weight, of this rank's share of so many samples."""
+def step_of(num_samples: int) -> Callable[[], object]:
+    """Run forward, and backward to the weight, for this rank's share of ``num_samples`` samples."""
     torch.manual_seed(0)
-    shape = (num_samples, PATCHES, FEATURES)
+    shape = (num_samples, PATCHES, PATCH_DIM)
     x, y = torch.randn(shape), torch.randint(CLASSES, (num_samples,))
-    w = (torch.randn(CLASSES, FILTERS, FEATURES) * (0.1 / math.sqrt(FEATURES))).requires_grad_()
-    group = None
+    w = (torch.randn(CLASSES, FILTERS, PATCH_DIM) * (0.1 / math.sqrt(PATCH_DIM))).requires_grad_()
+    group: Literal["world"] | None = None
     if dist.is_initialized():
         group, rank, ranks = "world", dist.get_rank(), dist.get_world_size()
         mine = slice(num_samples * rank // ranks, num_samples * (rank + 1) // ranks)
@@ -37,12 +43,12 @@ def step_of(num_samples):
 
 
 @contextmanager
-def ranks_of(count, num_samples):
-    """A step of ``count`` processes, as something to be called, and the bytes of floats that each sends for it."""
+def ranks_of(count: int, num_samples: int) -> Iterator[tuple[Callable[[], None], list[int]]]:
+    """Start ``count`` ranks; yield a function that takes a step on all, and the bytes of floats that each sends."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "mixfeat.benchmarks.test_distributed"]
         arguments = [str(count), str(num_samples), str(Path(folder, "rendezvous"))]
-        # as the documentation advises: freed memory is kept, not handed back and cleared anew in every step
+        # as the documentation advises: keep freed memory, so that the system need not zero it anew in every step
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_TOP_PAD_": str(2**26)}
         processes = [
             subprocess.Popen(
@@ -52,66 +58,66 @@ def ranks_of(count, num_samples):
             for rank in range(count)
         ]  # fmt: skip
 
-        def answers():
-            lines = [process.stdout.readline() for process in processes]
+        def replies() -> list[str]:
+            lines = [process.stdout.readline() for process in processes if process.stdout]
             if not all(lines):
                 raise RuntimeError("a rank has died")
             return lines
 
-        def step():
+        def step() -> None:
             for process in processes:
+                assert process.stdin
                 process.stdin.write("go\n")
                 process.stdin.flush()
-            answers()
+            replies()
 
         try:
-            yield step, [int(line) for line in answers()]
+            yield step, [int(line) for line in replies()]
         finally:
             for process in processes:
                 process.kill()
                 process.communicate()
 
 
-def figures_of(counts, sizes):
-    """Seconds, and bytes sent by each rank, of groups that take turns."""
-    from . import harness
-
+def time_groups(counts: Sequence[int], sizes: Mapping[int, int]) -> tuple[dict[int, float], dict[int, list[int]]]:
+    """Time a step of each group, in turn; return seconds, and bytes sent by each rank, by the number of ranks."""
     with ExitStack() as stack:
         groups = {count: stack.enter_context(ranks_of(count, sizes[count])) for count in counts}
-        times = harness.compare({str(count): step for count, (step, _) in groups.items()}, clock=harness.warm)
-    return {count: times[str(count)].p50 for count in counts}, {count: sent for count, (_, sent) in groups.items()}
+        timings = compare({count: step for count, (step, _) in groups.items()}, clock=warm)
+    seconds = {count: timing.p50 for count, timing in timings.items()}
+    return seconds, {count: sent for count, (_, sent) in groups.items()}
 
 
-def least_bytes(ranks, num_samples):
-    """That a rank must send on average: half of all pairs of ranks' samples, and as many gradients.
+def min_bytes(ranks: int, num_samples: int) -> float:
+    """Count the bytes that a rank must send on average: samples for half of all pairs of ranks, and their gradients.
 
-    Of two shards one travels at least, and half of the other where their ranks share the pairs (half of an even ring).
+    For each pair of ranks at least one shard travels. Half of the other travels too if the two ranks share their pairs
+    of samples, as they do across an even ring.
     """
     shards = (ranks - 1) / 2 if ranks % 2 else ranks / 2 - 1 / 4
     return 2 * shards * num_samples / ranks * PATCHES * CLASSES * FILTERS * 4 if ranks > 1 else 0
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of processes on a CPU, not a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="times processes on a CPU")
 @pytest.mark.parametrize("scaling", ["strong", "weak"])
 def test_scaling(benchmark, capsys, scaling):
-    """With more ranks than cores they share the cores: then the most that can be reached is the number of cores."""
-    from . import harness
-
+    """Time groups of 1, 2 and 4 ranks; ranks beyond the number of cores share cores and cannot add speed."""
     counts = [1, 2, 4]
     sizes = {count: 1024 if scaling == "strong" else round(724 * math.sqrt(count)) for count in counts}
-    seconds, sent = benchmark.pedantic(figures_of, (counts, sizes), rounds=1)
+    seconds, sent = benchmark.pedantic(time_groups, (counts, sizes), rounds=1)
     figures = {"cores": os.cpu_count(), "ms of one rank": float(f"{1e3 * seconds[1]:.3g}")}
     for count in counts[1:]:
         work = sizes[count] * (sizes[count] + 1) / (sizes[1] * (sizes[1] + 1))
         figures[f"{count} ranks: work in the same time"] = float(f"{work * seconds[1] / seconds[count]:.3g}")
         mean = sum(sent[count]) / count
         figures[f"{count} ranks: MB sent by each, on average"] = float(f"{mean / 1e6:.3g}")
-        figures[f"{count} ranks: of the least"] = float(f"{mean / least_bytes(count, sizes[count]):.3g}")
+        figures[f"{count} ranks: of the least"] = float(f"{mean / min_bytes(count, sizes[count]):.3g}")
     case = ", ".join(f"{count}: {size}" for count, size in sizes.items())
-    harness.record(capsys, "pairwise_mixup_loss", f"ranks: N = {case}", f"{scaling} scaling", figures=figures)
+    record(capsys, Case("pairwise_mixup_loss", f"ranks: N = {case}", f"{scaling} scaling"), figures=figures)
 
 
-def run_rank(rank, ranks, num_samples, rendezvous):
+def run_rank(rank: int, ranks: int, num_samples: int, rendezvous: str) -> None:
+    """Join the group, print the bytes that one step sends, then take a step per line of standard input."""
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, [cores[rank % len(cores)]])
@@ -124,9 +130,8 @@ def run_rank(rank, ranks, num_samples, rendezvous):
         sent += sum(tensor.nbytes for tensor in tensors if tensor.is_floating_point())
         send(self, peer, *tensors)
 
-    sharding._Transfer.send = counted
-    step()
-    sharding._Transfer.send = send
+    with mock.patch.object(sharding._Transfer, "send", counted):
+        step()
     print(sent, flush=True)
     for _ in sys.stdin:
         step()

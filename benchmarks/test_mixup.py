@@ -1,4 +1,4 @@
-"""mixup, against what users write, and against a copy; and what mixing adds to a training step."""
+"""mixup against what users write and against a copy; the cost of mixing in a training step."""
 
 import functools
 
@@ -10,10 +10,11 @@ from torch import nn
 import mixfeat as mf
 
 from . import baselines, harness
-from .harness import DEVICE
+from .limits import Work, copy_limit, copy_rates
 from .shapes import BATCHES, cases
+from .timing import DEVICE, measure
 
-#: images need no gradient; activations of a hidden layer do
+#: Images need no gradient; activations of a hidden layer do.
 CASES = cases(BATCHES, ("imagenet", "hidden", "cifar"), ("forward",)) + cases(
     ["hidden"], ("hidden",), ("forward + backward",)
 )
@@ -35,23 +36,23 @@ def test_operator(benchmark, capsys, name, dtype, direction):
     }
     if backward:
         del formulas["timm"]  # it overwrites its input
-    theirs = x.detach().clone()  # overwritten by timm's
+    scratch = x.detach().clone()  # timm overwrites it
     contenders = {
-        key: harness.directed(direction, functools.partial(f, theirs if key == "timm" else x, index, lam), x, grad)
+        key: harness.directed(direction, functools.partial(f, scratch if key == "timm" else x, index, lam), x, grad)
         for key, f in formulas.items()
     }
     exact = x.detach().double().requires_grad_()
     truth = harness.directed(direction, lambda: baselines.mixup(exact, index, lam.double()), exact, grad.double())
-    own_pairs = ("timm", "torchvision")  # which pair in their own way
+    own_pairs = ("timm", "torchvision")  # they ignore index
     harness.check({key: run for key, run in contenders.items() if key not in own_pairs}, truth(), dtype)
-    measured = harness.measure(contenders)
+    measured = measure(contenders)
     benchmark.pedantic(contenders["mixfeat"], rounds=5)
-    bytes = 3 * x.nbytes * (1 + backward)  # two samples read, one written; and so for the gradient
-    old = harness.copy_rates(bytes)["old"]
+    bytes = 3 * x.nbytes * (1 + backward)  # two samples read, one written; the same for the gradient
+    old = copy_rates(bytes)["old"]
     harness.record(
-        capsys, "mixup", f"{name} {shape}", direction, dtype=dtype, measured=measured,
-        memory=harness.peak_bytes(contenders), work={"FLOP": 3 * x.numel() * (1 + backward), "bytes": bytes},
-        limit=harness.copy_limit(bytes),
+        capsys, harness.Case("mixup", f"{name} {shape}", direction, dtype), measured=measured,
+        memory=harness.peak_bytes(contenders),
+        work=Work({"FLOP": 3 * x.numel() * (1 + backward), "bytes": bytes}, copy_limit(bytes)),
         figures={"of a copy into memory that is there": bytes / old / measured.timings["mixfeat"].p50},
     )  # fmt: skip
 
@@ -70,7 +71,7 @@ class Block(nn.Module):
 
 
 def test_training_step_of_a_small_resnet(benchmark, capsys):
-    """With Mixup and its loss, against the same step without."""
+    """Compare a step with Mixup and its loss to the same step without mixing."""
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
         Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 100),
@@ -95,13 +96,12 @@ def test_training_step_of_a_small_resnet(benchmark, capsys):
     def plain():
         return F.cross_entropy(model(x), y)
 
-    # the plain step against itself says how well the machine can tell steps apart
+    # the ratio of the plain step to itself shows the noise of this comparison
     losses = {"mixfeat": ours, "naive": naive, "no mixing": plain, "no mixing again": plain}
     contenders = {name: functools.partial(step, loss) for name, loss in losses.items()}
-    measured = harness.measure(contenders, share=8)
+    measured = measure(contenders, share=8)
     again = measured.timings.pop("no mixing again").p50
     benchmark.pedantic(contenders["mixfeat"], rounds=3)
     figures = {"the step without mixing against itself": again / measured.timings["no mixing"].p50}
-    harness.record(
-        capsys, "mixup", "small ResNet (128, 3, 32, 32)", "training step", measured=measured, figures=figures
-    )
+    case = harness.Case("mixup", "small ResNet (128, 3, 32, 32)", "training step")
+    harness.record(capsys, case, measured=measured, figures=figures)

@@ -1,4 +1,4 @@
-"""pairwise_mixup_loss, and a training step of eight networks, against what a user could write and the limit."""
+"""pairwise_mixup_loss and a training step of eight networks against what a user could write and the limit."""
 
 import functools
 import math
@@ -9,55 +9,56 @@ import pytest
 import torch
 
 import mixfeat as mf
-from mixfeat.ops import pairwise_mixup_block
+from mixfeat.ops.pairwise_mixup_loss import pairwise_mixup_block
 
 from . import baselines, harness
-from .harness import CUDA, DEVICE
+from .limits import network_work
 from .shapes import NETWORKS, Network, cases
+from .timing import CUDA, DEVICE, Contender, compare, measure, warm
 
 ACTIVATION = mf.PolyReLU(8, 0.1)
-#: the batch of many samples is for patch_conv, to which it is not pairs
+#: The batch of many samples is for patch_conv, whose work does not grow with pairs.
 NAMES = [name for name in NETWORKS if name != "patches"]
 
 
 def make_inputs(shape, runs=None):
-    samples, patches, features, classes, filters = shape
-    x = torch.randn(samples, patches, features, device=DEVICE)
-    w = torch.randn((*([runs] if runs else []), classes, filters, features), device=DEVICE) * (
-        0.1 / math.sqrt(features)
+    samples, patches, patch_dim, classes, filters = shape
+    x = torch.randn(samples, patches, patch_dim, device=DEVICE)
+    w = torch.randn((*([runs] if runs else []), classes, filters, patch_dim), device=DEVICE) * (
+        0.1 / math.sqrt(patch_dim)
     )
     return x, w.requires_grad_(), torch.arange(samples, device=DEVICE) % classes
 
 
 def on_threads(run, threads):
-    """``run`` on so many of the CPU's threads."""
+    """Run ``run`` on a number of the CPU's threads."""
 
     def limited():
-        most = torch.get_num_threads()
+        before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
             return run()
         finally:
-            torch.set_num_threads(most)
+            torch.set_num_threads(before)
 
     return limited
 
 
 def fastest(run):
-    """``run`` on all threads or on one: what torch.compile makes of this can be much slower on several."""
+    """Choose all threads or one, whichever is faster: compiled code can be much slower on several threads."""
     if CUDA:
         return run
     one = on_threads(run, 1)
-    return min((run, one), key=lambda contender: min(harness.warm(contender) for _ in range(3)))
+    return min((run, one), key=lambda contender: min(warm(contender) for _ in range(3)))
 
 
 def affordable(shape, dtype):
-    """Baselines beyond the compiled one: eager where it ends soon, the naive one where its mixes fit in memory."""
+    """Choose baselines beside the compiled one: eager if it is quick enough, naive if its mixes fit in memory."""
     if dtype != torch.float32:
         return []
-    samples, patches, features, classes, filters = shape
+    samples, patches, patch_dim, classes, filters = shape
     names = ["best eager"] if shape.pair_evaluations <= (5e9 if CUDA else 5e7) else []
-    mixes = 4 * samples**2 * patches * (features + classes * filters)
+    mixes = 4 * samples**2 * patches * (patch_dim + classes * filters)
     return names + (["naive"] if mixes <= (5e9 if CUDA else 5e8) else [])
 
 
@@ -68,7 +69,7 @@ def test_operator(benchmark, capsys, name, dtype, direction):
     x, w = x.to(dtype), w.detach().to(dtype).requires_grad_()
     backward = direction != "forward"
     rows = {"torch.compile": baselines.PairwiseRows(), "best eager": baselines.PairwiseRows(compile=False)}
-    contenders = {
+    contenders: dict[str, Contender] = {
         "mixfeat": harness.directed(direction, lambda: mf.pairwise_mixup_loss(x, w, y, ACTIVATION), w),
         **{key: functools.partial(f, x, w, y, ACTIVATION, backward) for key, f in rows.items()},
         "naive": harness.directed(direction, lambda: baselines.pairwise_naive(x, w, y, ACTIVATION), w),
@@ -78,20 +79,18 @@ def test_operator(benchmark, capsys, name, dtype, direction):
     truth = harness.directed(direction, lambda: mf.pairwise_mixup_loss(x.float(), exact, y, ACTIVATION), exact)
     harness.check(contenders, truth(), dtype)
     contenders["torch.compile"] = fastest(contenders["torch.compile"])
-    measured = harness.measure(contenders, apart=True)
+    measured = measure(contenders, pairwise=True)
     benchmark.pedantic(contenders["mixfeat"], rounds=3)
-    work, limit = harness.network_work(
+    work = network_work(
         direction, dtype, products=shape.products, evaluations=shape.pair_evaluations,
         bytes=x.nbytes + w.nbytes * (1 + backward),
     )  # fmt: skip
-    harness.record(
-        capsys, "pairwise_mixup_loss", f"{name} {tuple(shape)}", direction, dtype=dtype, measured=measured,
-        memory=harness.peak_bytes(contenders), work=work, limit=limit,
-    )  # fmt: skip
+    case = harness.Case("pairwise_mixup_loss", f"{name} {tuple(shape)}", direction, dtype)
+    harness.record(capsys, case, measured=measured, work=work, memory=harness.peak_bytes(contenders))
 
 
 def test_training_step(benchmark, capsys):
-    """Of eight of the paper's networks at once, against one after the other; and beyond the operator and its kernel."""
+    """Train eight of the paper's networks at once, against one by one; compare the step to its operator and kernel."""
     shape, runs = Network(50, 12, 20, 10, 5), 8
     x, w, y = make_inputs(shape, runs)
     polynomial, operator = ACTIVATION.polynomial, torch.ops.mixfeat.pairwise_mixup_loss.default
@@ -106,7 +105,7 @@ def test_training_step(benchmark, capsys):
 
     def naive():
         losses = [baselines.pairwise_naive(x, network, y, ACTIVATION) for network in w]
-        return torch.autograd.grad(sum(losses), w)[0]
+        return torch.autograd.grad(torch.stack(losses).sum(), w)[0]
 
     gradients = {
         "mixfeat": ours,
@@ -121,8 +120,8 @@ def test_training_step(benchmark, capsys):
         return lambda: detached.sub_(gradient(), alpha=1e-6)
 
     contenders = {key: step(gradient) for key, gradient in gradients.items()}
-    measured = harness.measure(contenders, apart=True)
-    parts = harness.compare(
+    measured = measure(contenders, pairwise=True)
+    parts = compare(
         {
             "step": contenders["mixfeat"],
             "operator": lambda: operator(x, detached, y, lam, lam_weight, polynomial, "", False, True),
@@ -131,14 +130,13 @@ def test_training_step(benchmark, capsys):
     )
     benchmark.pedantic(contenders["mixfeat"], rounds=5)
     figures = {f"of its {part}": parts["step"].p50 / parts[part].p50 for part in ("operator", "kernel")}
-    work, limit = harness.network_work(
+    work = network_work(
         "training step", torch.float32, products=runs * shape.products, evaluations=runs * shape.pair_evaluations,
         bytes=x.nbytes + 2 * w.nbytes,
     )  # fmt: skip
-    harness.record(
-        capsys, "pairwise_mixup_loss", f"paper-10, R={runs} {tuple(shape)}", "training step", measured=measured,
-        memory=harness.peak_bytes(contenders), work=work, limit=limit, figures=figures,
-    )  # fmt: skip
+    case = harness.Case("pairwise_mixup_loss", f"paper-10, R={runs} {tuple(shape)}", "training step")
+    memory = harness.peak_bytes(contenders)
+    harness.record(capsys, case, measured=measured, work=work, memory=memory, figures=figures)
 
 
 def train(x, y, filters, steps, lr):
@@ -150,12 +148,12 @@ def train(x, y, filters, steps, lr):
     return w.detach()
 
 
-@pytest.mark.skipif(CUDA, reason="of the CPU's kernel")
+@pytest.mark.skipif(CUDA, reason="the CPU's kernel")
 @pytest.mark.parametrize("data", ["random", "multi-view", "glyphs"])
 def test_skipping(benchmark, capsys, data):
-    """What it saves, or costs, to look for blocks that are zero or linear: on nothing to skip, on networks trained.
+    """Compare the kernel with and without skipping of zero and linear blocks, on random and on trained networks.
 
-    Glyphs are images of 16 patches, of which a margin of 12 is blank: as digits on a page are.
+    Random networks have nothing to skip. Glyphs are images of 16 patches, 12 of which are a blank margin.
     """
     samples = 256
     y = torch.arange(samples) % 10
@@ -174,19 +172,19 @@ def test_skipping(benchmark, capsys, data):
     grad = torch.empty_like(s)
 
     def run(skip):
-        arguments = ([0.5], [1 / samples**2], *ACTIVATION.polynomial, grad, None)
+        arguments = ([0.5], [1 / samples**2], ACTIVATION.polynomial, grad, None)
         return lambda: torch.ops.mixfeat_cpu.pairwise_mixup_loss(s, None, y, None, *arguments, skip)
 
     assert run(True)().item() == pytest.approx(run(False)().item(), rel=1e-6)
-    timing = harness.compare({"skip": run(True), "all": run(False)})
+    timing = compare({"skip": run(True), "all": run(False)})
     benchmark.pedantic(run(True), rounds=3)
     figures = {"times as fast as without": timing["all"].p50 / timing["skip"].p50}
-    harness.record(capsys, "pairwise_mixup_loss", f"N=256, {data}", "skipping blocks", figures=figures)
+    harness.record(capsys, harness.Case("pairwise_mixup_loss", f"N=256, {data}", "skipping blocks"), figures=figures)
 
 
-@pytest.mark.skipif(CUDA or not sys.platform.startswith("linux"), reason="of the CPU; reads /proc")
+@pytest.mark.skipif(CUDA or not sys.platform.startswith("linux"), reason="the CPU's kernel; reads /proc")
 def test_large(benchmark, capsys):
-    """Memory grows with N, not with N^2: a step over 134 million pairs, in a process of its own."""
+    """Take a step over 134 million pairs in a process of its own: memory grows with N, not with N^2."""
     code = (
         "import time, torch, mixfeat as mf\n"
         "x, y = torch.randn(16384, 12, 20), torch.arange(16384) % 10\n"
@@ -201,4 +199,5 @@ def test_large(benchmark, capsys):
 
     seconds, peak = map(float, benchmark.pedantic(run, rounds=1).split())
     figures = {"seconds": seconds, "GiB in all": peak / 2**20}
-    harness.record(capsys, "pairwise_mixup_loss", "N=16384 (12, 20, 10, 10)", "forward + backward", figures=figures)
+    case = harness.Case("pairwise_mixup_loss", "N=16384 (12, 20, 10, 10)", "forward + backward")
+    harness.record(capsys, case, figures=figures)

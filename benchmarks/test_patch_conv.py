@@ -1,9 +1,10 @@
-"""patch_conv, and a training step of its network, against what a user could write; and the cost of a call itself."""
+"""patch_conv and a training step of its network against what a user could write; the overhead of a call."""
 
 import functools
 import math
 import statistics
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,16 +13,17 @@ import mixfeat as mf
 from mixfeat import reference
 
 from . import baselines, harness
-from .harness import CUDA, DEVICE
+from .limits import Work, network_work
 from .shapes import NETWORKS, cases
+from .timing import CUDA, DEVICE, measure
 
 ACTIVATION = mf.PolyReLU(8, 0.1)
 
 
 def make_inputs(name, dtype):
-    samples, patches, features, classes, filters = NETWORKS[name]
-    x = torch.randn(samples, patches, features, device=DEVICE).to(dtype)
-    w = (torch.randn(classes, filters, features, device=DEVICE) * (0.1 / math.sqrt(features))).to(dtype)
+    samples, patches, patch_dim, classes, filters = NETWORKS[name]
+    x = torch.randn(samples, patches, patch_dim, device=DEVICE).to(dtype)
+    w = (torch.randn(classes, filters, patch_dim, device=DEVICE) * (0.1 / math.sqrt(patch_dim))).to(dtype)
     return x, w.requires_grad_()
 
 
@@ -48,21 +50,17 @@ def test_operator(benchmark, capsys, name, dtype, direction):
         direction, lambda: reference.patch_conv(x.double(), exact, ACTIVATION), exact, grad.double()
     )
     harness.check(contenders, truth(), dtype)
-    measured = harness.measure(contenders)
+    measured = measure(contenders)
     benchmark.pedantic(contenders["mixfeat"], rounds=5)
     bytes = (x.nbytes + w.nbytes + grad.nbytes) * (1 + (direction != "forward"))
-    work, limit = harness.network_work(
-        direction, dtype, products=shape.products, evaluations=shape.evaluations, bytes=bytes
-    )
-    harness.record(
-        capsys, "patch_conv", f"{name} {tuple(shape)}", direction, dtype=dtype, measured=measured,
-        memory=harness.peak_bytes(contenders), work=work, limit=limit,
-    )  # fmt: skip
+    work = network_work(direction, dtype, products=shape.products, evaluations=shape.evaluations, bytes=bytes)
+    case = harness.Case("patch_conv", f"{name} {tuple(shape)}", direction, dtype)
+    harness.record(capsys, case, measured=measured, work=work, memory=harness.peak_bytes(contenders))
 
 
 @pytest.mark.parametrize("name", ["paper-10", "image"])
 def test_training_step(benchmark, capsys, name):
-    """A step on a batch that is mixed in itself: mix, convolve, compare with both labels, update."""
+    """Time a step on a batch mixed within itself: mix, convolve, compare with both labels, update."""
     shape = NETWORKS[name]
     x, w = make_inputs(name, torch.float32)
     y = torch.arange(shape.samples, device=DEVICE) % shape.classes
@@ -75,7 +73,7 @@ def test_training_step(benchmark, capsys, name):
         mixed = baselines.mixup(x, index, lam)
         return baselines.two_cross_entropies(f(mixed, w, ACTIVATION), y, y[index], lam)
 
-    losses = {
+    losses: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "mixfeat": ours,
         "torch.compile": baselines.compiled(functools.partial(theirs, baselines.eager)),
         "best eager": functools.partial(theirs, baselines.eager),
@@ -90,20 +88,19 @@ def test_training_step(benchmark, capsys, name):
     gradients = {key: harness.directed("training step", functools.partial(loss, w), w) for key, loss in losses.items()}
     harness.check(gradients, gradients["best eager"](), torch.float32)
     contenders = {key: functools.partial(step, loss) for key, loss in losses.items()}
-    measured = harness.measure(contenders)
+    measured = measure(contenders)
     benchmark.pedantic(contenders["mixfeat"], rounds=5)
-    harness.record(
-        capsys, "patch_conv", f"{name} {tuple(shape)}", "training step", measured=measured,
-        memory=harness.peak_bytes(contenders), work={"evaluations": shape.evaluations},
-    )  # fmt: skip
+    case = harness.Case("patch_conv", f"{name} {tuple(shape)}", "training step")
+    work = Work({"evaluations": shape.evaluations})
+    harness.record(capsys, case, measured=measured, work=work, memory=harness.peak_bytes(contenders))
 
 
 @pytest.mark.skipif(CUDA, reason="launches there are asynchronous")
 def test_host_overhead(benchmark, capsys):
-    """One call with autograd on tiny tensors, beyond the C++ work it ends in."""
+    """Time one call with autograd on tiny tensors, and subtract the C++ call that it ends in."""
     x, w = torch.randn(2, 3, 4), torch.randn(2, 2, 4, requires_grad=True)
     detached = w.detach()
-    with mf.backend("cpu"):  # has it loaded
+    with mf.backend("cpu"):  # loads the library
         mf.patch_conv(x, w, ACTIVATION)
     native = torch.ops.mixfeat_cpu.patch_conv.default
 
@@ -115,11 +112,11 @@ def test_host_overhead(benchmark, capsys):
 
     contenders = {
         "call": lambda: mf.patch_conv(x, w, ACTIVATION),
-        "native": lambda: native(x, detached, None, None, *ACTIVATION.polynomial, 2),
+        "native": lambda: native(x, detached, None, None, tuple(ACTIVATION.polynomial), 2),
     }
     turns = [{key: loop(run) for key, run in contenders.items()} for _ in range(400)]
     overhead = statistics.median(turn["call"] - turn["native"] for turn in turns)
     benchmark.pedantic(contenders["call"], rounds=50, iterations=50)
     native_time = statistics.median(turn["native"] for turn in turns)
     figures = {"us of C++": native_time, "us of Python and autograd": overhead}
-    harness.record(capsys, "patch_conv", "tiny", "one call, forward", figures=figures)
+    harness.record(capsys, harness.Case("patch_conv", "tiny", "one call, forward"), figures=figures)

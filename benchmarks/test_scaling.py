@@ -1,6 +1,8 @@
-"""How time grows with each dimension, and shrinks with threads: the exponent is a line's slope in logarithms."""
+"""Growth of time with each dimension and with threads: the exponent is the slope of a line through the logarithms."""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -9,24 +11,36 @@ import torch
 import mixfeat as mf
 
 from . import harness
-from .harness import CUDA, DEVICE
+from .results import GROWTH
+from .timing import CUDA, DEVICE, compare
 
 ACTIVATION = mf.PolyReLU(8, 0.1)
-FACTOR = 4 if CUDA else 1  # of samples
-BASE = {"N": 256, "P": 12, "D": 20, "C": 10, "M": 10}
-NETWORK = {"N": (128, 256, 512, 1024), "D": (16, 64, 256, 1024), "C": (5, 10, 20, 40, 80), "M": (5, 10, 20, 40)}
-#: of each suite the sizes of its steps, and the values that each takes in turn
-GROWING = {
-    "patch_conv": (BASE, NETWORK),
-    "pairwise_mixup_loss": (BASE, NETWORK),
-    "mixup": ({"N": 128, "D": 3072}, {"N": (32, 128, 512, 2048), "D": (768, 3072, 12288, 49152)}),
-    "mixup_cross_entropy": ({"N": 256, "C": 1000}, {"N": (64, 256, 1024, 4096), "C": (100, 1000, 10000, 100000)}),
+FACTOR = 4 if CUDA else 1  # multiplies the number of samples
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Sizes of a step, and the values that each of them takes in turn while the others stay."""
+
+    sizes: Mapping[str, int]
+    values: Mapping[str, Sequence[int]]
+
+
+NETWORK = Growth(
+    {"N": 256, "P": 12, "D": 20, "C": 10, "M": 10},
+    {"N": (128, 256, 512, 1024), "D": (16, 64, 256, 1024), "C": (5, 10, 20, 40, 80), "M": (5, 10, 20, 40)},
+)
+GROWTHS = {
+    "patch_conv": NETWORK,
+    "pairwise_mixup_loss": NETWORK,
+    "mixup": Growth({"N": 128, "D": 3072}, {"N": (32, 128, 512, 2048), "D": (768, 3072, 12288, 49152)}),
+    "mixup_cross_entropy": Growth({"N": 256, "C": 1000}, {"N": (64, 256, 1024, 4096), "C": (100, 1000, 10000, 100000)}),
 }
 THREADS = sorted({1, *(2**k for k in range(1, 10) if 2**k < torch.get_num_threads()), torch.get_num_threads()})
 
 
-def step(suite, sizes):
-    """Forward and backward of a suite's operator, and of mixup forward: images have no gradient."""
+def step(suite: str, sizes: Mapping[str, int]) -> Callable[[], object]:
+    """Run forward and backward of a suite's operator; only forward for mixup, since images have no gradient."""
     n = FACTOR * sizes["N"]
     if suite == "mixup":
         images = torch.rand(n, sizes["D"], device=DEVICE)
@@ -48,40 +62,41 @@ def step(suite, sizes):
 
 
 def record(capsys, suite, sizes, name, values, seconds):
+    """Record how the seconds of a suite's steps depend on the values that ``name`` takes."""
     exponent = float(np.polyfit(np.log(values), np.log(seconds), 1)[0])
     figures = {"exponent": exponent, name: values, "ms": [float(f"{1e3 * value:.3g}") for value in seconds]}
     case = ", ".join(f"{key}={FACTOR * value if key == 'N' else value}" for key, value in sizes.items() if key != name)
-    harness.record(capsys, suite, case, f"growth with {name}", figures=figures)
+    harness.record(capsys, harness.Case(suite, case, f"{GROWTH}{name}"), figures=figures)
 
 
-@pytest.mark.parametrize(("suite", "name"), [(suite, name) for suite in GROWING for name in GROWING[suite][1]])
+@pytest.mark.parametrize(("suite", "name"), [(suite, name) for suite in GROWTHS for name in GROWTHS[suite].values])
 def test_growth(benchmark, capsys, suite, name):
-    base, growing = GROWING[suite]
-    contenders = {value: step(suite, {**base, name: value}) for value in growing[name]}
-    timing = harness.compare(contenders)
-    benchmark.pedantic(contenders[growing[name][0]], rounds=3)
+    growth = GROWTHS[suite]
+    contenders = {value: step(suite, {**growth.sizes, name: value}) for value in growth.values[name]}
+    timings = compare(contenders)
+    benchmark.pedantic(contenders[growth.values[name][0]], rounds=3)
     values = [FACTOR * value if name == "N" else value for value in contenders]
-    record(capsys, suite, base, name, values, [timing[value].p50 for value in contenders])
+    record(capsys, suite, growth.sizes, name, values, [timing.p50 for timing in timings.values()])
 
 
-@pytest.mark.skipif(CUDA or len(THREADS) == 1, reason="threads of the CPU")
-@pytest.mark.parametrize("suite", GROWING)
+@pytest.mark.skipif(CUDA or len(THREADS) == 1, reason="needs several threads of a CPU")
+@pytest.mark.parametrize("suite", GROWTHS)
 def test_threads(benchmark, capsys, suite):
-    base, growing = GROWING[suite]
-    sizes, calls = {**base, "N": growing["N"][-2]}, 5
+    growth = GROWTHS[suite]
+    sizes, calls = {**growth.sizes, "N": growth.values["N"][-2]}, 5
     run = step(suite, sizes)
 
-    def several(threads):
-        def run_on_threads():
+    def run_on(threads):
+        def run_repeatedly():
             torch.set_num_threads(threads)
-            for _ in range(calls):  # the first of them waits for threads to start
+            for _ in range(calls):  # the first call waits for threads to start
                 run()
 
-        return run_on_threads
+        return run_repeatedly
 
     try:
-        timing = harness.compare({threads: several(threads) for threads in THREADS})
-        benchmark.pedantic(several(THREADS[-1]), rounds=3)
+        timings = compare({threads: run_on(threads) for threads in THREADS})
+        benchmark.pedantic(run_on(THREADS[-1]), rounds=3)
     finally:
         torch.set_num_threads(THREADS[-1])
-    record(capsys, suite, sizes, "threads", THREADS, [timing[threads].p50 / calls for threads in THREADS])
+    record(capsys, suite, sizes, "threads", THREADS, [timing.p50 / calls for timing in timings.values()])

@@ -4,14 +4,13 @@ Calling one applies its definition to a tensor (plain PyTorch, differentiable). 
 a :class:`~mixfeat.kernels.polynomial.Polynomial`, the one family that holds them all.
 """
 
-import math
-import operator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from mixfeat.kernels.polynomial import MAX_DEGREE, Polynomial
+from mixfeat import _checks
+from mixfeat.kernels.polynomial import Polynomial
 
 __all__ = ["Activation", "Identity", "PolyReLU", "Power", "PowerReLU", "ReLU"]
 
@@ -54,9 +53,8 @@ class PolyReLU(Activation):
     clamp: bool = True
 
     def __post_init__(self) -> None:
-        self._set(degree=_degree(self.degree), rho=_positive("rho", self.rho))
-        if not isinstance(self.clamp, bool):
-            raise TypeError(f"clamp must be a bool, got {self.clamp!r}")
+        self._set(degree=_checks.degree(self.degree), rho=_checks.positive("rho", self.rho))
+        _checks.boolean("clamp", self.clamp)
         self._set(polynomial=Polynomial(self.degree, self.rho, self.rho, lower=self.clamp, upper=True))
 
 
@@ -67,7 +65,7 @@ class PowerReLU(Activation):
     degree: int = 3
 
     def __post_init__(self) -> None:
-        self._set(degree=_degree(self.degree))
+        self._set(degree=_checks.degree(self.degree))
         self._set(polynomial=Polynomial(self.degree, scale=float(self.degree)))
 
 
@@ -78,7 +76,7 @@ class Power(Activation):
     degree: int = 2
 
     def __post_init__(self) -> None:
-        self._set(degree=_degree(self.degree))
+        self._set(degree=_checks.degree(self.degree))
         self._set(polynomial=Polynomial(self.degree, scale=float(self.degree), lower=False))
 
 
@@ -96,27 +94,3 @@ class Identity(Activation):
 
     def __post_init__(self) -> None:
         self._set(polynomial=Polynomial(1, lower=False))
-
-
-def _degree(value: Any) -> int:
-    try:
-        degree = operator.index(value)
-    except TypeError:
-        raise TypeError(f"degree must be an integer, got {value!r}") from None
-    if isinstance(value, bool):
-        raise TypeError(f"degree must be an integer, got {value!r}")
-    if not 1 <= degree <= MAX_DEGREE:
-        raise ValueError(f"degree must be between 1 and {MAX_DEGREE}, got {degree}")
-    return degree
-
-
-def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{name} must be finite and positive, got {value}")
-    return number

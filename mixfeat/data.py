@@ -1,12 +1,12 @@
 """Data: the multi-view distribution of the feature-learning theory, images of two features, images cut into patches."""
 
-import math
-import operator
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from mixfeat import _checks
 
 __all__ = ["MultiViewData", "TwoFeatureImages", "images_to_patches", "multi_view"]
 
@@ -73,16 +73,14 @@ def multi_view(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it needs.
     """
-    num_samples = _integer("num_samples", num_samples, 0)
-    num_classes = _integer("num_classes", num_classes, 1)
-    num_patches = _integer("num_patches", num_patches, 2)
-    signal_low, signal_high = _range("signal", signal)
-    noise_low, noise_high = _range("noise", noise)
-    noise_scale = _number("noise_scale", noise_scale)
-    if noise_scale < 0:
-        raise ValueError(f"noise_scale must be at least 0, got {noise_scale}")
-    _check_views(views)
-    _check_generator(generator)
+    num_samples = _checks.integer("num_samples", num_samples, 0)
+    num_classes = _checks.integer("num_classes", num_classes, 1)
+    num_patches = _checks.integer("num_patches", num_patches, 2)
+    signal_low, signal_high = _checks.interval("signal", signal)
+    noise_low, noise_high = _checks.interval("noise", noise)
+    noise_scale = _checks.finite("noise_scale", noise_scale, 0)
+    views = _views(views)
+    _checks.generator(generator)
     if features is not None:
         _check_features(features, num_classes)
     patch_dim = _patch_dim(patch_dim, num_classes, features)
@@ -136,7 +134,7 @@ def images_to_patches(images: Tensor, patch_size: int) -> Tensor:
         TypeError, ValueError: naming the argument, what it got and what it needs.
     """
     _check_images(images)
-    patch_size = _integer("patch_size", patch_size, 1)
+    patch_size = _checks.integer("patch_size", patch_size, 1)
     num, channels, height, width = images.shape
     if height % patch_size or width % patch_size:
         raise ValueError(
@@ -200,8 +198,8 @@ class TwoFeatureImages:
                 f"images must be of a floating-point type, got {images.dtype}: normalise them first, as in images / 255"
             )
         _check_classes(target, images)
-        _check_views(views)
-        _check_generator(generator)
+        views = _views(views)
+        _checks.generator(generator)
         self.weight = _weight(weight)
         least = int(target.max()) + 1 if len(target) else 0
         if partner_class is not None:
@@ -225,7 +223,7 @@ class TwoFeatureImages:
         if isinstance(index, slice):
             index = range(*index.indices(len(self)))
         if isinstance(index, Sequence) and not isinstance(index, str):
-            return self.batch(torch.tensor([_integer("index", i, -(2**63)) for i in index], dtype=torch.int64))
+            return self.batch(torch.tensor([_checks.integer("index", i, -(2**63)) for i in index], dtype=torch.int64))
         input, target = self[[index]]  # type: ignore[list-item]
         return input[0], target[0]
 
@@ -246,9 +244,7 @@ class TwoFeatureImages:
             TypeError, ValueError: an index of another type or shape.
             IndexError: one out of range, as indexing a tensor raises it.
         """
-        if not isinstance(index, Tensor) or index.dtype != torch.int64:
-            got = index.dtype if isinstance(index, Tensor) else type(index).__name__
-            raise TypeError(f"index must be an int64 tensor, got {got}")
+        _checks.int64_tensor("index", index)
         if index.dim() != 1:
             raise ValueError(f"index must be of shape (B,), got {tuple(index.shape)}")
         index = index.to(self.images.device)
@@ -298,9 +294,7 @@ def _orthonormal(count: int, dim: int, generator: torch.Generator | None, device
 
 
 def _check_features(features: Tensor, num_classes: int) -> None:
-    _check_tensor("features", features)
-    if not features.is_floating_point():
-        raise TypeError(f"features must be of a floating-point type, got {features.dtype}")
+    _checks.floating("features", features)
     if features.dim() != 3 or features.shape[:2] != (num_classes, 2):
         raise ValueError(f"features must be of shape ({num_classes}, 2, patch_dim), got {tuple(features.shape)}")
     flat = features.detach().flatten(0, 1).double()
@@ -312,34 +306,23 @@ def _check_features(features: Tensor, num_classes: int) -> None:
         )
 
 
-def _check_tensor(name: str, value: Any, wanted: str = "a tensor") -> None:
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        got = value.layout if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be {wanted}, got {got}")
-
-
 def _check_images(images: Tensor) -> None:
-    _check_tensor("images", images)
+    _checks.tensor("images", images)
     if images.dim() != 4:
         raise ValueError(f"images must have 4 dimensions (N, channels, H, W), got shape {tuple(images.shape)}")
 
 
 def _check_classes(target: Tensor, images: Tensor) -> None:
-    _check_tensor("target", target, "an int64 tensor")
-    if target.dtype != torch.int64:
-        raise TypeError(f"target must be an int64 tensor, got {target.dtype}")
+    _checks.int64_tensor("target", target)
     if target.shape != images.shape[:1]:
         raise ValueError(f"target must be of shape ({len(images)},), one class per image, got {tuple(target.shape)}")
-    if target.device != images.device:
-        raise ValueError(f"target must be on images' device {images.device}, got {target.device}")
+    _checks.same_device("target", target, images.device, "images'")
     if len(target) and (smallest := int(target.min())) < 0:
         raise ValueError(f"target must not be negative, got {smallest}")
 
 
 def _check_pairing(partner_class: Tensor, least: int) -> None:
-    _check_tensor("partner_class", partner_class, "an int64 tensor")
-    if partner_class.dtype != torch.int64:
-        raise TypeError(f"partner_class must be an int64 tensor, got {partner_class.dtype}")
+    _checks.int64_tensor("partner_class", partner_class)
     if partner_class.dim() != 1 or len(partner_class) < least:
         raise ValueError(f"partner_class must be of shape (C,), C at least {least}, got {tuple(partner_class.shape)}")
     pairs = partner_class.tolist()
@@ -348,21 +331,20 @@ def _check_pairing(partner_class: Tensor, least: int) -> None:
             raise ValueError(f"partner_class must pair each class with another one and that one with it, got {pairs}")
 
 
-def _check_views(views: Any) -> None:
-    if views != "both" and (type(views) is not int or views not in (0, 1)):
-        raise ValueError(f'views must be "both", 0 or 1, got {views!r}')
-
-
-def _check_generator(generator: Any) -> None:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+def _views(views: Any) -> Any:
+    if isinstance(views, str) and views == "both":
+        return views
+    try:
+        return _checks.integer("views", views, 0, 1)
+    except (TypeError, ValueError):
+        raise ValueError(f'views must be "both", 0 or 1, got {views!r}') from None
 
 
 def _patch_dim(patch_dim: int | None, num_classes: int, features: Tensor | None) -> int:
     least = 2 * num_classes
     if patch_dim is None:
         return least if features is None else features.shape[2]
-    patch_dim = _integer("patch_dim", patch_dim, 1)
+    patch_dim = _checks.integer("patch_dim", patch_dim, 1)
     if patch_dim < least:
         raise ValueError(f"patch_dim must be at least 2 * num_classes = {least}, got {patch_dim}")
     if features is not None and patch_dim != features.shape[2]:
@@ -370,43 +352,8 @@ def _patch_dim(patch_dim: int | None, num_classes: int, features: Tensor | None)
     return patch_dim
 
 
-def _integer(name: str, value: Any, least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:  # a tensor has __index__, and refuses
-        number = None
-    if isinstance(value, bool) or number is None:
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}")
-    if number >= 2**63:
-        raise ValueError(f"{name} must be less than 2**63, got {number}")
-    return number
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return number
-
-
 def _weight(value: Any) -> tuple[float, float]:
-    low, high = _range("weight", value)
+    low, high = _checks.interval("weight", value)
     if low < 0 or high > 1:
         raise ValueError(f"weight must be within [0, 1], got ({low}, {high})")
-    return low, high
-
-
-def _range(name: str, value: Any) -> tuple[float, float]:
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
-        raise TypeError(f"{name} must be a pair (low, high), got {value!r}")
-    low, high = _number(f"{name}[0]", value[0]), _number(f"{name}[1]", value[1])
-    if low > high:
-        raise ValueError(f"{name} must have low <= high, got ({low}, {high})")
     return low, high

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixfeat import _checks
 from mixfeat.data import MultiViewData
 
 __all__ = ["alignment", "learned"]
@@ -30,10 +31,7 @@ def alignment(weight: Tensor, features: Tensor) -> Tensor:
         TypeError, ValueError: for anything but floating tensors whose shapes agree.
     """
     for name, value, last in (("weight", weight, "C, M, D"), ("features", features, "C, V, D")):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be of a floating-point type, got {value.dtype}")
+        _checks.floating(name, value)
         if value.dim() < 3:
             raise ValueError(f"{name} must have at least 3 dimensions (..., {last}), got shape {tuple(value.shape)}")
     if weight.shape[-3] != features.shape[-3] or weight.shape[-1] != features.shape[-1]:
@@ -76,8 +74,7 @@ def learned(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it needs.
     """
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float):
-        raise TypeError(f"threshold must be a number, got {threshold!r}")
+    threshold = _checks.real("threshold", threshold)
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold must be in [0, 1), got {threshold}")
     if isinstance(data_of_each_view, Tensor | MultiViewData) or not isinstance(data_of_each_view, Sequence):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from mixfeat import ops
+from mixfeat import _checks, ops
 from mixfeat.activations import Activation
 
 if TYPE_CHECKING:
@@ -19,8 +17,6 @@ __all__ = [
     "beta_quadrature", "gradient_descent", "mixup", "mixup_cross_entropy", "pairwise_mixup_loss", "patch_conv",
     "sample_mixup", "soft_target_cross_entropy",
 ]  # fmt: skip
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def patch_conv(
@@ -65,10 +61,10 @@ def patch_conv(
         IndexError: an index outside [0, N) on a CPU. On CUDA, where it cannot be read without waiting for the device,
             it makes that sample's logits NaN.
     """
-    input, weight = _check_network(input, weight, activation)
+    input, weight = _checks.network(input, weight, activation)
     if index is not None or lam is not None:
-        lam = _check_mixing(index, lam, input.shape[-3], input.device, input.dtype)
-    return ops.patch_conv(input, weight, index, lam, activation.polynomial)
+        lam = _checks.mixing(index, lam, input.shape[-3], input.device, input.dtype)
+    return ops.patch_conv.patch_conv(input, weight, index, lam, activation.polynomial)
 
 
 def pairwise_mixup_loss(
@@ -128,14 +124,17 @@ def pairwise_mixup_loss(
     With a group these are raised by every rank: one whose arguments are fine has a ValueError that says which rank
     refused its own and why, or which settings differ.
     """
-    name = "" if group is None else ops.group_name(group)
+    name = "" if group is None else ops.sharding.group_name(group)
     try:
-        input, weight, nodes, node_weights = _check_pairwise(input, weight, target, activation, lam, lam_weight)
+        input, weight = _checks.classifier(input, weight, target, activation)
+        nodes, node_weights = _checks.nodes(lam, lam_weight)
     except Exception as error:
         if name:
-            ops.refuse(name, error)
+            ops.sharding.refuse(name, error)
         raise
-    loss = ops.pairwise_mixup_loss(input, weight, target, nodes, node_weights, activation.polynomial, name)
+    loss = ops.pairwise_mixup_loss.pairwise_mixup_loss(
+        input, weight, target, nodes, node_weights, activation.polynomial, name
+    )
     return loss if input.dim() == 4 or weight.dim() == 4 else loss[0]
 
 
@@ -198,27 +197,16 @@ def gradient_descent(
         IndexError: a target outside [0, C) on a CPU. On CUDA, where it cannot be read without waiting for the device,
             it makes that run's loss and weight NaN.
     """
-    if isinstance(input, Tensor) and isinstance(weight, Tensor) and torch.is_autocast_enabled(input.device.type):
-        input = input.to(weight.dtype)
-        with torch.autocast(input.device.type, enabled=False):
-            return gradient_descent(
-                input, weight, target, activation, lam=lam, lam_weight=lam_weight, lr=lr, steps=steps,
-                momentum=momentum, weight_decay=weight_decay,
-            )  # fmt: skip
-    _, _, nodes, node_weights = _check_pairwise(
-        input, weight, target, activation, 0.5 if lam is None else lam, lam_weight
-    )
-    _check_integer("steps", steps, 0)
-    for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
-        _check_not_negative(name, value)
-    if momentum >= 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+    input, weight = _checks.classifier(input, weight, target, activation, autocast=False)
+    nodes, node_weights = (None, None) if lam is None and lam_weight is None else _checks.nodes(lam, lam_weight)
+    steps = _checks.integer("steps", steps, 0)
     runs = input.shape[:-3] or weight.shape[:-3]
-    rates = _check_lr(lr, runs, steps)
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    trained, loss, _ = ops.gradient_descent(
-        input.to(dtype), weight.to(dtype), target, None if lam is None else nodes, node_weights, activation.polynomial,
-        rates, steps, float(momentum), float(weight_decay),
+    rates = _checks.lr(lr, runs, steps)
+    momentum, weight_decay = _checks.momentum(momentum), _checks.finite("weight_decay", weight_decay, 0)
+    dtype = _checks.accumulation(weight.dtype)
+    trained, loss, _ = ops.gradient_descent.gradient_descent(
+        input.to(dtype), weight.to(dtype), target, nodes, node_weights, activation.polynomial, rates, steps, momentum,
+        weight_decay,
     )  # fmt: skip
     trained = trained.to(weight.dtype)
     return (trained, loss) if runs else (trained[0], loss[0])
@@ -245,8 +233,8 @@ def beta_quadrature(
         TypeError, ValueError: an alpha that is not a positive finite number, a num_nodes that is no positive integer, a
             dtype that is not floating-point.
     """
-    _check_alpha(alpha)
-    _check_integer("num_nodes", num_nodes, 1)
+    alpha = _checks.alpha(alpha)
+    num_nodes = _checks.integer("num_nodes", num_nodes, 1)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point dtype, got {dtype!r}")
     n = torch.arange(2, max(2, num_nodes), dtype=torch.float64)
@@ -287,8 +275,8 @@ def sample_mixup(
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it needs.
     """
-    _check_integer("num_samples", num_samples, 0)
-    _check_sampling(alpha, lam, generator)
+    num_samples = _checks.integer("num_samples", num_samples, 0)
+    alpha, lam = _checks.sampling(alpha, lam, generator)
     if device is None:
         # of an empty tensor, because torch.compile cannot trace torch.get_default_device
         device = torch.empty(0).device if generator is None else generator.device
@@ -303,7 +291,7 @@ def sample_mixup(
         first, second = (gamma.log() + (1 - uniform).log() / alpha).unbind()
         weight = torch.sigmoid(first - second).float()
     else:
-        weight = torch.full(shape, float(lam), dtype=torch.float32, device=device)
+        weight = torch.full(shape, lam, dtype=torch.float32, device=device)
     return index.to(device), weight.to(device)
 
 
@@ -333,19 +321,16 @@ def mixup(input: Tensor, index: Tensor, lam: float | Tensor, *, dtype: torch.dty
         IndexError: an index outside [0, N) on a CPU. On CUDA, where it cannot be read without waiting for the device,
             it makes that sample NaN.
     """
-    _check_is_tensor("input", input)
-    if input.dtype not in (*_DTYPES, torch.uint8):
-        raise TypeError(f"input must be float32, bfloat16, float16, float64 or uint8, got {input.dtype}")
+    _checks.float_tensor("input", input, (*_checks.FLOAT_DTYPES, torch.uint8))
     if input.dim() == 0:
         raise ValueError("input must have shape (N, ...), got ()")
     if dtype is None:
         dtype = torch.get_default_dtype() if input.dtype == torch.uint8 else input.dtype
-    if dtype not in _DTYPES:
-        raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+    _checks.float_dtype("dtype", dtype)
     if dtype != input.dtype and input.dtype != torch.uint8:
         raise TypeError(f"dtype must be input's, {input.dtype}, unless input is uint8; got {dtype}")
-    lam = _check_mixing(index, lam, input.shape[0], input.device, dtype)
-    return ops.mixup(input, index, lam, dtype)
+    lam = _checks.mixing(index, lam, input.shape[0], input.device, dtype)
+    return ops.mixup.mixup(input, index, lam, dtype)
 
 
 def mixup_cross_entropy(
@@ -385,12 +370,12 @@ def mixup_cross_entropy(
         IndexError: a target out of range on a CPU. On CUDA, where it cannot be read without waiting for the device, it
             makes that row's loss and gradient NaN.
     """
-    _check_logits(input)
-    _check_loss_options(label_smoothing, ignore_index, reduction)
-    for name, target in (("target_a", target_a), ("target_b", target_b)):
-        _check_target(target, input.shape[:1], input.device, name)
-    lam = _check_lam(lam, input.shape[0], input.device, input.dtype)
-    return ops.mixup_cross_entropy(input, target_a, target_b, lam, float(label_smoothing), ignore_index, reduction)
+    _checks.logits(input)
+    options = _checks.loss_options(label_smoothing, ignore_index, reduction)
+    _checks.classes("target_a", target_a, input.shape[:1], input.device)
+    _checks.classes("target_b", target_b, input.shape[:1], input.device)
+    lam = _checks.sample_lam(lam, input.shape[0], input.device, input.dtype)
+    return ops.cross_entropy.mixup_cross_entropy(input, target_a, target_b, lam, *options)
 
 
 def soft_target_cross_entropy(
@@ -417,242 +402,7 @@ def soft_target_cross_entropy(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes or devices that do not fit, label_smoothing outside [0, 1], no such reduction.
     """
-    _check_logits(input)
-    _check_loss_options(label_smoothing, -100, reduction)
-    if not _is_dense(target) or target.dtype not in _DTYPES:
-        raise TypeError(f"target must be a floating-point tensor of probabilities, got {_kind(target)}")
-    if target.shape != input.shape:
-        raise ValueError(f"target must have input's shape {tuple(input.shape)}, got {tuple(target.shape)}")
-    if target.device != input.device:
-        raise ValueError(f"target must be on input's device {input.device}, got {target.device}")
-    if target.requires_grad:
-        raise ValueError("target must not require grad: gradients flow to input only (detach it)")
-    return ops.soft_target_cross_entropy(input, target, float(label_smoothing), reduction)
-
-
-def _check_network(input: Tensor, weight: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
-    """Check samples against filters; returns both, cast as autocast says."""
-    if not isinstance(activation, Activation):
-        raise TypeError(f"activation must be a mixfeat activation such as PolyReLU(8, 0.1), got {activation!r}")
-    _check_tensor("input", input, "(N,P,D) or (R,N,P,D)")
-    _check_tensor("weight", weight, "(C,M,D) or (R,C,M,D)")
-    device = input.device
-    if weight.device != device:
-        raise ValueError(f"weight must be on input's device {device}, got {weight.device}")
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-        input = input if input.dtype == torch.float64 else input.to(dtype)
-        weight = weight if weight.dtype == torch.float64 else weight.to(dtype)
-    if weight.dtype != input.dtype:
-        raise TypeError(f"weight must have input's dtype {input.dtype}, got {weight.dtype}")
-    if weight.shape[-1] != input.shape[-1]:
-        raise ValueError(
-            f"weight must have input's patch dimension D = {input.shape[-1]} last, got shape {tuple(weight.shape)}"
-        )
-    if input.dim() == 4 and weight.dim() == 4 and input.shape[0] != weight.shape[0]:
-        raise ValueError(f"weight must have as many runs R as input, {input.shape[0]}, got {weight.shape[0]}")
-    return input, weight
-
-
-def _check_pairwise(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    activation: Activation,
-    lam: float | Tensor,
-    lam_weight: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    input, weight = _check_network(input, weight, activation)
-    num_samples, num_classes = input.shape[-3], weight.shape[-3]
-    if num_classes < 2:
-        raise ValueError(
-            f"weight must have at least 2 classes (C) for a cross-entropy, got shape {tuple(weight.shape)}"
-        )
-    runs = input.shape[:-3] or weight.shape[:-3]
-    _check_target(target, (*runs, num_samples), input.device)
-    return input, weight, *_check_nodes(lam, lam_weight)
-
-
-def _is_dense(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided
-
-
-def _kind(value: Any) -> str:
-    """What a message says of something of the wrong kind."""
-    if isinstance(value, Tensor):
-        return str(value.dtype if value.layout == torch.strided else value.layout)
-    return type(value).__name__
-
-
-def _check_is_tensor(name: str, value: Tensor) -> None:
-    if not _is_dense(value):
-        raise TypeError(f"{name} must be a tensor, got {_kind(value)}")
-
-
-def _check_integer(name: str, value: int, least: int) -> None:
-    """Refuse what is no integer of 64 bits, or less than ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    if value >= 2**63:
-        raise ValueError(f"{name} must be less than 2**63, got {value}")
-
-
-def _check_tensor(name: str, value: Tensor, shape: str) -> None:
-    _check_is_tensor(name, value)
-    if value.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
-    if not 3 <= value.dim() <= 4:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
-
-
-def _check_mixing(
-    index: Tensor | None, lam: float | Tensor | None, samples: int, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """Check partners and their weights for ``samples`` samples; returns lam as kernels take it."""
-    if index is None:
-        raise ValueError(f"index is needed where lam is given (lam = {lam})")
-    if lam is None:
-        raise ValueError("lam is needed where index is given; lam = 0.5 is Midpoint Mixup")
-    if not _is_dense(index) or index.dtype != torch.int64:
-        raise TypeError(f"index must be an int64 tensor, got {_kind(index)}")
-    if index.shape != (samples,):
-        raise ValueError(f"index must have shape ({samples},), one partner for each sample, got {tuple(index.shape)}")
-    if index.device != device:
-        raise ValueError(f"index must be on input's device {device}, got {index.device}")
-    return _check_lam(lam, samples, device, dtype)
-
-
-def _check_lam(lam: float | Tensor, samples: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Check the weights of ``samples`` samples; returns them in float32, or float64 for float64."""
-    dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    if not isinstance(lam, Tensor):
-        if isinstance(lam, bool) or not isinstance(lam, Real):
-            raise TypeError(f"lam must be a number or a tensor, got {lam!r}")
-        if not 0 <= lam <= 1:
-            raise ValueError(f"lam must be in [0, 1], got {lam}")
-        return torch.full((), float(lam), dtype=dtype, device=device)
-    if not _is_dense(lam) or not lam.is_floating_point():
-        raise TypeError(f"lam must be a floating-point tensor, got {_kind(lam)}")
-    if lam.shape != () and lam.shape != (samples,):
-        raise ValueError(f"lam must have shape () or ({samples},), got {tuple(lam.shape)}")
-    if lam.device != device:
-        raise ValueError(f"lam must be on input's device {device}, got {lam.device}")
-    if lam.requires_grad:
-        raise ValueError("lam must not require grad: it is a constant of the loss")
-    return lam.to(dtype)
-
-
-def _check_not_negative(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 <= value <= sys.float_info.max:
-        raise ValueError(f"{name} must be finite and not negative, got {value}")
-
-
-def _check_lr(lr: float | Tensor, runs: torch.Size, steps: int) -> Tensor:
-    """Step sizes as float64 on the CPU, (1 or R, 1 or steps); the operator checks the values of a tensor."""
-    if not isinstance(lr, Tensor):
-        _check_not_negative("lr", lr)
-        return torch.full((1, 1), float(lr), dtype=torch.float64)
-    if not _is_dense(lr) or not lr.is_floating_point():
-        raise TypeError(f"lr must be a number or a floating-point tensor, got {_kind(lr)}")
-    if lr.device.type != "cpu":
-        raise ValueError(f"lr must be on the CPU: reading its values from {lr.device} would wait for the device")
-    if lr.requires_grad:
-        raise ValueError("lr must not require grad: gradient_descent is not differentiable")
-    num_runs = runs[0] if runs else 1
-    lr = lr.double()
-    if lr.dim() == 0:
-        return lr.view(1, 1)
-    if lr.dim() == 2 and lr.shape[0] in (1, num_runs) and lr.shape[1] in (1, steps):
-        return lr
-    fits_runs, fits_steps = (lr.shape == shape for shape in (runs, (steps,)))
-    if fits_runs and fits_steps and steps > 1:
-        raise ValueError(
-            f"lr of shape ({steps},) is ambiguous where R = steps: give (R,1) for the runs' or (1,steps) for the steps'"
-        )
-    if fits_runs or fits_steps:
-        return lr[:, None] if fits_runs else lr[None]
-    wanted = f"({steps},) for the steps" + (f" or ({num_runs},) for the runs" if runs else "")
-    raise ValueError(f"lr must be a number, {wanted}, or have both dimensions; got shape {tuple(lr.shape)}")
-
-
-def _check_alpha(alpha: float) -> None:
-    if isinstance(alpha, bool) or not isinstance(alpha, Real):
-        raise TypeError(f"alpha must be a number, got {alpha!r}")
-    if not 0 < alpha <= sys.float_info.max:
-        raise ValueError(f"alpha must be finite and positive, got {alpha} (for Midpoint Mixup pass lam=0.5 instead)")
-
-
-def _check_sampling(alpha: float, lam: float | None, generator: torch.Generator | None) -> None:
-    _check_alpha(alpha)
-    if lam is not None:
-        if isinstance(lam, bool) or not isinstance(lam, Real):
-            raise TypeError(f"lam must be a number, got {lam!r}")
-        if not 0 <= lam <= 1:
-            raise ValueError(f"lam must be in [0, 1], got {lam}")
-    _check_generator(generator)
-
-
-def _check_generator(generator: torch.Generator | None) -> None:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-
-
-def _check_logits(input: Tensor) -> None:
-    _check_is_tensor("input", input)
-    if input.dtype not in _DTYPES:
-        raise TypeError(f"input must be float32, bfloat16, float16 or float64, got {input.dtype}")
-    if input.dim() != 2 or input.shape[1] == 0:
-        raise ValueError(f"input must have shape (N,C) with C at least 1, got {tuple(input.shape)}")
-
-
-def _check_loss_options(label_smoothing: float, ignore_index: int, reduction: str) -> None:
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, Real):
-        raise TypeError(f"label_smoothing must be a number, got {label_smoothing!r}")
-    _check_integer("ignore_index", ignore_index, -(2**63))
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-
-
-def _check_target(target: Tensor, shape: tuple[int, ...], device: torch.device, name: str = "target") -> None:
-    if not _is_dense(target) or target.dtype != torch.int64:
-        raise TypeError(f"{name} must be an int64 tensor of classes, got {_kind(target)}")
-    if target.shape != shape and target.shape != shape[-1:]:
-        shapes = " or ".join(str(tuple(s)) for s in dict.fromkeys((shape[-1:], shape)))
-        raise ValueError(f"{name} must have shape {shapes}, one class for each sample, got {tuple(target.shape)}")
-    if target.device != device:
-        raise ValueError(f"{name} must be on input's device {device}, got {target.device}")
-
-
-def _check_nodes(lam: float | Tensor, lam_weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Nodes and weights as (K,) tensors on the CPU; the operator checks their values."""
-    if not isinstance(lam, Tensor):
-        if isinstance(lam, bool) or not isinstance(lam, Real):
-            raise TypeError(f"lam must be a number, or a tensor of nodes with lam_weight, got {lam!r}")
-        if not 0 <= lam <= 1:
-            raise ValueError(f"lam must be in [0, 1], got {lam}")
-        lam = torch.full((), float(lam), dtype=torch.float64)
-    if lam_weight is None:
-        if lam.dim() != 0:
-            raise ValueError(f"lam_weight is needed where lam is a tensor of nodes (lam has shape {tuple(lam.shape)})")
-        lam, lam_weight = lam[None], torch.ones(1, dtype=torch.float64)
-    elif lam.dim() != 1 or lam.shape[0] == 0:
-        raise ValueError(f"lam must be a tensor of nodes (K,) where lam_weight is given, got shape {tuple(lam.shape)}")
-    for name, value in (("lam", lam), ("lam_weight", lam_weight)):
-        if not _is_dense(value) or not value.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {_kind(value)}")
-        if value.shape != lam.shape:
-            raise ValueError(f"{name} must have lam's shape {tuple(lam.shape)}, got {tuple(value.shape)}")
-        if value.device.type != "cpu":
-            raise ValueError(
-                f"{name} must be on the CPU: its values decide which pairs are visited, and reading them from "
-                f"{value.device} would wait for the device"
-            )
-        if value.requires_grad:
-            raise ValueError(f"{name} must not require grad: gradients flow to input and weight only")
-    return lam, lam_weight
+    _checks.logits(input)
+    label_smoothing, _, reduction = _checks.loss_options(label_smoothing, -100, reduction)
+    _checks.soft_target(target, input)
+    return ops.cross_entropy.soft_target_cross_entropy(input, target, label_smoothing, reduction)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mixfeat import functional, ops
+from mixfeat import _checks, functional
 from mixfeat.activations import Activation, PolyReLU
 
 if TYPE_CHECKING:
@@ -59,25 +58,18 @@ class TwoLayerPatchCNN(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"num_classes": num_classes, "filters_per_class": filters_per_class, "patch_dim": patch_dim}
-        for name, size in (sizes if num_runs is None else {"num_runs": num_runs, **sizes}).items():
-            functional._check_integer(name, size, 1)
-        if not isinstance(activation, Activation):
-            raise TypeError(f"activation must be a mixfeat activation such as PolyReLU(8, 0.1), got {activation!r}")
+        if num_runs is not None:
+            sizes = {"num_runs": num_runs, **sizes}
+        shape = [_checks.integer(name, size, 1) for name, size in sizes.items()]
+        _checks.activation(activation)
         if init_std is None:
-            init_std = 0.7 * activation.rho if isinstance(activation, PolyReLU) else patch_dim**-0.5
-        if isinstance(init_std, bool) or not isinstance(init_std, int | float):
-            raise TypeError(f"init_std must be a number, got {init_std!r}")
-        if not 0 < init_std <= sys.float_info.max:
-            raise ValueError(f"init_std must be finite and positive, got {init_std}")
-        functional._check_generator(generator)
-        if dtype is not None and dtype not in functional._DTYPES:
-            raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
+            init_std = 0.7 * activation.rho if isinstance(activation, PolyReLU) else shape[-1] ** -0.5
         self.activation = activation
-        self.init_std = float(init_std)
-        shape = (num_classes, filters_per_class, patch_dim)
-        self.weight = nn.Parameter(
-            torch.empty(shape if num_runs is None else (num_runs, *shape), device=device, dtype=dtype)
-        )
+        self.init_std = _checks.positive("init_std", init_std)
+        _checks.generator(generator)
+        if dtype is not None:
+            _checks.float_dtype("dtype", dtype)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -116,8 +108,8 @@ class PairwiseMixupLoss(nn.Module):
         group: ProcessGroup | Literal["world"] | None = None,
     ) -> None:
         super().__init__()
-        nodes, weights = functional._check_nodes(lam, lam_weight)
-        ops.check_nodes(nodes, weights)
+        nodes, weights = _checks.nodes(lam, lam_weight)
+        _checks.node_values(nodes, weights)
         self.lam, self.lam_weight, self.group = nodes.clone(), weights.clone(), group
 
     def forward(self, model: nn.Module, input: Tensor, target: Tensor) -> Tensor:
@@ -163,11 +155,9 @@ class Mixup(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        functional._check_sampling(alpha, lam, generator)
-        if num_classes is not None:
-            functional._check_integer("num_classes", num_classes, 1)
-        self.alpha, self.lam, self.per_sample = alpha, lam, per_sample
-        self.num_classes, self.generator = num_classes, generator
+        self.alpha, self.lam = _checks.sampling(alpha, lam, generator)
+        self.num_classes = None if num_classes is None else _checks.integer("num_classes", num_classes, 1)
+        self.per_sample, self.generator = per_sample, generator
 
     def forward(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor, Tensor]]:
         """Mix a batch.
@@ -184,8 +174,8 @@ class Mixup(nn.Module):
         Raises:
             TypeError, ValueError: as :func:`mixfeat.mixup`, and for a target of the wrong type, shape or device.
         """
-        functional._check_is_tensor("input", input)
-        functional._check_target(target, tuple(input.shape[:1]), input.device)
+        _checks.tensor("input", input)
+        _checks.classes("target", target, input.shape[:1], input.device)
         if self.training:
             index, lam = functional.sample_mixup(
                 len(input), self.alpha, lam=self.lam, per_sample=self.per_sample, generator=self.generator,
@@ -220,8 +210,8 @@ class MixupCrossEntropyLoss(nn.Module):
 
     def __init__(self, label_smoothing: float = 0.0, ignore_index: int = -100, reduction: str = "mean") -> None:
         super().__init__()
-        functional._check_loss_options(label_smoothing, ignore_index, reduction)
-        self.label_smoothing, self.ignore_index, self.reduction = label_smoothing, ignore_index, reduction
+        options = _checks.loss_options(label_smoothing, ignore_index, reduction)
+        self.label_smoothing, self.ignore_index, self.reduction = options
 
     def forward(self, logits: Tensor, target: tuple[Tensor, Tensor, float | Tensor]) -> Tensor:
         """The loss of ``logits`` (N,C); ``target`` is (target_a, target_b, lam) as :class:`Mixup` returns it.

@@ -14,8 +14,8 @@ from mixfeat.activations import Activation
 from mixfeat.kernels.polynomial import Polynomial
 
 __all__ = [
-    "cross_entropy_rows", "gradient_descent", "mixup", "mixup_backward", "mixup_cross_entropy", "pairwise_mixup_block",
-    "pairwise_mixup_loss", "patch_conv", "patch_conv_backward", "soft_target_cross_entropy",
+    "gradient_descent", "mixup", "mixup_cross_entropy", "pairwise_mixup_loss", "patch_conv",
+    "soft_target_cross_entropy",
 ]  # fmt: skip
 
 
@@ -29,12 +29,6 @@ def mixup(
     if isinstance(lam, Tensor):
         lam = lam.view(-1, *[1] * (input.dim() - dim % input.dim() - 1))
     return (lam * input + (1 - lam) * input.index_select(dim, index)).to(dtype or input.dtype)
-
-
-def mixup_backward(grad: Tensor, index: Tensor, lam: Tensor) -> Tensor:
-    """Gradient of :func:`mixup` to input: ``dL/dx_i = lam_i grad_i + sum_{n: index_n = i} (1 - lam_n) grad_n``."""
-    lam = lam.view(-1, *[1] * (grad.dim() - 1))
-    return (lam * grad).index_add(0, index, (1 - lam) * grad)
 
 
 def patch_conv(
@@ -57,35 +51,6 @@ def patch_conv(
         input = mixup(input, index, lam, dim=-3)
     s = torch.einsum("...npd,...cmd->...npcm", input, weight)
     return activation(s).sum(dim=(-3, -1))
-
-
-def patch_conv_backward(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    activation: Polynomial,
-    *,
-    index: Tensor | None = None,
-    lam: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`patch_conv` to input and weight, given ``grad`` = dL/dg, as formulas::
-
-        E[n,p,c,m]  = dL/dg[n,c] phi'(s[n,p,c,m])
-        dL/dw[c,m]  = sum_{n,p} E[n,p,c,m] z[n,p]
-        dL/dz[n,p]  = sum_{c,m} E[n,p,c,m] w[c,m]
-        dL/dx_i     = lam_i dL/dz_i + sum_{n: index_n = i} (1 - lam_n) dL/dz_n
-
-    Returns (gradient to input, gradient to weight).
-    """
-    z = input if index is None or lam is None else mixup(input, index, lam, dim=-3)
-    s = torch.einsum("...npd,...cmd->...npcm", z, weight)
-    e = grad[..., :, None, :, None] * activation.slope(s)
-    weight_grad = torch.einsum("...npcm,...npd->...cmd", e, z).sum_to_size(weight.shape)
-    input_grad = torch.einsum("...npcm,...cmd->...npd", e, weight).sum_to_size(input.shape)
-    if index is not None and lam is not None:
-        lam = lam.to(input.dtype).view(-1, 1, 1)
-        input_grad = (lam * input_grad).index_add(-3, index, (1 - lam) * input_grad)
-    return input_grad, weight_grad
 
 
 def pairwise_mixup_loss(
@@ -159,60 +124,6 @@ def gradient_descent(
     return weight, losses
 
 
-def pairwise_mixup_block(
-    row: Tensor,
-    column: Tensor | None,
-    row_target: Tensor,
-    column_target: Tensor | None,
-    lam: Sequence[float],
-    lam_weight: Sequence[float],
-    activation: Polynomial,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The sum over pairs of a row sample and a column sample, and its gradients, from pre-activations, as formulas::
-
-        t_ijpcm = lam row_ipcm + (1 - lam) column_jpcm;  g_ijc = sum_{p,m} phi(t_ijpcm)
-        L       = sum_{i,j} lam_weight [lam CE(g_ij, y_i) + (1 - lam) CE(g_ij, y_j)], summed over the nodes lam
-        D_ijc   = lam_weight (softmax(g_ij)_c - lam [c = y_i] - (1 - lam) [c = y_j])
-        dL/drow_ipcm = lam sum_j D_ijc phi'(t_ijpcm);  dL/dcolumn_jpcm = (1 - lam) sum_i D_ijc phi'(t_ijpcm)
-
-    ``row`` (R,N,P,C,M), ``column`` (R,N',P,C,M) or None for row itself; targets (N,) or (R,N). Returns the loss (R,)
-    and both gradients, in float32, or float64 for float64; a few rows at a time, so in memory linear in N and N'. A
-    target out of range makes them NaN.
-    """
-    dtype = torch.float64 if row.dtype == torch.float64 else torch.float32
-    num_classes = row.shape[3]
-
-    def prepare(s: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        target = target.expand(s.shape[:2])
-        valid = (target >= 0) & (target < num_classes)
-        s = s.to(dtype).where(valid[:, :, None, None, None], torch.nan)
-        return s, F.one_hot(target.where(valid, 0), num_classes).to(dtype)
-
-    rows, row_label = prepare(row, row_target)
-    columns, column_label = (
-        (rows, row_label) if column is None or column_target is None else prepare(column, column_target)
-    )
-    loss = rows.new_zeros(rows.shape[0])
-    row_grad = torch.zeros_like(rows)
-    column_grad = row_grad if column is None else torch.zeros_like(columns)
-    step = max(1, 2**24 // max(1, columns.numel()))
-    for node, weight in zip(lam, lam_weight, strict=True):
-        for part in torch.arange(rows.shape[1], device=row.device).split(step):
-            t = node * rows[:, part, None] + (1 - node) * columns[:, None]
-            log_p = activation(t).sum(dim=(3, 5)).log_softmax(-1)
-            label = node * row_label[:, part, None] + (1 - node) * column_label[:, None]
-            loss -= weight * (label * log_p).sum(dim=(1, 2, 3))
-            if need_grad:
-                d = weight * (log_p.exp() - label)
-                e = d[:, :, :, None, :, None] * activation.slope(t)
-                row_grad.index_add_(1, part, node * e.sum(2))
-                column_grad += (1 - node) * e.sum(1)
-    if not need_grad:
-        return loss, None, None
-    return loss, row_grad, None if column is None else column_grad
-
-
 def mixup_cross_entropy(
     input: Tensor,
     target_a: Tensor,
@@ -245,22 +156,3 @@ def soft_target_cross_entropy(
 ) -> Tensor:
     """``- sum_c t_nc log softmax(input_n)_c``, t the smoothed target; ``input`` and ``target`` (N,C)."""
     return F.cross_entropy(input, target, label_smoothing=label_smoothing, reduction=reduction)
-
-
-def cross_entropy_rows(
-    input: Tensor, label: Tensor, need_grad: bool, *, sparse: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Loss (N,) of each row, and its gradient to ``input``, given what each class counts for::
-
-        loss_n  = - sum_c label_nc log softmax(x_n)_c
-        grad_nc = softmax(x_n)_c sum_k label_nk - label_nc
-
-    ``input`` and ``label`` (N,C). A row whose label is 0 throughout has loss 0 and gradient 0, whatever its logits.
-    With ``sparse`` a class whose label is 0 adds nothing to the loss, even where its logit is minus infinity.
-    """
-    log_p = input.log_softmax(1)
-    total = label.sum(1, keepdim=True)
-    counts = total != 0
-    terms = (label * log_p).where(label != 0, 0) if sparse else label * log_p
-    loss = -terms.where(counts, 0).sum(1)
-    return loss, (total * log_p.exp() - label).where(counts, 0) if need_grad else None

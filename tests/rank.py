@@ -4,6 +4,7 @@ import datetime
 import os
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,11 @@ def accuracy():
         "equal": [9] * ranks, "uneven": [8 + r % 2 for r in range(ranks)], "none but one": [0] * (ranks - 1) + [7],
         "one each": [1] * ranks, "very different": [7 * r for r in range(ranks)], "none": [0] * ranks,
     }  # fmt: skip
-    nodes = [{"lam": 0.5}, {"lam": 0.3}, dict(zip(("lam", "lam_weight"), mf.beta_quadrature(0.4, 4), strict=True))]
+    nodes: list[dict[str, Any]] = [
+        {"lam": 0.5},
+        {"lam": 0.3},
+        dict(zip(("lam", "lam_weight"), mf.beta_quadrature(0.4, 4), strict=True)),
+    ]
     cases = [(sizes, runs, options) for sizes in shards.values() for runs in ("", "xwy") for options in nodes]
     cases += [(shards["uneven"], runs, nodes[2]) for runs in ("x", "w", "xy")]
     for dtype, budget, piece in ((torch.float32, 1e-5, 256), (torch.float64, 1e-13, 2)):

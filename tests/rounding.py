@@ -36,7 +36,7 @@ class Approximate:
 
     def __mul__(self, other: "Approximate | Tensor | float") -> "Approximate":
         if not isinstance(other, Approximate):
-            return self._of(self.value * other, self.error * abs(other))
+            return self._of(self.value * other, (self.error * other).abs())
         a, b = self.value.abs(), other.value.abs()
         return self._of(self.value * other.value, self.error * (b + other.error) + a * other.error)
 

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 from mixfeat import cli
-from mixfeat.benchmarks import harness, results
+from mixfeat.benchmarks import harness, pages, results, timing
 
 
 def row(seconds, **changes):
@@ -188,8 +188,8 @@ def test_slowdown_is_seen(tmp_path, monkeypatch, capsys):
     def document(name, calls):
         file = tmp_path / name
         monkeypatch.setenv("MIXFEAT_BENCH_OUT", str(file))
-        measured = harness.measure({"mixfeat": lambda: [work @ work for _ in range(calls)]}, share=0.1)
-        harness.record(capsys, "mixup", "paper", "forward", measured=measured)
+        measured = timing.measure({"mixfeat": lambda: [work @ work for _ in range(calls)]}, share=0.1)
+        harness.record(capsys, harness.Case("mixup", "paper", "forward"), measured=measured)
         return {"device": "this", "rows": [json.loads(file.read_text())]}
 
     old, new = document("old", 2), document("new", 8)
@@ -202,25 +202,25 @@ def test_baselines_alone():
     """Times of pairs are brought to one scale, that of the first contender."""
     calls = []
     names = ("mixfeat", "eager", "naive")
-    timings = harness.compare_apart({name: functools.partial(calls.append, name) for name in names}, share=0)
+    timings = timing.compare_pairwise({name: functools.partial(calls.append, name) for name in names}, share=0)
     assert list(timings) == list(names)
     assert calls[: len(calls) // 2].count("naive") == 0
 
 
-@pytest.mark.skipif(harness.CUDA, reason="of a CPU; a GPU's clock is its events")
+@pytest.mark.skipif(timing.CUDA, reason="of a CPU; a GPU's clock is its events")
 def test_warm_calls():
     """The timed call follows another, unless that took long."""
     calls = []
-    harness.warm(lambda: calls.append(0))
+    timing.warm(lambda: calls.append(0))
     assert len(calls) == 2
-    assert harness.warm(lambda: (calls.append(0), time.sleep(0.11))) > 0.1
+    assert timing.warm(lambda: (calls.append(0), time.sleep(0.11))) > 0.1
     assert len(calls) == 3
 
 
 def test_cold_caches():
     """The walk before a cold call is not part of its time, and is over more than a cache holds."""
-    assert harness._buffer().nbytes >= 2 << 20
-    timings = {clock.__name__: min(clock(lambda: None) for _ in range(5)) for clock in (harness.cold, harness.warm)}
+    assert timing._larger_than_caches().nbytes >= 2 << 20
+    timings = {clock.__name__: min(clock(lambda: None) for _ in range(5)) for clock in (timing.cold, timing.warm)}
     assert timings["cold"] < 1e-3
 
 
@@ -228,9 +228,9 @@ def test_peak_of_memory():
     """What is let go counts no more; what was there before does not count."""
 
     def run():
-        a = torch.empty(1 << 20, device=harness.DEVICE)  # 4 MiB
+        a = torch.empty(1 << 20, device=timing.DEVICE)  # 4 MiB
         del a
-        return torch.empty(1 << 19, device=harness.DEVICE), torch.empty(1 << 19, device=harness.DEVICE)
+        return torch.empty(1 << 19, device=timing.DEVICE), torch.empty(1 << 19, device=timing.DEVICE)
 
     assert 4 << 20 <= harness.peak_bytes({"run": run})["run"] < 4.1 * 2**20
 
@@ -270,13 +270,13 @@ def results_of(figure):
         return image.text[MARK]
 
 
-@pytest.mark.parametrize("page", results.PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.name)
 def test_pages_have_the_committed_results(page):
-    """`python -m mixfeat.benchmarks.results` writes them there, and draws them."""
-    documents = results.committed()
+    """`python -m mixfeat.benchmarks.pages` writes them there, and draws them."""
+    documents = pages.committed()
     assert documents
-    assert results.with_tables(page, page.read_text(), documents) == page.read_text()
-    assert results_of(results.FIGURE) == results.fingerprint(documents[0])
+    assert pages.with_tables(page, page.read_text(), documents) == page.read_text()
+    assert results_of(pages.FIGURE) == results.fingerprint(documents[0])
 
 
 def test_figure_tells_its_results(document, tmp_path):

@@ -145,7 +145,7 @@ def test_cuda():
         (
             {"features": torch.zeros(10, 2, 20).int()},
             TypeError,
-            "features must be of a floating-point type, got torch.int",
+            "features must be a floating-point tensor, got torch.int",
         ),
         ({"features": torch.eye(20)}, ValueError, r"features must be of shape \(10, 2, patch_dim\), got \(20, 20\)"),
         ({"features": torch.ones(10, 2, 20)}, ValueError, "features must be orthonormal to within 0.0001, got .* 20"),

@@ -30,7 +30,7 @@ def test_alignment(weight, features):
     ("weight", "features", "error", "message"),
     [
         (1, torch.zeros(4, 2, 9), TypeError, "weight must be a tensor, got int"),
-        (torch.zeros(4, 2, 9).int(), torch.zeros(4, 2, 9), TypeError, "weight must be of a floating-point type"),
+        (torch.zeros(4, 2, 9).int(), torch.zeros(4, 2, 9), TypeError, "weight must be a floating-point tensor"),
         (torch.zeros(4, 3, 9), torch.zeros(2, 9), ValueError, r"features must have at least 3 .* got shape \(2, 9\)"),
         (torch.zeros(4, 3, 9), torch.zeros(5, 2, 9), ValueError, r"features must have the classes .* got \(5, 2, 9\)"),
         (torch.zeros(4, 3, 9), torch.zeros(4, 2, 8), ValueError, r"got \(4, 2, 8\) for weight \(4, 3, 9\)"),

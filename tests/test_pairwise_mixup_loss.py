@@ -9,8 +9,9 @@ from conftest import SEED, error, interpreted
 from torch.library import opcheck
 
 import mixfeat as mf
-from mixfeat import ops, reference
-from mixfeat.ops.pairwise_mixup_loss import _merged
+from mixfeat import reference
+from mixfeat.ops import fallback
+from mixfeat.ops.pairwise_mixup_loss import _merged, pairwise_mixup_block
 
 POLY = mf.PolyReLU(8, 0.1)
 ACTIVATIONS = [
@@ -173,8 +174,8 @@ def skipping(activation, dtype):
         for lam, weight in (([0.5], [1.0]), ([0.2, 0.5], [0.4, 0.6])):
             for column, column_target in ((None, None), (s[:, ::2] * 0.9, y[::2])):
                 arguments = (y, column_target, lam, weight, activation.polynomial, True)
-                mine = ops.pairwise_mixup_block(s, column, *arguments)
-                true = reference.pairwise_mixup_block(
+                mine = pairwise_mixup_block(s, column, *arguments)
+                true = fallback.pairwise_mixup_block(
                     s.double(), None if column is None else column.double(), *arguments
                 )
                 for a, b in zip(mine, true, strict=True):
@@ -195,8 +196,8 @@ def test_blocks_of_rows_and_columns(backend, device, rows, columns, need_grad):
     row, column = (torch.randn(2, n, 3, 4, 5, device=device) * 0.1 for n in (rows, columns))
     row_target, column_target = (torch.randint(4, (2, n), device=device) for n in (rows, columns))
     arguments = (row_target, column_target, [0.3, 0.5], [0.01, 0.002], POLY.polynomial, need_grad)
-    mine = ops.pairwise_mixup_block(row, column, *arguments)
-    true = reference.pairwise_mixup_block(row.double(), column.double(), *arguments)
+    mine = pairwise_mixup_block(row, column, *arguments)
+    true = fallback.pairwise_mixup_block(row.double(), column.double(), *arguments)
     for a, b in zip(mine, true, strict=True):
         assert (a is None) == (b is None)
         if b is not None:
@@ -209,13 +210,13 @@ def test_a_problem_is_the_sum_of_its_blocks(backend, device):
     s = torch.randn(1, 20, 3, 4, 5, device=device) * 0.1
     y = torch.randint(4, (20,), device=device)
     tail = ([0.3], [1 / 400], POLY.polynomial, True)
-    whole, grad, _ = ops.pairwise_mixup_block(s, None, y, None, *tail)
+    whole, grad, _ = pairwise_mixup_block(s, None, y, None, *tail)
     total, parts = 0, torch.zeros_like(grad)
     cuts = (slice(0, 7), slice(7, 8), slice(8, 20))
     for a in cuts:
         for b in cuts:
             same = a == b
-            loss, rows, columns = ops.pairwise_mixup_block(
+            loss, rows, columns = pairwise_mixup_block(
                 s[:, a], None if same else s[:, b], y[a], None if same else y[b], *tail
             )
             total = total + loss
@@ -265,8 +266,8 @@ def test_strides(backend, device):
     x, w = several[0]
     check([(x.expand(3, 6, 4, 10), w, y.expand(3, 6))], grad=torch.ones((), device=device).expand(3))
     s = torch.randn(3, 4, 5, 6, 2, device=device).permute(4, 3, 2, 0, 1) * 0.1  # strided filters
-    mine = ops.pairwise_mixup_block(s, None, y, None, [0.5], [1.0], POLY.polynomial, True)
-    true = reference.pairwise_mixup_block(s.double(), None, y, None, [0.5], [1.0], POLY.polynomial, True)
+    mine = pairwise_mixup_block(s, None, y, None, [0.5], [1.0], POLY.polynomial, True)
+    true = fallback.pairwise_mixup_block(s.double(), None, y, None, [0.5], [1.0], POLY.polynomial, True)
     assert error(mine[:2], true[:2]) <= 1e-5
 
 
@@ -316,8 +317,8 @@ def test_what_is_not_finite_shows(backend, device, activation, value):
         s = torch.randn(2, 20, 3, 4, 5, device=device) * 0.1 + shift
         s[1, 7] = value
         y = torch.randint(4, (20,), device=device)
-        loss, grad, _ = ops.pairwise_mixup_block(s, None, y, None, [0.5], [1 / 400], activation.polynomial, True)
-        expected = reference.pairwise_mixup_block(s, None, y, None, [0.5], [1 / 400], activation.polynomial, True)[0]
+        loss, grad, _ = pairwise_mixup_block(s, None, y, None, [0.5], [1 / 400], activation.polynomial, True)
+        expected = fallback.pairwise_mixup_block(s, None, y, None, [0.5], [1 / 400], activation.polynomial, True)[0]
         assert loss[0].isfinite()
         assert grad[0].isfinite().all()
         assert loss[1].isfinite() <= expected[1].isfinite()
@@ -434,7 +435,7 @@ def test_repeats_bit_for_bit_at_any_number_of_threads(nodes, runs):
         seen = []
         for threads in (1, 2, 3, 7, 2):
             torch.set_num_threads(threads)
-            loss, grad, _ = ops.pairwise_mixup_block(s, None, y, None, lam, weight, POLY.polynomial, True)
+            loss, grad, _ = pairwise_mixup_block(s, None, y, None, lam, weight, POLY.polynomial, True)
             seen.append((loss, grad))
     finally:
         torch.set_num_threads(before)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from .build import BuildError, build, compiler, library_name
+from . import build
+from .build import BuildError, compiler, library_name
 
 __all__ = ["BuildError", "cache_directory", "capability", "compiler_version", "library_path", "load"]
 
@@ -62,7 +63,7 @@ def _built_at_first_use() -> Path:
             if not path.exists():
                 print(f"mixfeat: building the CPU kernels, once, in {folder}", file=sys.stderr)
                 with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                    os.replace(build(Path(scratch), _TORCH), path)  # whole or not at all
+                    os.replace(build.build(Path(scratch), _TORCH), path)  # whole or not at all
     except (ImportError, OSError) as error:
         raise BuildError(f"the CPU library could not be built in {folder}: {error}") from error
     return path

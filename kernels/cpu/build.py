@@ -1,5 +1,6 @@
 """Builds the CPU library: a plain shared object with PyTorch operators in it, on PyTorch's stable ABI, by ninja.
 
+The operators, in this folder, are compiled once. The kernels, in ``isa/``, are compiled once per instruction set.
 Imports nothing of mixfeat, so that setup.py can load it by its path.
 """
 
@@ -24,6 +25,8 @@ X86 = {
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
 
+_COMMON = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
+
 
 class BuildError(RuntimeError):
     """The CPU library could not be built here; the message says why."""
@@ -31,14 +34,14 @@ class BuildError(RuntimeError):
 
 def sources() -> list[Path]:
     """Every file that the library is made of."""
-    return sorted([*SOURCE.glob("*.cpp"), *SOURCE.glob("*.h")])
+    return sorted(path for path in SOURCE.rglob("*") if path.suffix in (".cpp", ".h"))
 
 
 def digest() -> str:
     """Of the sources and of how they are built: what a library must have been made of to be the right one."""
     key = hashlib.sha256()
-    for path in [*sources(), Path(__file__)]:
-        key.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in [*sources(), SOURCE / "build.py"]:
+        key.update(path.relative_to(SOURCE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return key.hexdigest()[:16]
 
 
@@ -69,8 +72,14 @@ def _ninja() -> str:
     return path
 
 
-def _instruction_sets() -> dict[str, list[str]]:
-    return X86 if platform.machine().lower() in ("x86_64", "amd64") else {"generic": []}
+def instruction_sets() -> list[str]:
+    """Names of the instruction sets that the library is built for here."""
+    return list(X86) if platform.machine().lower() in ("x86_64", "amd64") else ["generic"]
+
+
+def kernel_flags(instruction_set: str) -> list[str]:
+    """Return what the compiler needs, beside an optimisation level, for a file of ``isa/`` and one instruction set."""
+    return ["-std=c++17", *_COMMON, *X86[instruction_set], f"-DMIXFEAT_ISA={instruction_set}"]
 
 
 def build(directory: Path, torch_directory: Path) -> Path:
@@ -79,10 +88,9 @@ def build(directory: Path, torch_directory: Path) -> Path:
     Raises:
         BuildError: no compiler or ninja, or the compiler failed; the message holds its output.
     """
-    sets = _instruction_sets()
-    common = ["-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
-    binding = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", str(torch_directory / "include")]
-    binding += ["-DMIXFEAT_X86"] if len(sets) > 1 else []
+    sets = instruction_sets()
+    operator_flags = ["-std=c++20", *_COMMON, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    operator_flags += ["-isystem", str(torch_directory / "include"), *(["-DMIXFEAT_X86"] if "avx2" in sets else [])]
     libraries = [f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
 
@@ -100,17 +108,13 @@ def build(directory: Path, torch_directory: Path) -> Path:
         "rule link",
         f"  command = $cxx -shared $in {quote(libraries + undefined)} -o $out",
     ]
-    objects = []
-    for source in sorted(SOURCE.glob("*.cpp")):
-        if source.stem.endswith("library"):  # bindings, once; all else once per instruction set
-            variants = {"torch": ["-std=c++20", *binding]}
-        else:
-            variants = {name: ["-std=c++17", *flags, f"-DMIXFEAT_ISA={name}"] for name, flags in sets.items()}
-        for name, flags in variants.items():
-            objects.append(f"{source.stem}.{name}.o")
-            lines += [f"build {objects[-1]}: compile {path(source)}", f"  flags = {quote([*common, *flags])}"]
+    compilations = [(f"{source.stem}.o", source, operator_flags) for source in sorted(SOURCE.glob("*.cpp"))]
+    for source in sorted(SOURCE.glob("isa/*.cpp")):
+        compilations += [(f"isa/{source.stem}.{name}.o", source, kernel_flags(name)) for name in sets]
+    for target, source, flags in compilations:
+        lines += [f"build {target}: compile {path(source)}", f"  flags = {quote(['-O3', *flags])}"]
     name = library_name()
-    lines.append(f"build {name}: link {' '.join(objects)}")
+    lines.append(f"build {name}: link {' '.join(target for target, *_ in compilations)}")
 
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "build.ninja").write_text("\n".join(lines) + "\n")

@@ -1,189 +1,130 @@
-// Cross-entropy of one row of logits, with its gradient; compiled once per instruction set (see build.py).
-//
-// Three passes over a row: its greatest logit; exponentials and sums; the gradient. Only the first reads from memory, the others
-// find the row in a cache. Exponentials are kept where the gradient goes, or in scratch if its elements are too narrow.
-
-#include "cross_entropy.h"
-
-#include <math.h>
-#include <string.h>
+// torch.ops.mixfeat_cpu.mixup_cross_entropy and soft_target_cross_entropy: divide the work into tasks and own all memory.
+// Python has checked the arguments (mixfeat/functional.py, mixfeat/ops), except the values of targets, which are checked here.
 
 #include <limits>
-#include <type_traits>
+#include <tuple>
 
-#include "exponential.h"
+#include "library.h"
 
 namespace mixfeat {
-namespace MIXFEAT_ISA {
 namespace {
 
-// Whether a lane is one of the first `count`.
-template <typename T>
-inline auto first_lanes(int64_t count) {
-  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  Integers<Lane, T> numbers{};
-  for (int k = 0; k < kLanes<T>; ++k) numbers[k] = k;
-  return numbers < Lane(count);
-}
+constexpr Element kNoTarget = Element::kByte;
 
-// The first `count` elements, the other lanes being `rest`.
-template <typename T, typename E>
-inline Vec<T> load_first(const E* p, int64_t count, T rest) {
-  E padded[kLanes<T>] = {};
-  memcpy(padded, p, count * sizeof(E));
-  return first_lanes<T>(count) ? load_as<T>(padded) : broadcast(rest);
-}
-
-template <typename T, typename E>
-inline void store_first(E* p, int64_t count, Vec<T> v) {
-  E padded[kLanes<T>];
-  store_as(padded, v);
-  memcpy(p, padded, count * sizeof(E));
-}
-
-template <typename T>
-inline T sum_of_lanes(Vec<T> v) {
-  T sum = 0;
-  for (int k = 0; k < kLanes<T>; ++k) sum += v[k];
-  return sum;
-}
-
-template <typename T, typename E>
-T greatest(const E* x, int64_t classes) {
-  constexpr int lanes = kLanes<T>, several = 4;
-  constexpr T lowest = -std::numeric_limits<T>::infinity();
-  Vec<T> best[several];
-  for (int j = 0; j < several; ++j) best[j] = broadcast(lowest);
-  int64_t c = 0;
-  for (; c + several * lanes <= classes; c += several * lanes) {
-#pragma GCC unroll 4
-    for (int j = 0; j < several; ++j) best[j] = at_least<T>(load_as<T>(x + c + j * lanes), best[j]);
-  }
-  for (; c < classes; c += lanes) {
-    const int64_t count = classes - c;
-    best[0] = at_least<T>(count >= lanes ? load_as<T>(x + c) : load_first<T>(x + c, count, lowest), best[0]);
-  }
-  for (int j = 1; j < several; ++j) best[0] = at_least<T>(best[j], best[0]);
-  T result = best[0][0];
-  for (int k = 1; k < lanes; ++k) result = best[0][k] > result ? best[0][k] : result;
-  return result;
-}
-
-// Sums over the classes, x being what remains of a logit beyond the greatest.
-template <typename T>
-struct Sums {
-  Vec<T> exponential{}, logit{}, target{}, product{};  // of e^x, x, target, target * x
-
-  void operator+=(const Sums& other) {
-    exponential += other.exponential;
-    logit += other.logit;
-    target += other.target;
-    product += other.product;
-  }
-};
-
-template <typename T, typename E, typename L, bool kDense>
-double cross_entropy_of(const void* logits, int64_t classes, const Label& label, void* scratch, void* grad_pointer) {
-  constexpr int lanes = kLanes<T>, several = 4;
-  const E* x = static_cast<const E*>(logits);
-  const L* target = static_cast<const L*>(label.target);
-  E* grad = static_cast<E*>(grad_pointer);
-  T* kept = std::is_same_v<T, E> ? reinterpret_cast<T*>(grad) : static_cast<T*>(scratch);
-
-  const T highest = greatest<T>(x, classes);
-  Sums<T> sums[several];
-  const auto add = [&](Sums<T>& to, Vec<T> remaining, Vec<T> e, Vec<T> t) {
-    to.exponential += e;
-    if (label.base != 0) to.logit += remaining;
-    if (kDense) {
-      to.target += t;
-      to.product += t * remaining;
+// Losses and gradients of all rows. label_of(n, label) fills in the weights of the classes; it returns false for a row that does
+// not count, whose loss and gradient are then 0, whatever its logits.
+template <typename T, typename F>
+std::tuple<Tensor, Tensor> rows(const Tensor& input, Element target, bool reduce, bool need_grad, const F& label_of) {
+  const int64_t samples = input.size(0), classes = input.size(1), stride = input.stride(0), width = input.element_size();
+  STD_TORCH_CHECK(input.dim() == 2 && (samples == 0 || classes <= 1 || input.stride(1) == 1), "unexpected layout");
+  const Element element = element_of(input.scalar_type());
+  const CrossEntropy compute = kernels().cross_entropy(element, target);
+  STD_TORCH_CHECK(compute, "unexpected dtype");
+  const std::vector<int64_t> none{0};
+  const Tensor grad = empty_large(need_grad ? shape_of(input) : none, input.scalar_type());
+  const Tensor losses = empty({samples}, kType<T>);
+  const char* from = data<char>(input);
+  char* to = data<char>(grad);
+  T* loss = data<T>(losses);
+  constexpr int64_t kWorkPerLogit = 16;  // in multiply-adds
+  const bool narrow = width < int64_t(sizeof(T));
+  const int64_t scratch_bytes = narrow && need_grad ? classes * sizeof(T) : 0;
+  for_each_task(samples, samples * classes * kWorkPerLogit, scratch_bytes, [&](int64_t n, void* scratch) {
+    Label label;
+    char* row_grad = need_grad ? to + n * classes * width : nullptr;
+    if (label_of(n, label)) {
+      loss[n] = compute(from + n * stride * width, classes, label, scratch, row_grad);
+    } else {
+      loss[n] = 0;
+      if (need_grad) std::fill(row_grad, row_grad + classes * width, 0);
     }
-  };
-  int64_t c = 0;
-  for (; c + several * lanes <= classes; c += several * lanes) {
-#pragma GCC unroll 4
-    for (int j = 0; j < several; ++j) {
-      const int64_t at = c + j * lanes;
-      const Vec<T> remaining = load_as<T>(x + at) - broadcast(highest), e = exponential(remaining);
-      if (grad) store(kept + at, e);
-      add(sums[j], remaining, e, kDense ? load_as<T>(target + at) : Vec<T>{});
+  });
+  if (!reduce) return {losses, grad};
+  double sum = 0;
+  for (int64_t n = 0; n < samples; ++n) sum += loss[n];
+  const Tensor total = empty({}, kType<T>);
+  *data<T>(total) = sum;
+  return {total, grad};
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor, int64_t> mixup_cross_entropy(const Tensor& input, const Tensor (&targets)[2], const Tensor& lam,
+                                                        double label_smoothing, int64_t ignore_index, bool mean, bool fold,
+                                                        bool reduce, bool need_grad) {
+  const int64_t samples = input.size(0), classes = input.size(1);
+  STD_TORCH_CHECK(lam.scalar_type() == kType<T> && (lam.dim() == 0 || lam.size(0) == samples), "unexpected lam");
+  const T* ratio = data<T>(lam);
+  const int64_t ratio_stride = lam.dim() ? lam.stride(0) : 0;
+  const int64_t* target[2];
+  int64_t counts[2] = {0, 0};
+  for (int j = 0; j < 2; ++j) {
+    STD_TORCH_CHECK(targets[j].is_contiguous() && targets[j].numel() == samples, "unexpected target");
+    target[j] = data<int64_t>(targets[j]);
+    for (int64_t n = 0; n < samples; ++n) {
+      const int64_t c = target[j][n];
+      if (c == ignore_index) continue;
+      if (c < 0 || c >= classes) return {empty({0}, kType<T>), empty({0}, kType<T>), 2 * n + j};
+      ++counts[j];
     }
   }
-  for (; c < classes; c += lanes) {
-    const int64_t count = classes - c;
-    const auto inside = first_lanes<T>(count < lanes ? count : lanes);
-    const Vec<T> remaining = (count >= lanes ? load_as<T>(x + c) : load_first<T>(x + c, count, highest)) - broadcast(highest);
-    const Vec<T> e = inside ? exponential(remaining) : Vec<T>{};
-    if (grad) store_first<T>(kept + c, count < lanes ? count : lanes, e);
-    add(sums[0], remaining, e,
-        !kDense ? Vec<T>{} : count >= lanes ? load_as<T>(target + c) : load_first<T>(target + c, count, T(0)));
-  }
-  for (int j = 1; j < several; ++j) sums[0] += sums[j];
-  const double sum = sum_of_lanes<T>(sums[0].exponential);
-  double total = classes * label.base, loss = 0;
-  if (label.base != 0) loss -= label.base * sum_of_lanes<T>(sums[0].logit);
-  if (kDense) {
-    total += label.scale * sum_of_lanes<T>(sums[0].target);
-    loss -= label.scale * sum_of_lanes<T>(sums[0].product);
-  } else {
+  double scales[2];
+  for (int j = 0; j < 2; ++j) scales[j] = mean && counts[j] ? (fold ? 1.0 : double(samples)) / counts[j] : 1.0;
+  auto [loss, grad] = rows<T>(input, kNoTarget, reduce, need_grad, [&](int64_t n, Label& label) {
+    const double lam_n = ratio[n * ratio_stride], shares[] = {lam_n, 1 - lam_n};
+    label = {0, {0, 0}, {0, 0}, nullptr, 0};
+    double total = 0;
     for (int j = 0; j < 2; ++j) {
-      if (label.values[j] == 0) continue;
-      total += label.values[j];
-      loss -= label.values[j] * (load_first<T>(x + label.classes[j], 1, T(0))[0] - highest);
+      if (target[j][n] == ignore_index) continue;
+      label.classes[j] = target[j][n];
+      label.values[j] = scales[j] * shares[j] * (1 - label_smoothing);
+      total += scales[j] * shares[j];
     }
-  }
-  loss += total * ::log(sum);
-  if (!grad) return loss;
-
-  const T ratio = total / sum;
-  T own[2];
-  for (int j = 0; !kDense && j < 2; ++j) own[j] = label.values[j] == 0 ? 0 : kept[label.classes[j]];
-  const auto slope = [&](Vec<T> e, Vec<T> t) {
-    const Vec<T> shared = e * broadcast(ratio) - broadcast(T(label.base));
-    return kDense ? shared - broadcast(T(label.scale)) * t : shared;
-  };
-  for (c = 0; c + lanes <= classes; c += lanes) {
-    store_as(grad + c, slope(load(kept + c), kDense ? load_as<T>(target + c) : Vec<T>{}));
-  }
-  if (c < classes) {
-    const int64_t count = classes - c;
-    store_first<T>(grad + c, count,
-                   slope(load_first<T>(kept + c, count, T(0)), kDense ? load_first<T>(target + c, count, T(0)) : Vec<T>{}));
-  }
-  for (int j = 0; !kDense && j < 2; ++j) {
-    if (label.values[j] == 0) continue;
-    const bool both = label.classes[0] == label.classes[1];
-    const T value = both ? label.values[0] + label.values[1] : label.values[j];
-    store_first<T>(grad + label.classes[j], 1, slope(broadcast(own[j]), Vec<T>{}) - broadcast(value));
-  }
-  return loss;
+    label.base = total * label_smoothing / classes;
+    return total != 0;
+  });
+  if (mean && !(counts[0] && counts[1])) *data<T>(loss) = std::numeric_limits<T>::quiet_NaN();
+  return {loss, grad, -1};
 }
 
-template <typename T, typename E>
-CrossEntropy with_target(bool dense, bool wide) {
-  if (!dense) return cross_entropy_of<T, E, E, false>;
-  return wide ? cross_entropy_of<T, E, T, true> : cross_entropy_of<T, E, E, true>;
+std::tuple<Tensor, Tensor, int64_t> mixup_cross_entropy_of(Tensor input, Tensor target_a, Tensor target_b, Tensor lam,
+                                                           double label_smoothing, int64_t ignore_index, bool mean, bool fold,
+                                                           bool reduce, bool need_grad) {
+  const auto f = input.scalar_type() == ScalarType::Double ? mixup_cross_entropy<double> : mixup_cross_entropy<float>;
+  return f(input, {target_a, target_b}, lam, label_smoothing, ignore_index, mean, fold, reduce, need_grad);
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor> soft_target_cross_entropy(const Tensor& input, const Tensor& target, double weight,
+                                                     double label_smoothing, bool reduce, bool need_grad) {
+  const int64_t classes = input.size(1), stride = target.stride(0), width = target.element_size();
+  STD_TORCH_CHECK(target.dim() == 2 && target.size(0) == input.size(0) && target.size(1) == classes, "unexpected target");
+  STD_TORCH_CHECK(target.numel() == 0 || classes <= 1 || target.stride(1) == 1, "unexpected layout");
+  const char* from = data<char>(target);
+  return rows<T>(input, element_of(target.scalar_type()), reduce, need_grad, [&](int64_t n, Label& label) {
+    label = {weight * label_smoothing / classes, {0, 0}, {0, 0}, from + n * stride * width, weight * (1 - label_smoothing)};
+    return true;
+  });
+}
+
+std::tuple<Tensor, Tensor> soft_target_cross_entropy_of(Tensor input, Tensor target, double weight, double label_smoothing,
+                                                        bool reduce, bool need_grad) {
+  const auto f = input.scalar_type() == ScalarType::Double ? soft_target_cross_entropy<double> : soft_target_cross_entropy<float>;
+  return f(input, target, weight, label_smoothing, reduce, need_grad);
 }
 
 }  // namespace
+}  // namespace mixfeat
 
-CrossEntropy cross_entropy(Element logits, Element target) {
-  const bool dense = target != Element::kByte, wide = target == Element::kFloat;
-  if (dense && target != logits && !(wide && logits != Element::kDouble)) return nullptr;
-  switch (logits) {
-    case Element::kFloat:
-      return with_target<float, float>(dense, wide);
-    case Element::kDouble:
-      return with_target<double, double>(dense, false);
-    case Element::kBFloat16:
-      return with_target<float, BFloat16>(dense, wide);
-    case Element::kHalf:
-      return with_target<float, Half>(dense, wide);
-    default:
-      return nullptr;
-  }
+STABLE_TORCH_LIBRARY_FRAGMENT(mixfeat_cpu, m) {
+  m.def(
+      "mixup_cross_entropy(Tensor input, Tensor target_a, Tensor target_b, Tensor lam, float label_smoothing, int ignore_index, "
+      "bool mean, bool fold, bool reduce, bool need_grad) -> (Tensor, Tensor, int)");
+  m.def(
+      "soft_target_cross_entropy(Tensor input, Tensor target, float weight, float label_smoothing, bool reduce, bool need_grad) "
+      "-> (Tensor, Tensor)");
 }
 
-}  // namespace MIXFEAT_ISA
-}  // namespace mixfeat
+STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CPU, m) {
+  m.impl("mixup_cross_entropy", TORCH_BOX(&mixfeat::mixup_cross_entropy_of));
+  m.impl("soft_target_cross_entropy", TORCH_BOX(&mixfeat::soft_target_cross_entropy_of));
+}

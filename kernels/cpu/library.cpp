@@ -1,8 +1,9 @@
-// The CPU library: torch.ops.mixfeat_cpu. Each operator's bindings are in a file of their own.
+// The CPU library, torch.ops.mixfeat_cpu. Each operator has a file of its own.
 
 #include "library.h"
 
 #include <cstdlib>
+#include <string>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -11,32 +12,49 @@
 namespace mixfeat {
 namespace {
 
-std::string best_capability() {
-  int level = 0;
+struct InstructionSet {
+  const char* name;
+  Kernels (*kernels)();
+};
+
+InstructionSet choose() {
+  std::vector<InstructionSet> available = {{"generic", generic::kernels}};
 #if defined(MIXFEAT_X86)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) level = 1;
-  if (level && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-    level = 2;
-  }
-#endif
-  const char* names[] = {"generic", "avx2", "avx512"};
-  if (const char* wish = std::getenv("MIXFEAT_CPU_CAPABILITY")) {
-    for (int i = 0; i < level; ++i) {
-      if (std::string(wish) == names[i]) return names[i];
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    available.push_back({"avx2", avx2::kernels});
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl")) {
+      available.push_back({"avx512", avx512::kernels});
     }
   }
-  return names[level];
+#endif
+  if (const char* wanted = std::getenv("MIXFEAT_CPU_CAPABILITY")) {
+    for (const InstructionSet& set : available) {
+      if (std::string(wanted) == set.name) return set;
+    }
+  }
+  return available.back();
 }
 
-std::string capability_name() { return capability(); }
+const InstructionSet& instruction_set() {
+  static const InstructionSet chosen = choose();
+  return chosen;
+}
+
+std::string capability() { return instruction_set().name; }
 
 }  // namespace
 
-const std::string& capability() {
-  static const std::string name = best_capability();
-  return name;
+const Kernels& kernels() {
+  static const Kernels table = instruction_set().kernels();
+  return table;
+}
+
+Polynomial polynomial_of(const std::vector<double>& fields) {
+  STD_TORCH_CHECK(fields.size() == 5, "unexpected activation");
+  STD_TORCH_CHECK(fields[0] >= 1 && fields[0] <= kMaxDegree, "degree out of range");
+  return {int64_t(fields[0]), fields[1], fields[2], fields[3] != 0, fields[4] != 0};
 }
 
 Tensor empty_large(const std::vector<int64_t>& size, ScalarType type) {
@@ -76,6 +94,4 @@ int64_t bytes_of(Element element) {
 
 STABLE_TORCH_LIBRARY(mixfeat_cpu, m) { m.def("capability() -> str"); }
 
-STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CompositeExplicitAutograd, m) {
-  m.impl("capability", TORCH_BOX(&mixfeat::capability_name));
-}
+STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CompositeExplicitAutograd, m) { m.impl("capability", TORCH_BOX(&mixfeat::capability)); }

@@ -1,86 +1,112 @@
-// Weighted sums of samples; compiled once per instruction set (see build.py).
+// torch.ops.mixfeat_cpu.mixup and its backward pass: divide the work into tasks and own all memory. Python has checked the
+// arguments (mixfeat/functional.py, mixfeat/ops). Checks here only guard memory.
 
 #include "mixup.h"
 
-#include <string.h>
-
-#include <type_traits>
-
 namespace mixfeat {
-namespace MIXFEAT_ISA {
 namespace {
 
-template <typename T, typename In, typename Out, int kVectors>
-inline void sum_vectors(const In* samples, int64_t stride, const int64_t* rows, const double* weights, int64_t count,
-                        Out* output) {
-  Vec<T> sum[kVectors] = {};
-  for (int64_t r = 0; r < count; ++r) {
-    const Vec<T> weight = broadcast(T(weights[r]));
-    const In* from = samples + rows[r] * stride;
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sum[v] += weight * load_as<T>(from + v * kLanes<T>);
-  }
-#pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) store_as(output + v * kLanes<T>, sum[v]);
+// Elements of a sample in one task. A thread gets at least twice as many.
+constexpr int64_t kElementsPerTask = 1 << 15;
+
+// f(n, begin, end) for elements [begin, end) of every sample n.
+template <typename F>
+void for_each_part(int64_t samples, int64_t size, const F& f) {
+  const int64_t parts = std::max<int64_t>(1, size / kElementsPerTask);
+  torch::stable::parallel_for(0, samples * parts, 1 + 2 * kElementsPerTask * parts / std::max<int64_t>(1, size),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t task = begin; task < end; ++task) {
+                                  const int64_t n = task / parts, part = task % parts;
+                                  f(n, size * part / parts, size * (part + 1) / parts);
+                                }
+                              });
 }
 
-template <typename In, typename Out>
-void weighted_sum_of(const void* samples, int64_t stride, const int64_t* rows, const double* weights, int64_t count,
-                     int64_t size, void* output) {
-  using T = std::conditional_t<std::is_same_v<Out, double>, double, float>;
-  constexpr int lanes = kLanes<T>, block = 4 * lanes;
-  const In* from = static_cast<const In*>(samples);
-  Out* to = static_cast<Out*>(output);
-  int64_t k = 0;
-  for (; k + block <= size; k += block) {
-    sum_vectors<T, In, Out, 4>(from + k, stride, rows, weights, count, to + k);
+// Guards the reads of index and lam. Python has checked the values of index.
+void check(const Tensor& rows, const Tensor& index, const Tensor& lam) {
+  STD_TORCH_CHECK(rows.dim() == 2 && (rows.size(0) == 0 || rows.size(1) <= 1 || rows.stride(1) == 1), "unexpected layout");
+  STD_TORCH_CHECK(index.dim() == 1 && index.size(0) == rows.size(0) && index.is_contiguous(), "unexpected index");
+  STD_TORCH_CHECK(lam.dim() == 0 || (lam.dim() == 1 && lam.size(0) == rows.size(0)), "unexpected lam");
+}
+
+// Calls f(values of lam, their stride) for lam of float or double.
+template <typename F>
+void with_lam(const Tensor& lam, const F& f) {
+  const int64_t stride = lam.dim() ? lam.stride(0) : 0;
+  if (lam.scalar_type() == ScalarType::Float) {
+    f(data<float>(lam), stride);
+  } else {
+    STD_TORCH_CHECK(lam.scalar_type() == ScalarType::Double, "unexpected lam");
+    f(data<double>(lam), stride);
   }
-  for (; k + lanes <= size; k += lanes) {
-    sum_vectors<T, In, Out, 1>(from + k, stride, rows, weights, count, to + k);
-  }
-  if (k < size) {
-    Vec<T> sum{};
-    const int64_t rest = size - k;
-    for (int64_t r = 0; r < count; ++r) {
-      In padded[lanes] = {};
-      memcpy(padded, from + k + rows[r] * stride, rest * sizeof(In));
-      sum += broadcast(T(weights[r])) * load_as<T>(padded);
-    }
-    Out padded[lanes];
-    store_as(padded, sum);
-    memcpy(to + k, padded, rest * sizeof(Out));
-  }
+}
+
+Tensor mixup(Tensor input, Tensor index, Tensor lam, ScalarType dtype) {
+  check(input, index, lam);
+  const int64_t samples = input.size(0), size = input.size(1), stride = input.stride(0);
+  const WeightedSum sum = kernels().weighted_sum(element_of(input.scalar_type()), element_of(dtype));
+  STD_TORCH_CHECK(sum, "unexpected dtype");
+  const Tensor output = empty_large({samples, size}, dtype);
+  const char* from = data<char>(input);
+  char* to = data<char>(output);
+  const int64_t *partner = data<int64_t>(index), width = input.element_size(), output_width = output.element_size();
+  with_lam(lam, [&](const auto* ratio, int64_t ratio_stride) {
+    for_each_part(samples, size, [&](int64_t n, int64_t begin, int64_t end) {
+      const int64_t rows[] = {n, partner[n]};
+      const double weights[] = {double(ratio[n * ratio_stride]), 1 - double(ratio[n * ratio_stride])};
+      sum(from + begin * width, stride, rows, weights, 2, end - begin, to + (n * size + begin) * output_width);
+    });
+  });
+  return output;
+}
+
+Tensor mixup_backward_of(Tensor grad, Tensor index, Tensor lam) {
+  check(grad, index, lam);
+  const Tensor input_grad = empty_large({grad.size(0), grad.size(1)}, grad.scalar_type());
+  with_lam(lam, [&](const auto* ratio, int64_t ratio_stride) {
+    mixup_backward(data<char>(grad), grad.stride(0), element_of(grad.scalar_type()), data<int64_t>(index), ratio, ratio_stride,
+                   grad.size(0), grad.size(1), data<char>(input_grad));
+  });
+  return input_grad;
 }
 
 }  // namespace
 
-WeightedSum weighted_sum(Element input, Element output) {
-  if (input == Element::kByte) {
-    switch (output) {
-      case Element::kFloat:
-        return weighted_sum_of<uint8_t, float>;
-      case Element::kDouble:
-        return weighted_sum_of<uint8_t, double>;
-      case Element::kBFloat16:
-        return weighted_sum_of<uint8_t, BFloat16>;
-      case Element::kHalf:
-        return weighted_sum_of<uint8_t, Half>;
-      default:
-        return nullptr;
-    }
-  }
-  if (input != output) return nullptr;
-  switch (input) {
-    case Element::kFloat:
-      return weighted_sum_of<float, float>;
-    case Element::kDouble:
-      return weighted_sum_of<double, double>;
-    case Element::kBFloat16:
-      return weighted_sum_of<BFloat16, BFloat16>;
-    default:
-      return weighted_sum_of<Half, Half>;
-  }
+template <typename L>
+void mixup_backward(const void* grad, int64_t stride, Element element, const int64_t* index, const L* lam, int64_t lam_stride,
+                    int64_t samples, int64_t size, void* input_grad) {
+  // rows[start[i]] to rows[start[i + 1] - 1] are the mixed samples that input sample i is part of: its own first, then ascending
+  std::vector<int64_t> start(samples + 2), rows(2 * samples);
+  std::vector<double> weights(2 * samples);
+  for (int64_t n = 0; n < samples; ++n) ++start[index[n] + 2];
+  for (int64_t i = 0; i < samples; ++i) start[i + 2] += start[i + 1] + 1;
+  const auto add = [&](int64_t i, int64_t n, double weight) {
+    rows[start[i + 1]] = n;
+    weights[start[i + 1]++] = weight;
+  };
+  for (int64_t i = 0; i < samples; ++i) add(i, i, lam[i * lam_stride]);
+  for (int64_t n = 0; n < samples; ++n) add(index[n], n, 1 - double(lam[n * lam_stride]));
+
+  const WeightedSum sum = kernels().weighted_sum(element, element);
+  STD_TORCH_CHECK(sum, "unexpected dtype");
+  const int64_t width = bytes_of(element);
+  for_each_part(samples, size, [&](int64_t i, int64_t begin, int64_t end) {
+    sum(static_cast<const char*>(grad) + begin * width, stride, rows.data() + start[i], weights.data() + start[i],
+        start[i + 1] - start[i], end - begin, static_cast<char*>(input_grad) + (i * size + begin) * width);
+  });
 }
 
-}  // namespace MIXFEAT_ISA
+template void mixup_backward(const void*, int64_t, Element, const int64_t*, const float*, int64_t, int64_t, int64_t, void*);
+template void mixup_backward(const void*, int64_t, Element, const int64_t*, const double*, int64_t, int64_t, int64_t, void*);
+
 }  // namespace mixfeat
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mixfeat_cpu, m) {
+  m.def("mixup(Tensor input, Tensor index, Tensor lam, ScalarType dtype) -> Tensor");
+  m.def("mixup_backward(Tensor grad, Tensor index, Tensor lam) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CPU, m) {
+  m.impl("mixup", TORCH_BOX(&mixfeat::mixup));
+  m.impl("mixup_backward", TORCH_BOX(&mixfeat::mixup_backward_of));
+}

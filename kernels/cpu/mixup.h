@@ -1,23 +1,14 @@
-// Weighted sums of samples on one CPU instruction set: what mixup_library.cpp calls and mixup.cpp defines.
+// The gradient of mixing, for other operators that mix samples.
 #pragma once
 
-#include "element.h"
+#include "library.h"
 
 namespace mixfeat {
 
-// output_k = sum over r of weights[r] * samples[rows[r]][k], for k in [0, size); samples lie `stride` elements apart. Formed in
-// float, in double for double.
-using WeightedSum = void (*)(const void* samples, int64_t stride, const int64_t* rows, const double* weights, int64_t count,
-                             int64_t size, void* output);
-
-#define MIXFEAT_DECLARE(ISA)                                              \
-  namespace ISA {                                                         \
-  /* null for a pair of elements that there is no use for */              \
-  WeightedSum weighted_sum(Element input, Element output);                \
-  }
-MIXFEAT_DECLARE(generic)
-MIXFEAT_DECLARE(avx2)
-MIXFEAT_DECLARE(avx512)
-#undef MIXFEAT_DECLARE
+// input_grad_i = lam_i grad_i + sum over n with index_n = i of (1 - lam_n) grad_n, for N samples of `size` elements that lie
+// `stride` elements apart in grad and side by side in input_grad.
+template <typename L>
+void mixup_backward(const void* grad, int64_t stride, Element element, const int64_t* index, const L* lam, int64_t lam_stride,
+                    int64_t samples, int64_t size, void* input_grad);
 
 }  // namespace mixfeat

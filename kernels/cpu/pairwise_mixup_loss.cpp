@@ -1,389 +1,281 @@
-// The all-pairs Mixup loss and its gradient, tile by tile; compiled once per instruction set (see build.py).
-//
-// A tile is as many pairs as a vector has lanes. Its logits are summed over vectors along (patch, filter), whose lanes are then
-// added across so that lanes become pairs: softmax and cross-entropy work on all pairs of the tile at once. The gradient
-// evaluates the activation again. All tiles of a pair of blocks go through one class before the next, whose pre-activations then
-// stay in the first cache; of the pairs, nothing but their logits is stored, and those of one pair of blocks only.
-//
-// Where every t of a pair of blocks is in a region in which the activation is 0, a vector is left out; where every t is in one in
-// which it is a line, its sum is the sum of a row's share and a column's.
+// torch.ops.mixfeat_cpu.pairwise_mixup_loss: orders and packs the samples, divides the pairs into blocks and owns all memory.
+// Python has checked the arguments (mixfeat/functional.py, mixfeat/ops). Checks here only guard memory.
 
-#include "pairwise_mixup_loss.h"
+#include <array>
+#include <numeric>
+#include <optional>
 
-#include <math.h>
-
-#include <algorithm>
-#include <limits>
-#include <utility>
-
-#include "activation.h"
-#include "exponential.h"
+#include "library.h"
 
 namespace mixfeat {
-namespace MIXFEAT_ISA {
 namespace {
 
+// to = factor * from, with a stride on either side
 template <typename T>
-constexpr int kPairs = kLanes<T>;
-template <typename T>
-constexpr int kColumns = kPairs<T> >= 8 ? 4 : 2;  // tiles of 4 x 4, 2 x 4, 2 x 2 or 1 x 2 pairs
-template <typename T>
-constexpr int kRows = kPairs<T> / kColumns<T>;
-
-template <int... kIndices>
-struct Indices {};
-template <int kCount, int... kIndices>
-struct MakeIndices : MakeIndices<kCount - 1, kCount - 1, kIndices...> {};
-template <int... kIndices>
-struct MakeIndices<0, kIndices...> {
-  using type = Indices<kIndices...>;
-};
-
-// In each 2 * kBlock lanes: sums of neighbouring blocks of a, then those of b.
-template <typename T, int kBlock, int... kIndices>
-inline Vec<T> fold(Vec<T> a, Vec<T> b, Indices<kIndices...>) {
-  constexpr int n = sizeof...(kIndices);
-  return __builtin_shufflevector(a, b, (kIndices % (2 * kBlock) < kBlock ? kIndices : kIndices - kBlock + n)...) +
-         __builtin_shufflevector(a, b, (kIndices % (2 * kBlock) < kBlock ? kIndices + kBlock : kIndices + n)...);
-}
-
-// The vector whose lane k is the sum of the lanes of v[k].
-template <typename T, int kBlock = 1>
-inline Vec<T> sum_each(Vec<T>* v) {
-  if constexpr (kBlock == kLanes<T>) {
-    return v[0];
-  } else {
-#pragma GCC unroll 8
-    for (int k = 0; k < kLanes<T> / kBlock / 2; ++k) {
-      v[k] = fold<T, kBlock>(v[2 * k], v[2 * k + 1], typename MakeIndices<kLanes<T>>::type());
-    }
-    return sum_each<T, 2 * kBlock>(v);
-  }
-}
-
-// Lane k takes the value of lane k + kDistance.
-template <typename T, int kDistance, int... kIndices>
-inline Vec<T> rotate(Vec<T> v, Indices<kIndices...>) {
-  return __builtin_shufflevector(v, v, ((kIndices + kDistance) % kLanes<T>)...);
-}
-
-// The greatest of the lanes.
-template <typename T, int kDistance = kLanes<T> / 2>
-inline T greatest_lane(Vec<T> v) {
-  if constexpr (kDistance == 0) {
-    return v[0];
-  } else {
-    return greatest_lane<T, kDistance / 2>(at_least<T>(rotate<T, kDistance>(v, typename MakeIndices<kLanes<T>>::type()), v));
-  }
-}
-
-// Scratch of a pair of blocks. For each class it lists the vectors along (patch, filter) by their offsets: those to evaluate,
-// and those on the line.
-template <typename T>
-struct Scratch {
-  T* logits;                  // (tiles, C, pairs of a tile); then D = (softmax - target) * weight of the pair
-  T *row_line, *column_line;  // (C, block): sums over the vectors on the line
-  T *row_d, *column_d;        // (C, block): sums of D, for classes that have such vectors
-  int32_t *active_count, *line_count;  // (C,)
-  int32_t *active, *line;              // (C, length / lanes)
-
-  static int64_t size(const PairwiseMixup<T>& a) {
-    return a.classes * (a.block * a.block + 4 * a.block + 2 + 2 * (a.length / kLanes<T>));
-  }
-
-  Scratch(const PairwiseMixup<T>& a, T* memory) {
-    auto take = [&](int64_t count) { return std::exchange(memory, memory + a.classes * count); };
-    static_assert(sizeof(T) >= sizeof(int32_t), "");
-    auto take_int = [&](int64_t count) { return reinterpret_cast<int32_t*>(take(count)); };
-    logits = take(a.block * a.block);
-    row_line = take(a.block);
-    column_line = take(a.block);
-    row_d = take(a.block);
-    column_d = take(a.block);
-    active_count = take_int(1);
-    line_count = take_int(1);
-    active = take_int(a.length / kLanes<T>);
-    line = take_int(a.length / kLanes<T>);
-  }
-};
-
-template <typename T>
-struct BlockPair {
-  const PairwiseMixup<T>& a;
-  const Scratch<T> scratch;
-  const int64_t row_begin, row_end, column_begin, column_end;  // in whole groups
-  const bool upper;
-
-  BlockPair(const PairwiseMixup<T>& a, int64_t row_block, int64_t column_block, bool upper, T* memory)
-      : a(a),
-        scratch(a, memory),
-        row_begin(row_block * a.block),
-        row_end(end(a.row, row_begin)),
-        column_begin(column_block * a.block),
-        column_end(end(a.column, column_begin)),
-        upper(upper) {
-    list_vectors(row_block, column_block);
-  }
-
-  int64_t end(const MixupSide<T>& side, int64_t begin) const {
-    return std::min(begin + a.block, (side.samples + kSampleGroup - 1) / kSampleGroup * kSampleGroup);
-  }
-
-  int64_t offset(int64_t n, int64_t c) const { return (n * a.classes + c) * a.length; }
-  int64_t vectors() const { return a.length / kLanes<T>; }
-
-  // Sorts the vectors of each class into those that are 0 for all pairs of the blocks, on the line for all, and the others.
-  void list_vectors(int64_t row_block, int64_t column_block) {
-    constexpr T infinity = std::numeric_limits<T>::infinity();
-    const Polynomial& phi = a.activation;
-    const T zero_until = phi.lower ? T(0) : -infinity;
-    const T line_from = phi.degree == 1 ? zero_until : phi.upper ? T(1) : infinity;
-    for (int64_t c = 0; c < a.classes; ++c) {
-      const T* row = a.row.bounds + (row_block * a.classes + c) * 2 * a.length;
-      const T* column = a.column.bounds + (column_block * a.classes + c) * 2 * a.length;
-      int32_t active = 0, line = 0;
-      for (int64_t f = 0; f < a.length; f += kLanes<T>) {
-        if (a.skip) {
-          if (greatest_lane<T>(load(row + a.length + f) + load(column + a.length + f)) <= zero_until) continue;
-          if (-greatest_lane<T>(-(load(row + f) + load(column + f))) >= line_from) {
-            scratch.line[c * vectors() + line++] = int32_t(f);
-            continue;
-          }
-        }
-        scratch.active[c * vectors() + active++] = int32_t(f);
-      }
-      scratch.active_count[c] = active;
-      scratch.line_count[c] = line;
-      if (line) sum_line(c);
+void scale(const T* from, int64_t from_stride, T factor, T* to, int64_t to_stride, int64_t count) {
+  int64_t k = 0;
+  if (from_stride == 1 && to_stride == 1) {
+    for (; k + 4 <= count; k += 4) {  // loads before stores, because compilers do not know that the two cannot overlap
+      const T a = from[k], b = from[k + 1], c = from[k + 2], d = from[k + 3];
+      to[k] = factor * a;
+      to[k + 1] = factor * b;
+      to[k + 2] = factor * c;
+      to[k + 3] = factor * d;
     }
   }
+  for (; k < count; ++k) to[k * to_stride] = factor * from[k * from_stride];
+}
 
-  // On the line degree / scale * phi(t) = degree * t + 1 - degree, t being the sum of a row's share and a column's.
-  void sum_line(int64_t c) {
-    const T degree = T(a.activation.degree), scale = T(a.activation.scale / a.activation.degree);
-    const int32_t* line = scratch.line + c * vectors();
-    int64_t lanes = 0;
-    for (int32_t k = 0; k < scratch.line_count[c]; ++k) lanes += std::min<int64_t>(kLanes<T>, a.features - line[k]);
-    auto sum = [&](const T* t, T constant) {
-      Vec<T> total = {};
-      for (int32_t k = 0; k < scratch.line_count[c]; ++k) total += load(t + line[k]);
-      T result = 0;
-      for (int k = 0; k < kLanes<T>; ++k) result += total[k];
-      return scale * (degree * result + constant);
-    };
-    for (int64_t i = row_begin; i < row_end; ++i) {
-      scratch.row_line[c * a.block + i - row_begin] = sum(a.row.t + offset(i, c), (1 - degree) * T(lanes));
-    }
-    for (int64_t j = column_begin; j < column_end; ++j) {
-      scratch.column_line[c * a.block + j - column_begin] = sum(a.column.t + offset(j, c), 0);
-    }
-    std::fill_n(scratch.row_d + c * a.block, a.block, T(0));
-    std::fill_n(scratch.column_d + c * a.block, a.block, T(0));
+// Pre-activations (R, N, P, C, M) of any strides.
+template <typename T>
+struct Samples {
+  T* data;
+  std::array<int64_t, 5> size, stride;
+
+  explicit Samples(const Tensor& s) : data(mixfeat::data<T>(s)) {
+    STD_TORCH_CHECK(s.dim() == 5 && s.scalar_type() == kType<T>, "unexpected shape or dtype");
+    std::copy_n(s.sizes().begin(), 5, size.begin());
+    std::copy_n(s.strides().begin(), 5, stride.begin());
   }
 
-  // f(logits of the tile, its first row, its first column)
+  // Calls f(filters of one patch and class, their offset in a packed sample) for sample n of run r.
   template <typename F>
-  void for_each_tile(const F& f) const {
-    T* logits = scratch.logits;
-    for (int64_t i = row_begin; i < row_end; i += kRows<T>) {
-      const int64_t first = upper ? i / kColumns<T> * kColumns<T> : column_begin;
-      for (int64_t j = first; j < column_end; j += kColumns<T>, logits += a.classes * kPairs<T>) f(logits, i, j);
+  void visit(int64_t r, int64_t n, int64_t padded_length, const F& f) const {
+    for (int64_t p = 0; p < size[2]; ++p) {
+      T* s = data + r * stride[0] + n * stride[1] + p * stride[2];
+      for (int64_t c = 0; c < size[3]; ++c) f(s + c * stride[3], c * padded_length + p * size[4]);
     }
-  }
-
-  template <typename Phi>
-  void logits(const Phi& phi, int64_t c) const {
-    constexpr int rows = kRows<T>, columns = kColumns<T>;
-    const int64_t stride = a.classes * a.length;
-    const int32_t *begin = scratch.active + c * vectors(), *end = begin + scratch.active_count[c];
-    const Vec<T> scale = broadcast(T(a.activation.scale / a.activation.degree));
-    const bool line = scratch.line_count[c];
-    for_each_tile([&](T* logits, int64_t i, int64_t j) {
-      const T *x = a.row.t + offset(i, c), *y = a.column.t + offset(j, c);
-      Vec<T> sums[kPairs<T>] = {};
-      for (const int32_t* active = begin; active < end; ++active) {
-        Vec<T> second[columns];
-#pragma GCC unroll 4
-        for (int k = 0; k < columns; ++k) second[k] = load(y + k * stride + *active);
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) {
-          const Vec<T> first = load(x + r * stride + *active);
-#pragma GCC unroll 4
-          for (int k = 0; k < columns; ++k) {
-            sums[r * columns + k] = phi.add_to(sums[r * columns + k], first + second[k]);
-          }
-        }
-      }
-      T* out = logits + c * kPairs<T>;
-      store(out, sum_each<T>(sums) * scale);
-      if (line) {
-        for (int k = 0; k < kPairs<T>; ++k) {
-          out[k] += scratch.row_line[c * a.block + i - row_begin + k / columns] +
-                    scratch.column_line[c * a.block + j - column_begin + k % columns];
-        }
-      }
-    });
-  }
-
-  template <typename Phi>
-  void gradient(const Phi& phi, int64_t c) const {
-    constexpr int rows = kRows<T>, columns = kColumns<T>;
-    const Vec<T> row_weight = broadcast(T(a.row.weight)), column_weight = broadcast(T(a.column.weight));
-    const int64_t stride = a.classes * a.length;
-    const int32_t *begin = scratch.active + c * vectors(), *end = begin + scratch.active_count[c];
-    const bool line = scratch.line_count[c];
-    for_each_tile([&](const T* logits, int64_t i, int64_t j) {
-      const T *x = a.row.t + offset(i, c), *y = a.column.t + offset(j, c), *d = logits + c * kPairs<T>;
-      T *dx = a.row.slope + offset(i, c), *dy = a.column.slope + offset(j, c);
-      for (const int32_t* active = begin; active < end; ++active) {
-        const int64_t f = *active;
-        Vec<T> second[columns], by_column[columns] = {};
-#pragma GCC unroll 4
-        for (int k = 0; k < columns; ++k) second[k] = load(y + k * stride + f);
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) {
-          const Vec<T> first = load(x + r * stride + f);
-          Vec<T> by_row = {};
-#pragma GCC unroll 4
-          for (int k = 0; k < columns; ++k) {
-            const Vec<T> e = phi.slope_times(first + second[k], broadcast(d[r * columns + k]));
-            by_row += e;
-            by_column[k] += e;
-          }
-          store(dx + r * stride + f, load(dx + r * stride + f) + row_weight * by_row);
-        }
-#pragma GCC unroll 4
-        for (int k = 0; k < columns; ++k) {  // after the rows: i and j may be the same samples
-          store(dy + k * stride + f, load(dy + k * stride + f) + column_weight * by_column[k]);
-        }
-      }
-      if (line) {
-        for (int k = 0; k < kPairs<T>; ++k) {
-          scratch.row_d[c * a.block + i - row_begin + k / columns] += d[k];
-          scratch.column_d[c * a.block + j - column_begin + k % columns] += d[k];
-        }
-      }
-    });
-    if (line) line_gradient(c);
-  }
-
-  // On the line phi' = scale / threshold: each vector there gets the sum of D over a sample's pairs.
-  void line_gradient(int64_t c) const {
-    const int32_t *begin = scratch.line + c * vectors(), *end = begin + scratch.line_count[c];
-    auto add = [&](T* slope, double weight, T d) {
-      for (const int32_t* line = begin; line < end; ++line) {
-        store(slope + *line, load(slope + *line) + broadcast(T(weight) * d));
-      }
-    };
-    for (int64_t i = row_begin; i < row_end; ++i) {
-      add(a.row.slope + offset(i, c), a.row.weight, scratch.row_d[c * a.block + i - row_begin]);
-    }
-    for (int64_t j = column_begin; j < column_end; ++j) {
-      add(a.column.slope + offset(j, c), a.column.weight, scratch.column_d[c * a.block + j - column_begin]);
-    }
-  }
-
-  // Logits to D and to the tile's share of the loss.
-  double cross_entropy(T* logits, int64_t i, int64_t j) const {
-    constexpr int pairs = kPairs<T>;
-    Vec<T> highest = load(logits);
-    for (int64_t c = 1; c < a.classes; ++c) highest = at_least<T>(load(logits + c * pairs), highest);
-    // log(sum of exponentials) of all pairs that count alike by one logarithm, of their product: a double holds it, as each
-    // sum lies between 1 and C
-    struct {
-      double product = 1, sum = 0;
-    } once, twice;
-    T weight[pairs], target_logit[pairs];
-    for (int k = 0; k < pairs; ++k) {
-      const int64_t n = i + k / kColumns<T>, m = j + k % kColumns<T>;
-      const bool visited = n < a.row.samples && m < a.column.samples && !(upper && n > m);
-      weight[k] = visited ? T(a.pair_weight * (upper && n < m ? 2 : 1)) : T(0);
-      target_logit[k] = 0;
-      if (visited) {
-        target_logit[k] = T(a.row.weight) * logits[a.row.target[n] * pairs + k] +
-                          T(a.column.weight) * logits[a.column.target[m] * pairs + k];
-      }
-    }
-    Vec<T> total = {};
-    for (int64_t c = 0; c < a.classes; ++c) {
-      const Vec<T> e = exponential(load(logits + c * pairs) - highest);
-      total += e;
-      store(logits + c * pairs, e);
-    }
-    const Vec<T> norm = load(weight) / total;
-    if (a.row.slope) {
-      for (int64_t c = 0; c < a.classes; ++c) store(logits + c * pairs, load(logits + c * pairs) * norm);
-    }
-    for (int k = 0; k < pairs; ++k) {
-      if (weight[k] == 0) {  // whatever its logits are, the pair is not there
-        for (int64_t c = 0; c < a.classes; ++c) logits[c * pairs + k] = 0;
-        continue;
-      }
-      const int64_t n = i + k / kColumns<T>, m = j + k % kColumns<T>;
-      logits[a.row.target[n] * pairs + k] -= T(a.row.weight) * weight[k];
-      logits[a.column.target[m] * pairs + k] -= T(a.column.weight) * weight[k];
-      auto& group = upper && n < m ? twice : once;
-      group.product *= double(total[k]);
-      group.sum += double(highest[k]) - double(target_logit[k]);
-    }
-    return a.pair_weight * (once.sum + ::log(once.product) + 2 * (twice.sum + ::log(twice.product)));
   }
 };
 
-template <typename T, int kDegree>
-double block_pair_of(const PairwiseMixup<T>& a, int64_t row_block, int64_t column_block, bool upper, T* memory) {
-  const Activation<T, kDegree, true> phi(a.activation.lower, a.activation.upper);
-  const BlockPair<T> blocks(a, row_block, column_block, upper, memory);
-  double loss = 0;
-  for (int64_t c = 0; c < a.classes; ++c) blocks.logits(phi, c);
-  blocks.for_each_tile([&](T* logits, int64_t i, int64_t j) { loss += blocks.cross_entropy(logits, i, j); });
-  if (a.row.slope) {
-    for (int64_t c = 0; c < a.classes; ++c) blocks.gradient(phi, c);
+// The samples of each run ordered by target, because similar samples in a block let more of it be skipped.
+struct Order {
+  std::vector<int64_t> index, target;  // of the samples in this order
+  int64_t stride;                      // between runs: 0 if all have the same targets
+
+  Order(const Tensor& target, int64_t runs, int64_t samples, int64_t classes)
+      : index(target.numel()), target(target.numel()), stride(target.dim() == 1 ? 0 : samples) {
+    STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long && target.is_contiguous(), "unexpected target");
+    STD_TORCH_CHECK(target.numel() == samples * (stride ? runs : 1), "unexpected number of targets");
+    for (int64_t r = 0; r < (stride ? runs : 1); ++r) {
+      const int64_t* given = data<int64_t>(target) + r * samples;
+      const auto first = index.begin() + r * samples, last = first + samples;
+      std::iota(first, last, 0);
+      std::stable_sort(first, last, [&](int64_t i, int64_t j) { return given[i] < given[j]; });
+      std::transform(first, last, this->target.begin() + r * samples, [&](int64_t i) { return given[i]; });
+    }
+    for (int64_t y : this->target) STD_TORCH_CHECK(y >= 0 && y < classes, "target out of range");
+  }
+};
+
+// How the samples of one side are packed, for one network at a time.
+template <typename T>
+struct Layout {
+  Samples<T> s;
+  Order order;
+  int64_t samples, classes, length, padded_length, block, blocks, sample_size, size, bounds_size;
+
+  Layout(const Tensor& s, const Tensor& target, int64_t block)
+      : s(s),
+        order(target, s.size(0), s.size(1), s.size(3)),
+        samples(s.size(1)),
+        classes(s.size(3)),
+        length(s.size(2) * s.size(4)),
+        padded_length(round_up(length, typed_kernels<T>().pairwise_mixup_loss.lanes)),
+        block(block),
+        blocks((samples + block - 1) / block),
+        sample_size(classes * padded_length),
+        size(round_up(samples, kSampleGroup) * sample_size),
+        bounds_size(blocks * 2 * sample_size) {}
+
+  int64_t workspace_size(bool need_grad) const { return size + bounds_size + (need_grad ? size : 0); }
+};
+
+// One side of one network's pairs, in a workspace.
+template <typename T>
+struct Side {
+  const Layout<T>& layout;
+  int64_t run;
+  T *t, *bounds, *grad;
+
+  Side(const Layout<T>& layout, int64_t run, bool need_grad, T* workspace)
+      : layout(layout), run(run), t(workspace), bounds(t + layout.size), grad(need_grad ? bounds + layout.bounds_size : nullptr) {
+    if (!need_grad) return;
+    for_each_block([&](int64_t first, int64_t last) {
+      std::fill(grad + first * layout.sample_size, grad + round_up(last, kSampleGroup) * layout.sample_size, T(0));
+    });
+  }
+
+  const int64_t* index() const { return layout.order.index.data() + run * layout.order.stride; }
+
+  // Calls f(first, last) for the samples of each block.
+  template <typename F>
+  void for_each_block(const F& f) const {
+    for_each_task(layout.blocks, layout.size * 8, 0,
+                  [&](int64_t b, void*) { f(b * layout.block, std::min((b + 1) * layout.block, layout.samples)); });
+  }
+
+  // t = factor * s, with its bounds if wanted.
+  void pack(T factor, bool with_bounds) const {
+    for_each_block([&](int64_t first, int64_t last) {
+      if (layout.length < layout.padded_length) std::fill(t + first * layout.sample_size, t + last * layout.sample_size, T(0));
+      std::fill(t + last * layout.sample_size, t + round_up(last, kSampleGroup) * layout.sample_size, T(0));
+      for (int64_t k = first; k < last; ++k) {
+        T* to = t + k * layout.sample_size;
+        layout.s.visit(run, index()[k], layout.padded_length,
+                       [&](const T* from, int64_t f) { scale(from, layout.s.stride[4], factor, to + f, 1, layout.s.size[4]); });
+      }
+      if (!with_bounds) return;
+      typed_kernels<T>().pairwise_mixup_loss.bounds(t + first * layout.sample_size, last - first, layout.classes, layout.length,
+                                                    layout.padded_length, bounds + first / layout.block * 2 * layout.sample_size);
+    });
+  }
+
+  // to = factor * grad
+  void unpack(const Samples<T>& to, T factor) const {
+    for_each_block([&](int64_t first, int64_t last) {
+      for (int64_t k = first; k < last; ++k) {
+        const T* from = grad + k * layout.sample_size;
+        to.visit(run, index()[k], layout.padded_length,
+                 [&](T* filters, int64_t f) { scale(from + f, 1, factor, filters, to.stride[4], to.size[4]); });
+      }
+    });
+  }
+
+  MixupSide<T> with_weight(double weight) const {
+    return {layout.samples, weight, t, bounds, grad, layout.order.target.data() + run * layout.order.stride};
+  }
+};
+
+// The pairs of groups of blocks in rounds: no two of one round share a row group or a column group, so that they may run at once,
+// and the order of every sum does not depend on the number of threads.
+struct Schedule {
+  int64_t rows, columns;  // groups on either side
+  bool symmetric;         // rows are the columns: each unordered pair once, a group with itself in round 0
+
+  int64_t even() const { return round_up(rows, 2); }
+  int64_t rounds() const { return symmetric ? even() : std::max(rows, columns); }
+  int64_t tasks(int64_t round) const { return symmetric && round ? even() / 2 : rows; }
+
+  // The pair of groups of a task, or {-1, -1}: the circle method, in which one group stays and the others go round.
+  std::array<int64_t, 2> operator()(int64_t round, int64_t task) const {
+    std::array<int64_t, 2> none = {-1, -1};
+    if (!symmetric) {
+      const int64_t column = (task + round) % rounds();
+      return column < columns ? std::array<int64_t, 2>{task, column} : none;
+    }
+    if (round == 0) return {task, task};
+    const int64_t circle = even() - 1, turn = round - 1;
+    int64_t i = task ? (turn + task) % circle : circle, j = (turn - task + circle) % circle;
+    if (i > j) std::swap(i, j);
+    return j < rows ? std::array<int64_t, 2>{i, j} : none;
+  }
+};
+
+template <typename T>
+Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Tensor& row_target,
+               const std::optional<Tensor>& column_target, const std::vector<double>& lam, const std::vector<double>& lam_weight,
+               const Polynomial& activation, const std::optional<Tensor>& row_grad, const std::optional<Tensor>& column_grad,
+               bool skip) {
+  const PairwiseMixupKernels<T>& kernel = typed_kernels<T>().pairwise_mixup_loss;
+  const bool symmetric = !column, need_grad = row_grad || column_grad;
+  STD_TORCH_CHECK(lam.size() == lam_weight.size() && row.dim() == 5 && (symmetric || column->dim() == 5), "unexpected shape");
+  for (int d : {0, 2, 3, 4}) STD_TORCH_CHECK(symmetric || row.size(d) == column->size(d), "unexpected shape");
+  for (int d = 0; d < 5; ++d) STD_TORCH_CHECK(!row_grad || row_grad->size(d) == row.size(d), "unexpected shape");
+  for (int d = 0; d < 5; ++d) STD_TORCH_CHECK(!column_grad || column_grad->size(d) == column->size(d), "unexpected shape");
+  const int64_t runs = row.size(0), classes = row.size(3), length = row.size(2) * row.size(4);
+
+  // The pre-activations and gradients of one class in two blocks should stay in a core's first-level cache. Small problems need
+  // several blocks to keep all cores busy.
+  const int64_t padded_length = round_up(length, kernel.lanes),
+                max_samples = std::max(row.size(1), symmetric ? 0 : column->size(1));
+  const int64_t in_cache = (8 << 10) / int64_t(sizeof(T)) / std::max<int64_t>(1, padded_length);
+  const int64_t block = round_up(std::clamp<int64_t>(std::min(in_cache, max_samples / 8), 1, 16), kSampleGroup);
+
+  const Layout<T> rows(row, row_target, block);
+  // unless every lam is 1/2, rows and columns have different weights even if they are the same samples
+  const bool one_side = symmetric && std::all_of(lam.begin(), lam.end(), [](double l) { return l == 0.5; });
+  std::optional<Layout<T>> columns;
+  if (!one_side) columns.emplace(symmetric ? row : *column, symmetric ? row_target : *column_target, block);
+  const bool need_column_grad = need_grad && !symmetric;
+  const int64_t row_size = rows.workspace_size(need_grad);
+  const int64_t workspace_size = row_size + (columns ? columns->workspace_size(need_column_grad) : 0);
+
+  // Threads wait for each other after a round, so a task should be long enough: 2^20 evaluations, a tenth of a millisecond.
+  int64_t group = 1;
+  while (group * group * block * block * rows.sample_size < (1 << 20) && 8 * group * block < max_samples) group *= 2;
+  const auto groups = [&](const Layout<T>& side) { return (side.blocks + group - 1) / group; };
+  const Schedule schedule{groups(rows), groups(columns ? *columns : rows), symmetric};
+  const int64_t pairs = row.size(1) * (symmetric ? row.size(1) / 2 : column->size(1));
+  const int64_t work = pairs * rows.sample_size * 8 * int64_t(lam.size());
+  const PairwiseMixup<T> sizes{classes, length, padded_length, block, {}, {}, 0, activation, skip};
+  const T factor = T(activation.scale / activation.threshold);
+  Tensor loss = empty({runs}, kType<T>);
+
+  // One network, by as many threads as are free.
+  auto run_network = [&](int64_t r, void* memory) {
+    T* workspace = static_cast<T*>(memory);
+    const Side<T> row_side(rows, r, need_grad, workspace);
+    std::optional<Side<T>> column_side;
+    if (columns) column_side.emplace(*columns, r, need_column_grad, workspace + row_size);
+    const int64_t row_blocks = rows.blocks, column_blocks = columns ? columns->blocks : rows.blocks;
+    std::vector<double> losses(schedule.rows, 0.0);
+    for (size_t k = 0; k < lam.size(); ++k) {
+      row_side.pack(T(lam[k] / activation.threshold), skip);
+      if (column_side) column_side->pack(T((1 - lam[k]) / activation.threshold), skip);
+      PairwiseMixup<T> a = sizes;
+      a.row = row_side.with_weight(lam[k]);
+      a.column = column_side ? column_side->with_weight(1 - lam[k]) : a.row;
+      if (symmetric) a.column.grad = a.row.grad;
+      const bool mirrored = symmetric && lam[k] == 0.5;
+      for (int64_t round = 0; round < schedule.rounds(); ++round) {
+        const int64_t round_work = work / int64_t(lam.size()) / schedule.rounds();
+        for_each_task(schedule.tasks(round), round_work, kernel.scratch_bytes(sizes), [&](int64_t task, void* scratch) {
+          const auto [row_group, column_group] = schedule(round, task);
+          if (row_group < 0) return;
+          PairwiseMixup<T> b = a;
+          for (int64_t i = row_group * group; i < std::min((row_group + 1) * group, row_blocks); ++i) {
+            const int64_t first = symmetric && row_group == column_group ? i : column_group * group;
+            for (int64_t j = first; j < std::min((column_group + 1) * group, column_blocks); ++j) {
+              b.pair_weight = lam_weight[k] * (mirrored && i != j ? 2 : 1);
+              losses[task] += kernel.block_pair(b, i, j, mirrored && i == j, scratch);
+              if (symmetric && !mirrored && i != j) losses[task] += kernel.block_pair(b, j, i, false, scratch);
+            }
+          }
+        });
+      }
+    }
+    data<T>(loss)[r] = T(std::accumulate(losses.begin(), losses.end(), 0.0));
+    if (row_grad) row_side.unpack(Samples<T>(*row_grad), factor);
+    if (column_grad) column_side->unpack(Samples<T>(*column_grad), factor);
+  };
+
+  // One thread per network, if that keeps all threads busy: parallel loops inside then run on that one thread. The order of sums
+  // is the same.
+  const int64_t threads = torch::stable::get_num_threads(), turns = (runs + threads - 1) / threads;
+  if (5 * runs >= 4 * turns * threads) {
+    for_each_task(runs, runs * work, workspace_size * sizeof(T), run_network);
+  } else {
+    const Tensor workspace = empty({workspace_size}, kType<T>);
+    for (int64_t r = 0; r < runs; ++r) run_network(r, data<T>(workspace));
   }
   return loss;
 }
 
-template <typename T>
-using BlockPairFunction = double (*)(const PairwiseMixup<T>&, int64_t, int64_t, bool, T*);
-
-template <typename T, int... kDegrees>
-BlockPairFunction<T> pick(int64_t degree, Degrees<kDegrees...>) {
-  constexpr BlockPairFunction<T> table[] = {block_pair_of<T, kDegrees>...};
-  return table[degree - 1];
-}
-
-template <typename T>
-double block_pair(const PairwiseMixup<T>& a, int64_t row_block, int64_t column_block, bool upper, T* scratch) {
-  return pick<T>(a.activation.degree, AllDegrees())(a, row_block, column_block, upper, scratch);
-}
-
-// What no bounds hold for, as a value is not finite, is given infinite ones; padding is given bounds that every test passes.
-template <typename T>
-void bounds(const T* t, int64_t samples, int64_t classes, int64_t features, int64_t length, T* bounds) {
-  const Vec<T> infinity = broadcast(std::numeric_limits<T>::infinity());
-  for (int64_t c = 0; c < classes; ++c, bounds += 2 * length) {
-    for (int64_t f = 0; f < length; f += kLanes<T>) {
-      Vec<T> least = infinity, greatest = -infinity, not_finite = {};
-      for (int64_t n = 0; n < samples; ++n) {
-        const Vec<T> v = load(t + (n * classes + c) * length + f);
-        least = at_most<T>(least, v);
-        greatest = at_least<T>(greatest, v);
-        not_finite += v * broadcast(T(0));  // 0, or NaN
-      }
-      store(bounds + f, not_finite == 0 ? least : -infinity);
-      store(bounds + length + f, not_finite == 0 ? greatest : infinity);
-    }
-    std::fill(bounds + features, bounds + length, infinity[0]);
-    std::fill(bounds + length + features, bounds + 2 * length, -infinity[0]);
-  }
+Tensor pairwise_mixup_loss(Tensor row, std::optional<Tensor> column, Tensor row_target, std::optional<Tensor> column_target,
+                           std::vector<double> lam, std::vector<double> lam_weight, std::vector<double> activation,
+                           std::optional<Tensor> row_grad, std::optional<Tensor> column_grad, bool skip) {
+  const auto f = row.scalar_type() == ScalarType::Float ? loss_of<float> : loss_of<double>;
+  return f(row, column, row_target, column_target, lam, lam_weight, polynomial_of(activation), row_grad, column_grad, skip);
 }
 
 }  // namespace
-
-const PairwiseMixupKernels<float> pairwise_mixup_loss_float = {kLanes<float>, Scratch<float>::size, bounds<float>,
-                                                               block_pair<float>};
-const PairwiseMixupKernels<double> pairwise_mixup_loss_double = {kLanes<double>, Scratch<double>::size, bounds<double>,
-                                                                 block_pair<double>};
-
-}  // namespace MIXFEAT_ISA
 }  // namespace mixfeat
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mixfeat_cpu, m) {
+  m.def(
+      "pairwise_mixup_loss(Tensor row, Tensor? column, Tensor row_target, Tensor? column_target, float[] lam, "
+      "float[] lam_weight, float[] activation, Tensor(a!)? row_grad, Tensor(b!)? column_grad, bool skip=True) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CPU, m) { m.impl("pairwise_mixup_loss", TORCH_BOX(&mixfeat::pairwise_mixup_loss)); }

@@ -1,313 +1,213 @@
-// The fused patch convolution (mix, convolve, activate, sum) and its gradients; compiled once per instruction set into the
-// namespace MIXFEAT_ISA. Nothing here may come from the standard library's templates: the linker keeps one copy of those,
-// and it could be one that this processor cannot run.
-//
-// A block of rows (sample, patch) is mixed into scratch and multiplied by one panel of filters at a time; the activation
-// is applied to that tile while it is in the first-level cache and added up over the patches. The backward pass does the same,
-// or reads the slopes that forward kept, and multiplies the block E = grad * phi' by the mixed rows and by the weight.
+// torch.ops.mixfeat_cpu.patch_conv and its backward pass: divide the work into tasks and own all memory. Python has checked the
+// arguments (mixfeat/functional.py, mixfeat/ops). Checks here only guard memory.
 
-#include "patch_conv.h"
+#include <optional>
+#include <tuple>
 
-#include "activation.h"
-#include "gemm.h"
+#include "library.h"
+#include "mixup.h"
 
 namespace mixfeat {
-namespace MIXFEAT_ISA {
 namespace {
 
-int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// A row length in whole vectors that does not map successive rows onto the same cache sets.
+// The networks of a call, as `size` descriptors whose data differ: input (N, P, D) and weight (C, M, D), either with a leading
+// run dimension. Runs that share the data go into one descriptor, and so into one matrix product.
 template <typename T>
-int64_t padded(int64_t columns) {
-  const int64_t length = round_up(columns, kPanel<T>);
-  return length * sizeof(T) % 512 == 0 ? length + kLanes<T> : length;
-}
+struct Batch {
+  PatchConv<T> first;
+  int64_t size, input_stride, weight_stride;
+  std::vector<int64_t> logits_shape;
 
-// How the rows of a range are cut: whole samples where they fit, else a part of one sample's patches.
-template <typename T>
-struct Blocks {
-  int64_t samples, patches;  // per block
-  int64_t rows;              // their product, with room for a last group of the matrix product
-  int64_t features, columns; // padded row lengths of the mixed input and of E
+  Batch(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& index, const std::optional<Tensor>& lam,
+        const Polynomial& activation) {
+    const auto x = input.sizes(), x_stride = input.strides(), w = weight.sizes();
+    const bool input_runs = x.size() == 4, weight_runs = w.size() == 4;
+    STD_TORCH_CHECK((input_runs || x.size() == 3) && (weight_runs || w.size() == 3), "unexpected shape");
+    const size_t i = input_runs, j = weight_runs;
+    STD_TORCH_CHECK(x[i + 2] == w[j + 2] && (!input_runs || !weight_runs || x[0] == w[0]), "unexpected shape");
+    STD_TORCH_CHECK((input.numel() == 0 || x[i + 2] <= 1 || x_stride[i + 2] == 1) && weight.is_contiguous(), "unexpected layout");
+    STD_TORCH_CHECK(input.scalar_type() == kType<T> && weight.scalar_type() == kType<T>, "unexpected dtype");
+    STD_TORCH_CHECK(!index || (lam && lam->scalar_type() == kType<T> && index->is_contiguous()), "unexpected mixing");
+    first.samples = x[i];
+    first.patches = x[i + 1];
+    first.patch_dim = x[i + 2];
+    first.runs = weight_runs && !input_runs ? w[0] : 1;
+    first.classes = w[j];
+    first.filters = w[j + 1];
+    first.columns = first.runs * first.classes * first.filters;
+    first.input = data<T>(input);
+    first.sample_stride = x_stride[i];
+    first.patch_stride = x_stride[i + 1];
+    first.index = index ? data<int64_t>(*index) : nullptr;
+    first.lam = lam ? data<T>(*lam) : nullptr;
+    first.lam_stride = lam && lam->dim() ? lam->stride(0) : 0;
+    first.activation = activation;
+    size = input_runs ? x[0] : 1;
+    input_stride = input_runs ? x_stride[0] : 0;
+    weight_stride = input_runs && weight_runs ? first.columns * first.patch_dim : 0;
+    if (input_runs || weight_runs) logits_shape.push_back(size * first.runs);
+    logits_shape.insert(logits_shape.end(), {first.samples, first.classes});
+  }
 
-  explicit Blocks(const PatchConv<T>& a) : features(padded<T>(a.features)), columns(padded<T>(a.columns())) {
-    constexpr int64_t kCacheBytes = 384 << 10;  // what a block may take of the second-level cache
-    const int64_t fit = kCacheBytes / int64_t(sizeof(T)) / (features + columns);
-    const int64_t most = larger(48, smaller(fit, 240)) / kTileRows * kTileRows;
-    patches = smaller(a.patches, most);
-    samples = smaller(larger(1, most / larger(1, a.patches)), larger(1, a.samples));
-    rows = round_up(samples * patches, kTileRows);
+  // How many weights differ among the descriptors.
+  int64_t weights() const { return weight_stride ? size : std::min<int64_t>(size, 1); }
+
+  PatchConv<T> operator[](int64_t b) const {
+    PatchConv<T> a = first;
+    a.input += b * input_stride;
+    return a;
   }
 };
 
-// The scratch of one thread, in order.
+// The weights of a batch, packed into `count` elements each.
 template <typename T>
-struct Scratch {
-  T *mixed, *tile, *curve, *line, *filter_grad, *e, *mixed_grad;
-  int64_t size;
+struct Packed {
+  Tensor tensor;
+  int64_t stride;
 
-  Scratch(const Blocks<T>& b, T* base) : size(0) {
-    auto take = [&](int64_t count) {
-      T* p = base + size;
-      size += round_up(count, 64 / sizeof(T));
-      return p;
-    };
-    mixed = take(b.rows * b.features);
-    tile = take(b.rows * kPanel<T>);
-    curve = take(b.samples * b.columns);
-    line = take(b.samples * b.columns);
-    filter_grad = take(b.samples * b.columns);
-    e = take(b.rows * b.columns);
-    mixed_grad = take(b.rows * b.features);
+  Packed(const Batch<T>& batch, const Tensor& weight, int64_t count, void (*pack)(const PatchConv<T>&, const T*, T*))
+      : tensor(empty({batch.weights(), count}, kType<T>)), stride(batch.weight_stride ? count : 0) {
+    const T* from = data<T>(weight);
+    T* to = data<T>(tensor);
+    torch::stable::parallel_for(0, count ? batch.weights() : 0, (1 << 15) / std::max<int64_t>(1, count) + 1,
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t b = begin; b < end; ++b) {
+                                    pack(batch.first, from + b * batch.weight_stride, to + b * count);
+                                  }
+                                });
   }
+
+  const T* operator[](int64_t b) const { return data<T>(tensor) + b * stride; }
 };
 
+// Multiply-adds of one product, plus the cost of the activation in the same unit.
 template <typename T>
-int64_t scratch_size(const PatchConv<T>& a) {
-  return Scratch<T>(Blocks<T>(a), nullptr).size;
+int64_t products(const PatchConv<T>& a) {
+  return a.samples * a.patches * a.columns * (a.patch_dim + 8);
+}
+
+// Tasks per network into which the samples are divided: enough for many threads, each worth starting a thread for. They depend on
+// the shapes alone, so that the order of sums does not depend on the number of threads.
+template <typename T>
+int64_t count_tasks(const PatchConv<T>& a, int64_t max_tasks) {
+  constexpr int64_t kProductsPerTask = 1 << 21;
+  return std::max<int64_t>(1, std::min({a.samples, products(a) / kProductsPerTask, max_tasks}));
 }
 
 template <typename T>
-int64_t panel_width(int64_t columns) {
-  return columns > kPanel<T> ? kPanel<T> : round_up(columns, kLanes<T>);
+std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& index,
+                                   const std::optional<Tensor>& lam, const Polynomial& activation, int64_t saved) {
+  const PatchConvKernels<T>& kernel = typed_kernels<T>().patch_conv;
+  const Batch<T> batch(input, weight, index, lam, activation);
+  const PatchConv<T>& a = batch.first;
+  Tensor logits = empty(batch.logits_shape, kType<T>);
+  Tensor slope = empty({batch.size, saved, a.patches, a.columns}, kType<T>);
+  const int64_t logits_size = a.runs * a.samples * a.classes, slope_size = saved * a.patches * a.columns;
+  if (batch.size * logits_size == 0) return {logits, slope};
+
+  const Packed<T> panels(batch, weight, kernel.panels_size(a), kernel.pack_panels);
+  const int64_t tasks = count_tasks(a, 1024);
+  T *out = data<T>(logits), *slopes = data<T>(slope);
+  for_each_task(batch.size * tasks, batch.size * products(a), kernel.scratch_bytes(a), [&](int64_t task, void* scratch) {
+    const int64_t b = task / tasks, part = task % tasks;
+    kernel.forward(batch[b], panels[b], a.samples * part / tasks, a.samples * (part + 1) / tasks, out + b * logits_size,
+                   slopes + b * slope_size, saved, scratch);
+  });
+  return {logits, slope};
 }
 
 template <typename T>
-int64_t panels_size(const PatchConv<T>& a) {
-  return round_up(a.columns(), kLanes<T>) * a.features;
-}
+std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& slope, const Tensor& input, const Tensor& weight,
+                                    const std::optional<Tensor>& index, const std::optional<Tensor>& lam,
+                                    const Polynomial& activation, bool need_input, bool need_weight) {
+  const PatchConvKernels<T>& kernel = typed_kernels<T>().patch_conv;
+  const Batch<T> batch(input, weight, index, lam, activation);
+  const PatchConv<T>& a = batch.first;
+  const int64_t columns = a.columns, logits_size = a.runs * a.samples * a.classes;
+  const int64_t saved = slope.size(1), slope_size = saved * a.patches * columns;
+  const int64_t sample_size = a.patches * a.patch_dim, input_size = a.samples * sample_size;
+  STD_TORCH_CHECK(grad.is_contiguous() && slope.is_contiguous(), "unexpected layout");
+  const Tensor none = empty({0}, kType<T>);
+  Tensor input_grad = need_input ? empty(shape_of(input), kType<T>) : none;
+  Tensor weight_grad = need_weight ? empty(shape_of(weight), kType<T>) : none;
+  if (batch.size * columns * input_size == 0) {
+    if (need_input) torch::stable::zero_(input_grad);
+    if (need_weight) torch::stable::zero_(weight_grad);
+    return {input_grad, weight_grad};
+  }
 
-template <typename T>
-void pack_panels(const PatchConv<T>& a, const T* weight, T* panels) {
-  const T factor = T(1 / a.activation.threshold);
-  for (int64_t q = 0; q < a.columns(); q += kPanel<T>) {
-    const int64_t width = panel_width<T>(a.columns() - q), valid = smaller(kPanel<T>, a.columns() - q);
-    for (int64_t d = 0; d < a.features; ++d, panels += width) {
-      for (int64_t j = 0; j < valid; ++j) panels[j] = weight[(q + j) * a.features + d] * factor;
-      for (int64_t j = valid; j < width; ++j) panels[j] = 0;
+  const int64_t rows_size = kernel.rows_size(a);
+  const Packed<T> panels(batch, weight, saved < a.samples ? kernel.panels_size(a) : 0, kernel.pack_panels);
+  const Packed<T> rows(batch, weight, need_input ? rows_size : 0, kernel.pack_rows);
+  const bool mixes = index.has_value();
+  const Tensor mixed_grad = need_input && mixes ? empty({batch.size, input_size}, kType<T>) : input_grad;
+
+  // Each task has a weight gradient of its own; all of them together stay within these bytes.
+  constexpr int64_t kPartialBytes = 16 << 20;
+  const int64_t max_tasks = kPartialBytes / int64_t(sizeof(T)) / (rows_size * batch.size);
+  const int64_t tasks = count_tasks(a, need_weight ? std::clamp<int64_t>(max_tasks, 1, 64) : 1024);
+  const Tensor partial = need_weight ? empty({batch.size * tasks, rows_size}, kType<T>) : none;
+  const T *grads = data<T>(grad), *slopes = data<T>(slope);
+  T *partials = data<T>(partial), *mixed_grads = data<T>(mixed_grad);
+  for_each_task(batch.size * tasks, batch.size * products(a), kernel.scratch_bytes(a), [&](int64_t task, void* scratch) {
+    const int64_t b = task / tasks, part = task % tasks;
+    kernel.backward(batch[b], panels[b], rows[b], a.samples * part / tasks, a.samples * (part + 1) / tasks,
+                    grads + b * logits_size, slopes + b * slope_size, saved, need_weight ? partials + task * rows_size : nullptr,
+                    need_input ? mixed_grads + b * input_size : nullptr, scratch);
+  });
+
+  if (need_weight) {
+    // a weight that several descriptors share gets the sum over the tasks of all of them
+    const int64_t parts = batch.weight_stride ? tasks : tasks * batch.size, length = kernel.row_length(a);
+    T* to = data<T>(weight_grad);
+    torch::stable::parallel_for(0, batch.weights() * columns, (1 << 15) / (a.patch_dim * parts) + 1,
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t row = begin; row < end; ++row) {
+                                    const T* from = partials + row / columns * parts * rows_size + row % columns * length;
+                                    T* sum = to + row * a.patch_dim;
+                                    std::copy(from, from + a.patch_dim, sum);
+                                    for (int64_t part = 1; part < parts; ++part) {
+                                      from += rows_size;
+                                      for (int64_t d = 0; d < a.patch_dim; ++d) sum[d] += from[d];
+                                    }
+                                  }
+                                });
+  }
+
+  if (need_input && mixes) {
+    const T* grads_of_mixed = data<T>(mixed_grad);
+    for (int64_t b = 0; b < batch.size; ++b) {
+      mixup_backward(grads_of_mixed + b * input_size, sample_size, element_of(kType<T>), a.index, a.lam, a.lam_stride, a.samples,
+                     sample_size, data<T>(input_grad) + b * input_size);
     }
   }
+  return {input_grad, weight_grad};
 }
 
-template <typename T>
-int64_t row_length(const PatchConv<T>& a) {
-  return padded<T>(a.features);
+std::tuple<Tensor, Tensor> patch_conv(Tensor input, Tensor weight, std::optional<Tensor> index, std::optional<Tensor> lam,
+                                      std::vector<double> activation, int64_t saved) {
+  const auto f = input.scalar_type() == ScalarType::Float ? forward<float> : forward<double>;
+  return f(input, weight, index, lam, polynomial_of(activation), saved);
 }
 
-template <typename T>
-int64_t rows_size(const PatchConv<T>& a) {
-  return round_up(a.columns(), kRowGroup) * row_length(a);
-}
-
-template <typename T>
-void pack_rows(const PatchConv<T>& a, const T* weight, T* rows) {
-  const int64_t length = row_length(a);
-  for (int64_t q = 0; q < a.columns(); ++q) {
-    for (int64_t d = 0; d < a.features; ++d) rows[q * length + d] = weight[q * a.features + d];
-    for (int64_t d = a.features; d < length; ++d) rows[q * length + d] = 0;
-  }
-}
-
-// Samples [n, n + samples) at patches [p, p + patches), mixed with their partners, as rows of length `length`.
-template <typename T>
-void fill_mixed(const PatchConv<T>& a, int64_t n, int64_t samples, int64_t p, int64_t patches, T* out, int64_t length) {
-  for (int64_t i = n; i < n + samples; ++i) {
-    const T* x = a.input + i * a.sample_stride + p * a.patch_stride;
-    const T* partner = a.index ? a.input + a.index[i] * a.sample_stride + p * a.patch_stride : nullptr;
-    const T lam = a.index ? a.lam[i * a.lam_stride] : T(1);
-    for (int64_t r = 0; r < patches; ++r, x += a.patch_stride, out += length) {
-      if (partner) {
-        for (int64_t d = 0; d < a.features; ++d) out[d] = lam * x[d] + (T(1) - lam) * partner[d];
-        partner += a.patch_stride;
-      } else {
-        for (int64_t d = 0; d < a.features; ++d) out[d] = x[d];
-      }
-      for (int64_t d = a.features; d < length; ++d) out[d] = 0;
-    }
-  }
-}
-
-template <typename T>
-void store_first(T* p, Vec<T> v, int64_t count) {
-  if (count >= kLanes<T>) {
-    store(p, v);
-  } else {
-    for (int64_t j = 0; j < count; ++j) p[j] = v[j];
-  }
-}
-
-// One column of vectors of a tile of t over `rows` patches of one sample. Adds the two parts of phi up into *curve and *line
-// if kValue, and writes factor * (phi' in units of scale / threshold) to `out` (first `count` columns) if kSlope.
-template <typename T, int kDegree, bool kUpper, bool kValue, bool kSlope>
-void activate_column(bool lower, const T* tile, int64_t width, int64_t rows, T* curve, T* line, Vec<T> factor, T* out,
-                     int64_t length, int64_t count) {
-  const Activation<T, kDegree, kUpper> phi(lower);
-  Vec<T> curves{}, lines{};
-  if (kValue) {
-    curves = load(curve);
-    lines = load(line);
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    const Vec<T> t = load(tile + r * width), raised = phi.raise(t), u = phi.cut(raised);
-    if (kValue) {
-      curves += power<kDegree, T>(u);
-      if (kUpper) lines += raised - u;
-    }
-    if (kSlope) store_first(out + r * length, phi.slope(t, u) * factor, count);
-  }
-  if (kValue) {
-    store(curve, curves);
-    store(line, lines);
-  }
-}
-
-template <typename T>
-using ActivateColumn = void (*)(bool, const T*, int64_t, int64_t, T*, T*, Vec<T>, T*, int64_t, int64_t);
-
-template <typename T, bool kUpper, bool kValue, bool kSlope, int... kDegrees>
-ActivateColumn<T> pick(int64_t degree, Degrees<kDegrees...>) {
-  constexpr ActivateColumn<T> table[] = {activate_column<T, kDegrees, kUpper, kValue, kSlope>...};
-  return table[degree - 1];
-}
-
-template <typename T, bool kValue, bool kSlope>
-ActivateColumn<T> activation_of(const Polynomial& p) {
-  return p.upper ? pick<T, true, kValue, kSlope>(p.degree, AllDegrees())
-                 : pick<T, false, kValue, kSlope>(p.degree, AllDegrees());
-}
-
-template <typename T>
-void forward(const PatchConv<T>& a, const T* panels, int64_t begin, int64_t end, T* logits, T* slope, int64_t saved,
-             T* scratch) {
-  const Blocks<T> block(a);
-  const Scratch<T> s(block, scratch);
-  const int64_t columns = a.columns();
-  const ActivateColumn<T> value = activation_of<T, true, false>(a.activation);
-  const ActivateColumn<T> value_and_slope = activation_of<T, true, true>(a.activation);
-  const Vec<T> factor = broadcast(T(a.activation.scale / a.activation.threshold));
-
-  for (int64_t n = begin; n < end; n += block.samples) {
-    const int64_t samples = smaller(block.samples, end - n);
-    for (int64_t j = 0; j < samples * block.columns; ++j) s.curve[j] = s.line[j] = 0;
-    for (int64_t p = 0; p < a.patches; p += block.patches) {
-      const int64_t patches = smaller(block.patches, a.patches - p), rows = samples * patches;
-      fill_mixed(a, n, samples, p, patches, s.mixed, block.features);
-      for (int64_t q = 0; q < columns; q += kPanel<T>) {
-        const int64_t width = panel_width<T>(columns - q);
-        gemm_panel<T>(rows, width, a.features, s.mixed, block.features, 1, panels + q * a.features, width, s.tile, width,
-                      false);
-        for (int64_t i = 0; i < samples; ++i) {
-          const bool save = n + i < saved;
-          T* out = save ? slope + ((n + i) * a.patches + p) * columns + q : nullptr;
-          for (int64_t j = 0; j < width; j += kLanes<T>) {
-            (save ? value_and_slope : value)(a.activation.lower, s.tile + i * patches * width + j, width, patches,
-                                             s.curve + i * block.columns + q + j, s.line + i * block.columns + q + j,
-                                             factor, out + j, columns, columns - q - j);
-          }
-        }
-      }
-    }
-    const T scale = T(a.activation.scale), curve_scale = T(a.activation.scale / a.activation.degree);
-    for (int64_t i = 0; i < samples; ++i) {
-      const T *curve = s.curve + i * block.columns, *line = s.line + i * block.columns;
-      for (int64_t run = 0; run < a.runs; ++run) {
-        T* out = logits + (run * a.samples + n + i) * a.classes;
-        for (int64_t c = 0; c < a.classes; ++c) {
-          T curves = 0, lines = 0;
-          for (int64_t m = 0; m < a.filters; ++m) {
-            curves += *curve++;
-            lines += *line++;
-          }
-          out[c] = curve_scale * curves + scale * lines;
-        }
-      }
-    }
-  }
-}
-
-template <typename T>
-void backward(const PatchConv<T>& a, const T* panels, const T* weight_rows, int64_t begin, int64_t end, const T* grad,
-              const T* slope, int64_t saved, T* weight_grad, T* mixed_grad, T* scratch) {
-  const Blocks<T> block(a);
-  const Scratch<T> s(block, scratch);
-  const int64_t columns = a.columns(), grouped = round_up(columns, kRowGroup), length = row_length(a);
-  const ActivateColumn<T> slope_only = activation_of<T, false, true>(a.activation);
-  const Vec<T> factor = broadcast(T(a.activation.scale / a.activation.threshold));
-  bool accumulate = false;
-
-  for (int64_t n = begin; n < end; n += block.samples) {
-    const int64_t samples = smaller(block.samples, end - n);
-    for (int64_t i = 0; i < samples; ++i) {  // the logits' gradient, once per filter
-      T* g = s.filter_grad + i * block.columns;
-      for (int64_t run = 0; run < a.runs; ++run) {
-        const T* from = grad + (run * a.samples + n + i) * a.classes;
-        for (int64_t c = 0; c < a.classes; ++c) {
-          for (int64_t m = 0; m < a.filters; ++m) *g++ = from[c];
-        }
-      }
-      for (int64_t q = columns; q < block.columns; ++q) *g++ = 0;
-    }
-    for (int64_t p = 0; p < a.patches; p += block.patches) {
-      const int64_t patches = smaller(block.patches, a.patches - p), rows = samples * patches;
-      if (weight_grad || n + samples > saved) fill_mixed(a, n, samples, p, patches, s.mixed, block.features);
-
-      if (n + samples <= saved) {
-        for (int64_t i = 0; i < samples; ++i) {
-          const T* g = s.filter_grad + i * block.columns;
-          const T* from = slope + ((n + i) * a.patches + p) * columns;
-          T* e = s.e + i * patches * block.columns;
-          for (int64_t r = 0; r < patches; ++r, from += columns, e += block.columns) {
-            for (int64_t q = 0; q < columns; ++q) e[q] = from[q] * g[q];
-          }
-        }
-      } else {
-        for (int64_t q = 0; q < columns; q += kPanel<T>) {
-          const int64_t width = panel_width<T>(columns - q);
-          gemm_panel<T>(rows, width, a.features, s.mixed, block.features, 1, panels + q * a.features, width, s.tile,
-                        width, false);
-          for (int64_t i = 0; i < samples; ++i) {
-            for (int64_t j = 0; j < width; j += kLanes<T>) {
-              slope_only(a.activation.lower, s.tile + i * patches * width + j, width, patches, nullptr, nullptr,
-                         load(s.filter_grad + i * block.columns + q + j) * factor,
-                         s.e + i * patches * block.columns + q + j, block.columns, kLanes<T>);
-            }
-          }
-        }
-      }
-
-      for (int64_t d = 0; weight_grad && d < a.features; d += kPanel<T>) {
-        gemm_panel<T>(grouped, a.features - d, rows, s.e, 1, block.columns, s.mixed + d, block.features, weight_grad + d,
-                      length, accumulate);
-      }
-      accumulate = true;
-      for (int64_t d = 0; mixed_grad && d < a.features; d += kPanel<T>) {
-        gemm_panel<T>(rows, a.features - d, columns, s.e, block.columns, 1, weight_rows + d, length, s.mixed_grad + d,
-                      block.features, false);
-      }
-      for (int64_t i = 0; mixed_grad && i < samples; ++i) {
-        const T* from = s.mixed_grad + i * patches * block.features;
-        T* to = mixed_grad + ((n + i) * a.patches + p) * a.features;
-        for (int64_t r = 0; r < patches; ++r, from += block.features, to += a.features) {
-          for (int64_t d = 0; d < a.features; ++d) to[d] = from[d];
-        }
-      }
-    }
-  }
-}
-
-template <typename T>
-constexpr PatchConvKernels<T> kernels() {
-  return {panels_size<T>, pack_panels<T>, row_length<T>, rows_size<T>, pack_rows<T>,
-          scratch_size<T>, forward<T>, backward<T>};
+std::tuple<Tensor, Tensor> patch_conv_backward(Tensor grad, Tensor slope, Tensor input, Tensor weight,
+                                               std::optional<Tensor> index, std::optional<Tensor> lam,
+                                               std::vector<double> activation, bool need_input, bool need_weight) {
+  const auto f = input.scalar_type() == ScalarType::Float ? backward<float> : backward<double>;
+  return f(grad, slope, input, weight, index, lam, polynomial_of(activation), need_input, need_weight);
 }
 
 }  // namespace
-
-const PatchConvKernels<float> patch_conv_float = kernels<float>();
-const PatchConvKernels<double> patch_conv_double = kernels<double>();
-
-}  // namespace MIXFEAT_ISA
 }  // namespace mixfeat
+
+STABLE_TORCH_LIBRARY_FRAGMENT(mixfeat_cpu, m) {
+  m.def("patch_conv(Tensor input, Tensor weight, Tensor? index, Tensor? lam, float[] activation, int saved) -> (Tensor, Tensor)");
+  m.def(
+      "patch_conv_backward(Tensor grad, Tensor slope, Tensor input, Tensor weight, Tensor? index, Tensor? lam, "
+      "float[] activation, bool need_input, bool need_weight) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CPU, m) {
+  m.impl("patch_conv", TORCH_BOX(&mixfeat::patch_conv));
+  m.impl("patch_conv_backward", TORCH_BOX(&mixfeat::patch_conv_backward));
+}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import mixfeat as mf
+from mixfeat import _checks
 
 __all__ = ["METHODS", "BaseSettings", "DivergedError", "identity"]
 
@@ -34,11 +35,11 @@ class BaseSettings:
 
     def _check_integers(self, least: Mapping[str, int]) -> None:
         for name, bound in least.items():
-            self._set(name, mf.data._integer(name, getattr(self, name), bound))
+            self._set(name, _checks.integer(name, getattr(self, name), bound))
 
     def _check_positive(self, *names: str, or_zero: str | None = None) -> None:
         for name in names:
-            value = mf.data._number(name, getattr(self, name))
+            value = _checks.finite(name, getattr(self, name))
             if value < 0 or (value == 0 and name != or_zero):
                 raise ValueError(f"{name} must be {'at least 0' if name == or_zero else 'positive'}, got {value}")
             if value > 1e30:

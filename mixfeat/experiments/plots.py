@@ -12,10 +12,11 @@ from matplotlib.ticker import EngFormatter, LogLocator
 
 from mixfeat.experiments import images, sweep, theory
 from mixfeat.experiments.engine import Record
+from mixfeat.plotting import INK, MUTED, plain
 
-__all__ = ["INK", "MUTED", "plain", "plot_images", "plot_sweep", "plot_theory", "save"]
+__all__ = ["plot_images", "plot_sweep", "plot_theory", "save"]
 
-INK, MUTED, _LARGER, _SMALLER = "#1f2430", "#6b7280", "#94a3b8", "#d9480f"
+_LARGER, _SMALLER = "#94a3b8", "#d9480f"
 _NO_ERROR = 0.01  # percent: where a logarithmic axis ends
 _OF_METHOD = {"erm": "#64748b", "uniform": "#2a78b8", "midpoint": "#d9480f"}
 
@@ -122,16 +123,6 @@ def plot_images(settings: images.Settings, results: Mapping[str, Mapping[str, An
         handles=panels[0].lines, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5, labelcolor=INK
     )
     save(figure, path)
-
-
-def plain(axes: Any, values: str = "y") -> None:
-    """Take away of the frame what says nothing; ``values`` is the axis along which they are read."""
-    axes.tick_params(colors=MUTED, length=3)
-    axes.grid(axis=values, color="#e5e7eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color("#cbd5e1")
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mixfeat as mf
+from mixfeat import _checks
 from mixfeat.experiments import engine
 from mixfeat.experiments.common import METHODS, BaseSettings, DivergedError, _deterministic, _generator, _setting
 from mixfeat.experiments.engine import Record, Results, Workers
@@ -66,8 +67,8 @@ class Settings(BaseSettings):
     def __post_init__(self) -> None:
         self._check_integers(_LEAST)
         self._check_positive("noise_scale", "init_scale", "lr", or_zero="noise_scale")
-        self._set("signal", mf.data._range("signal", self.signal))
-        self._set("noise", mf.data._range("noise", self.noise))
+        self._set("signal", _checks.interval("signal", self.signal))
+        self._set("noise", _checks.interval("noise", self.noise))
         self._set("patch_dim", mf.data._patch_dim(self.patch_dim, self.num_classes, None))
         self._set("rho", 1 / self.num_classes if self.rho is None else self.rho)
         mf.PolyReLU(self.degree, self.rho)  # refuses a bad degree or rho

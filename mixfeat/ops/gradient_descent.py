@@ -11,19 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixfeat import _checks
 from mixfeat.kernels.polynomial import Polynomial
-from mixfeat.ops.dispatch import refuse_tangents
-from mixfeat.ops.pairwise_mixup_loss import _check_target, _num_runs, check_nodes
+from mixfeat.ops.pairwise_mixup_loss import _num_runs
+from mixfeat.ops.registration import Operator, forbid_backward
 
 __all__ = ["gradient_descent"]
 
-torch.library.define(
-    "mixfeat::gradient_descent",
-    "(Tensor input, Tensor weight, Tensor target, Tensor? lam, Tensor? lam_weight, float[] polynomial, Tensor lr, "
-    "SymInt steps, float momentum, float weight_decay, Tensor? momentum_buffer) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
+_NOT_DIFFERENTIABLE = (
+    "gradient_descent is not differentiable: detach its input and weight, or call it under torch.no_grad()"
 )
-_op = torch.ops.mixfeat.gradient_descent.default
 
 
 def gradient_descent(
@@ -56,7 +53,12 @@ def gradient_descent(
     Returns:
         weight (R,C,M,D), loss (R,steps), and the momentum buffer (R,C,M,D), empty if momentum is 0.
     """
-    return _op(input, weight, target, lam, lam_weight, polynomial, lr, steps, momentum, weight_decay, momentum_buffer)
+    args = (input, weight, target, lam, lam_weight, polynomial, lr, steps, momentum, weight_decay, momentum_buffer)
+    with torch.no_grad():
+        trained, loss, buffer = _gradient_descent.outputs(*args)
+    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
+        trained, loss = (forbid_backward(_NOT_DIFFERENTIABLE, result) for result in (trained, loss))
+    return trained, loss, buffer
 
 
 def _forward(
@@ -73,9 +75,9 @@ def _forward(
     momentum_buffer: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if lam is not None and lam_weight is not None:
-        check_nodes(lam, lam_weight)
-    _check_target(target, weight.shape[-3])
-    _check_lr(lr)
+        _checks.node_values(lam, lam_weight)
+    _checks.class_values(target, weight.shape[-3])
+    _checks.lr_values(lr)
     shape = (_num_runs(input, weight), *weight.shape[-3:])
     weight = weight.expand(shape).clone(memory_format=torch.contiguous_format)
     if momentum == 0:
@@ -95,12 +97,6 @@ def _forward(
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
         loss = _loop(objective, weight, buffer, lr, steps, momentum, weight_decay)
     return weight, loss, buffer
-
-
-def _check_lr(lr: Tensor) -> None:
-    low, high = (float(bound) for bound in lr.aminmax()) if lr.numel() else (0.0, 0.0)
-    if not (low >= 0 and high < torch.inf):
-        raise ValueError(f"lr must be finite and not negative, got {low if not low >= 0 else high}")
 
 
 def _cross_entropy(input: Tensor, weight: Tensor, target: Tensor, fields: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -171,37 +167,24 @@ def _repeat(step: Callable[[], None], count: int, device: torch.device) -> None:
         current.wait_stream(side)
 
 
-class _NotDifferentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _op(*arguments)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(
-            "gradient_descent is not differentiable: detach its input and weight, or call it under torch.no_grad()"
-        )
-
-
-def _autograd(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    refuse_tangents("gradient_descent", input, weight)
-    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
-        return _NotDifferentiable.apply(input, weight, *rest)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _op(input, weight, *rest)
-
-
-torch.library.impl("mixfeat::gradient_descent", "Autograd", _autograd)
-torch.library.impl("mixfeat::gradient_descent", "CompositeExplicitAutograd", _forward)
-
-
-@torch.library.register_fake("mixfeat::gradient_descent")
-def _(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, steps, momentum, _, _ = rest
-    result = weight.new_empty((_num_runs(input, weight), *weight.shape[-3:]))
-    return (
-        result,
-        result.new_empty(result.shape[0], steps),
-        torch.empty_like(result) if momentum else result.new_empty(0),
-    )
+    trained = weight.new_empty((_num_runs(input, weight), *weight.shape[-3:]))
+    buffer = torch.empty_like(trained) if momentum else trained.new_empty(0)
+    return trained, trained.new_empty(trained.shape[0], steps), buffer
+
+
+def _backward(*_: Any) -> tuple[None, ...]:
+    raise RuntimeError(_NOT_DIFFERENTIABLE)
+
+
+_gradient_descent = Operator(
+    "gradient_descent(Tensor input, Tensor weight, Tensor target, Tensor? lam, Tensor? lam_weight, "
+    "float[] polynomial, Tensor lr, SymInt steps, float momentum, float weight_decay, Tensor? momentum_buffer) "
+    "-> (Tensor, Tensor, Tensor)",
+    forward=_forward,
+    fake=_fake,
+    differentiable=("input", "weight"),
+    setup_context=lambda ctx, inputs, output: None,
+    backward=_backward,
+)

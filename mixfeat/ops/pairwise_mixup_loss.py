@@ -14,35 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixfeat import backends, reference
+from mixfeat import _checks, backends
 from mixfeat.kernels.polynomial import Polynomial
-from mixfeat.ops import sharding
-from mixfeat.ops.dispatch import accumulation, may_go_direct, refuse_tangents, refuse_twice
+from mixfeat.ops import fallback, sharding
+from mixfeat.ops.registration import Operator
 
-__all__ = ["check_nodes", "pairwise_mixup_block", "pairwise_mixup_loss"]
-
-torch.library.define(
-    "mixfeat::pairwise_mixup_loss",
-    "(Tensor input, Tensor weight, Tensor target, Tensor lam, Tensor lam_weight, float[] polynomial, str group, "
-    "bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_op = torch.ops.mixfeat.pairwise_mixup_loss.default
+__all__ = ["pairwise_mixup_block", "pairwise_mixup_loss"]
 
 
 def pairwise_mixup_loss(
     input: Tensor, weight: Tensor, target: Tensor, lam: Tensor, lam_weight: Tensor, polynomial: Polynomial, group: str
 ) -> Tensor:
-    """The loss (R,), with R = 1 where neither input nor weight has runs.
+    """Return the loss (R,), with R = 1 where neither input nor weight has runs.
 
     Nodes and their weights (K,), on the CPU; the name of the process group whose samples are all meant, "" for none.
     """
-    arguments = (input, weight, target, lam, lam_weight, polynomial, group, False, False)
-    if not may_go_direct(input, weight):
-        return _op(*arguments)[0]
-    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
-        return _apply(_forward, *arguments)[0]
-    return _forward(*arguments)[0]
+    return _pairwise_mixup_loss(input, weight, target, lam, lam_weight, polynomial, group, False, False)
 
 
 def pairwise_mixup_block(
@@ -79,10 +66,11 @@ def pairwise_mixup_block(
 
         return launch(*arguments)
     if name == "reference":
-        return reference.pairwise_mixup_block(*arguments)
-    dtype = accumulation(row.dtype)
+        return fallback.pairwise_mixup_block(*arguments)
+    dtype = _checks.accumulation(row.dtype)
     row_grad, column_grad = (
-        torch.empty(s.shape, dtype=dtype) if need_grad and s is not None else None for s in (row, column)
+        torch.empty(s.shape, dtype=dtype, device=s.device) if need_grad and s is not None else None
+        for s in (row, column)
     )
     loss = torch.ops.mixfeat_cpu.pairwise_mixup_loss.default(
         row.to(dtype),
@@ -91,20 +79,11 @@ def pairwise_mixup_block(
         None if column_target is None else column_target.contiguous(),
         lam,
         lam_weight,
-        *polynomial,
+        tuple(polynomial),
         row_grad,
         column_grad,
     )
     return loss, row_grad, column_grad
-
-
-def check_nodes(lam: Tensor, lam_weight: Tensor) -> None:
-    """Refuse nodes outside [0, 1] and weights that do not sum to 1 as exactly as their dtype lets them."""
-    nodes, weights = lam.tolist(), lam_weight.tolist()
-    if not all(0 <= node <= 1 for node in nodes):
-        raise ValueError(f"lam must be in [0, 1], got {nodes}")
-    if not abs(sum(weights) - 1) <= 4 * torch.finfo(lam_weight.dtype).eps * len(weights):
-        raise ValueError(f"lam_weight must sum to 1, got {weights}, which sum to {sum(weights)}")
 
 
 def _merged(lam: Tensor, lam_weight: Tensor, dtype: torch.dtype) -> dict[float, float]:
@@ -135,7 +114,7 @@ def _forward(
     device = input.device.type
     *_, num_samples, num_patches, patch_dim = input.shape
     num_classes, filters = weight.shape[-3:-1]
-    num_runs, dtype = _num_runs(input, weight), accumulation(input.dtype)
+    num_runs, dtype = _num_runs(input, weight), _checks.accumulation(input.dtype)
     need_grad = need_input or need_weight
     sizes: tuple[int, ...] = (num_samples,)
     if group:
@@ -174,73 +153,44 @@ def _forward(
 
 
 def _check_values(target: Tensor, num_classes: int, lam: Tensor, lam_weight: Tensor) -> None:
-    """Refuse what can be read without waiting; a target out of range on a GPU gives NaN."""
-    check_nodes(lam, lam_weight)
-    _check_target(target, num_classes)
+    _checks.node_values(lam, lam_weight)
+    _checks.class_values(target, num_classes)
 
 
-def _check_target(target: Tensor, num_classes: int) -> None:
-    """Refuse a target out of range where it can be read without waiting; elsewhere it gives NaN."""
-    if target.device.type == "cpu" and target.numel():
-        low, high = (int(bound) for bound in target.aminmax())
-        if low < 0 or high >= num_classes:
-            raise IndexError(f"target must lie in [0, {num_classes}), got {low if low < 0 else high}")
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, weight, *_ = inputs
+    ctx.save_for_backward(*output[1:])
+    ctx.shapes, ctx.dtype = (input.shape, weight.shape), input.dtype
 
 
-class _PairwiseMixupLoss(torch.autograd.Function):
-    """The operator's derivative; ``compute`` is the operator, or directly what it would call."""
-
-    @staticmethod
-    def forward(ctx: Any, compute: Any, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            results = compute(input, weight, *rest[:-2], input.requires_grad, weight.requires_grad)
-        grads = results[1:]
-        ctx.save_for_backward(*grads)
-        ctx.shapes, ctx.dtype = (input.shape, weight.shape), input.dtype
-        ctx.mark_non_differentiable(*grads)
-        ctx.set_materialize_grads(False)
-        return results
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 10
-        scale = grad.detach()[:, None, None, None]
-        sides = (  # what all runs share gets the sum over them
-            refuse_twice(
-                "pairwise_mixup_loss",
-                (scale * saved).sum_to_size(shape if len(shape) == 4 else (1, *shape)).view(shape).to(ctx.dtype),
-            )
-            if need
-            else None
-            for saved, shape, need in zip(ctx.saved_tensors, ctx.shapes, ctx.needs_input_grad[1:3], strict=True)
-        )
-        return None, *sides, *[None] * 7
+def _backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    factor = grad[:, None, None, None]
+    return tuple(  # what all runs share gets the sum over them
+        (factor * saved).sum_to_size(shape if len(shape) == 4 else (1, *shape)).view(shape).to(ctx.dtype)
+        if need
+        else None
+        for saved, shape, need in zip(ctx.saved_tensors, ctx.shapes, needs, strict=True)
+    )
 
 
-# Function.apply without what it does for functorch's transforms
-_apply = super(torch.autograd.Function, _PairwiseMixupLoss).apply
-
-
-def _autograd(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    refuse_tangents("pairwise_mixup_loss", input, weight)
-    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
-        return _PairwiseMixupLoss.apply(_op, input, weight, *rest)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _op(input, weight, *rest)
-
-
-torch.library.impl("mixfeat::pairwise_mixup_loss", "Autograd", _autograd)
-torch.library.impl("mixfeat::pairwise_mixup_loss", "CompositeExplicitAutograd", _forward)
-
-
-@torch.library.register_fake("mixfeat::pairwise_mixup_loss")
-def _(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, need_input, need_weight = rest
     num_runs = _num_runs(input, weight)
-    loss = input.new_empty(num_runs, dtype=accumulation(input.dtype))
+    loss = input.new_empty(num_runs, dtype=_checks.accumulation(input.dtype))
     input_grad, weight_grad = (
         loss.new_empty((num_runs, *t.shape[-3:]) if need else (0,))
         for t, need in ((input, need_input), (weight, need_weight))
     )
     return loss, input_grad, weight_grad
+
+
+_pairwise_mixup_loss = Operator(
+    "pairwise_mixup_loss(Tensor input, Tensor weight, Tensor target, Tensor lam, Tensor lam_weight, "
+    "float[] polynomial, str group, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor)",
+    forward=_forward,
+    fake=_fake,
+    differentiable=("input", "weight"),
+    request=lambda args: (*args[:-2], args[0].requires_grad, args[1].requires_grad),
+    setup_context=_setup_context,
+    backward=_backward,
+)

@@ -1,7 +1,7 @@
 """``torch.ops.mixfeat.patch_conv``: the fused patch convolution and its backward pass.
 
 Beside the logits it returns the activation's slopes phi' for the first ``saved`` samples, which the backward pass then
-need not compute again; autograd chooses their number, callers pass 0.
+need not compute again.
 """
 
 from collections.abc import Sequence
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixfeat import backends, reference
+from mixfeat import _checks, backends, reference
 from mixfeat.kernels.polynomial import Polynomial
-from mixfeat.ops.dispatch import accumulation, check_partners, may_go_direct, refuse_tangents
+from mixfeat.ops import fallback
+from mixfeat.ops.registration import Operator
 
 __all__ = ["patch_conv"]
 
@@ -21,38 +22,12 @@ __all__ = ["patch_conv"]
 # samples beyond it are computed again.
 SAVED_BYTES = 32 << 20
 
-torch.library.define(
-    "mixfeat::patch_conv",
-    "(Tensor input, Tensor weight, Tensor? index, Tensor? lam, float[] polynomial, SymInt saved) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "mixfeat::patch_conv_backward",
-    "(Tensor grad, Tensor slope, Tensor input, Tensor weight, Tensor? index, Tensor? lam, float[] polynomial, "
-    "bool need_input, bool need_weight) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_op = torch.ops.mixfeat.patch_conv.default
-_backward_op = torch.ops.mixfeat.patch_conv_backward.default
-
 
 def patch_conv(
     input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, polynomial: Polynomial
 ) -> Tensor:
-    """The logits, by ``torch.ops.mixfeat.patch_conv`` where somebody watches, else by what it would call."""
-    if not may_go_direct(input, weight):
-        return _op(input, weight, index, lam, polynomial, 0)[0]
-    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
-        return _apply(input, weight, index, lam, polynomial, True)
-    return _forward(input, weight, index, lam, polynomial, 0)[0]
-
-
-def _slope_shape(input: Tensor, weight: Tensor, saved: int) -> tuple[int, int, int, int]:
-    """(B, saved, P, columns): runs that share the data are columns of one product."""
-    columns = weight.shape[-3] * weight.shape[-2]
-    if input.dim() == 4:
-        return input.shape[0], saved, input.shape[2], columns
-    return 1, saved, input.shape[1], columns * (weight.shape[0] if weight.dim() == 4 else 1)
+    """Return the logits, (N,C) or (R,N,C)."""
+    return _patch_conv(input, weight, index, lam, polynomial, 0)
 
 
 def _samples_to_save(input: Tensor, weight: Tensor) -> int:
@@ -66,18 +41,27 @@ def _samples_to_save(input: Tensor, weight: Tensor) -> int:
     return min(samples, SAVED_BYTES // max(1, slopes * (8 if input.dtype == torch.float64 else 4)))
 
 
+def _slope_shape(input: Tensor, weight: Tensor, saved: int) -> tuple[int, int, int, int]:
+    """(B, saved, P, columns): runs that share the data are columns of one product."""
+    columns = weight.shape[-3] * weight.shape[-2]
+    if input.dim() == 4:
+        return input.shape[0], saved, input.shape[2], columns
+    return 1, saved, input.shape[1], columns * (weight.shape[0] if weight.dim() == 4 else 1)
+
+
 def _forward(
     input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, fields: Sequence[float], saved: int
 ) -> tuple[Tensor, Tensor]:
-    polynomial = fields if isinstance(fields, Polynomial) else Polynomial.of(fields)
+    polynomial = Polynomial.of(fields)
     name = backends.serving(input.device.type, input.dtype)
     if index is not None and lam is not None:
-        index, lam = check_partners(index, lam, input.shape[-3], name)
+        index = _checks.partners(index, lam, input.shape[-3])
     if name == "cpu":
+        # tuple(): PyTorch takes 0.8 us longer to convert a NamedTuple
         logits, slope = torch.ops.mixfeat_cpu.patch_conv.default(
-            *_native(input, weight), index, lam, *polynomial, saved
+            *_native(input, weight), index, lam, tuple(polynomial), saved
         )
-        return logits.to(input.dtype), slope
+        return logits if logits.dtype == input.dtype else logits.to(input.dtype), slope
     if name == "triton":
         from mixfeat.kernels.triton.patch_conv import patch_conv as launch
 
@@ -85,7 +69,7 @@ def _forward(
         if input.dim() == 3:  # (1, N, R*C), where weight has R runs
             logits = logits[0] if weight.dim() == 3 else logits[0].unflatten(1, weight.shape[:2]).transpose(0, 1)
     else:
-        logits = reference.patch_conv(input, weight, polynomial, index=index, lam=lam)
+        logits = fallback.patch_conv(input, weight, index, lam, polynomial)
     return logits.clone(memory_format=torch.contiguous_format), _slope(input, weight, index, lam, polynomial, saved)
 
 
@@ -100,10 +84,10 @@ def _backward(
     need_input: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    polynomial = fields if isinstance(fields, Polynomial) else Polynomial.of(fields)
+    polynomial = Polynomial.of(fields)
     name = backends.serving(input.device.type, input.dtype)
     if index is not None and lam is not None:
-        index, lam = check_partners(index, lam, input.shape[-3], name)
+        index = _checks.partners(index, lam, input.shape[-3])
     input_grad, weight_grad = input.new_empty(0), weight.new_empty(0)
     if name == "cpu":
         input_grad, weight_grad = torch.ops.mixfeat_cpu.patch_conv_backward.default(
@@ -112,7 +96,7 @@ def _backward(
             *_native(input, weight),
             index,
             lam,
-            *polynomial,
+            tuple(polynomial),
             need_input,
             need_weight,
         )
@@ -131,7 +115,7 @@ def _backward(
             weight_grad = grads[1].sum(0) if summed else grads[1].view(weight.shape)
     else:
         g, x, w = (t.to(slope.dtype) for t in (grad, input, weight))
-        grads = reference.patch_conv_backward(g, x, w, polynomial, index=index, lam=lam)
+        grads = fallback.patch_conv_backward(g, x, w, index, lam, polynomial)
         input_grad, weight_grad = (
             t.contiguous() if need else t.new_empty(0) for t, need in zip(grads, (need_input, need_weight), strict=True)
         )
@@ -156,7 +140,7 @@ def _slope(
     input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, polynomial: Polynomial, saved: int
 ) -> Tensor:
     """phi' of the first ``saved`` samples from a backend that does not yield it, as the schema promises."""
-    x, w = (t.to(accumulation(input.dtype)) for t in _as_networks(input, weight))
+    x, w = (t.to(_checks.accumulation(input.dtype)) for t in _as_networks(input, weight))
     if saved == 0:
         return x.new_empty(_slope_shape(input, weight, 0))
     if index is not None and lam is not None:
@@ -164,96 +148,40 @@ def _slope(
     return polynomial.slope(torch.einsum("bnpd,bqd->bnpq", x[:, :saved], w.flatten(1, 2)))
 
 
-class _PatchConv(torch.autograd.Function):
-    """The operator's derivative. ``direct`` calls kernels without the dispatcher, and returns the logits alone."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        index: Tensor | None,
-        lam: Tensor | None,
-        fields: Sequence[float],
-        direct: bool,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        saved = _samples_to_save(input, weight)
-        if direct:
-            logits, slope = _forward(input, weight, index, lam, fields, saved)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                logits, slope = _op(input, weight, index, lam, fields, saved)
-        ctx.save_for_backward(slope, input, weight, index, lam)
-        ctx.fields = fields
-        ctx.direct = direct
-        ctx.chosen = backends.chosen()
-        if direct:
-            return logits
-        ctx.mark_non_differentiable(slope)
-        return logits, slope
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        need_input, need_weight, *others = ctx.needs_input_grad
-        backward: Any = _backward if ctx.direct and not torch.is_grad_enabled() else _backward_op
-        with backends.as_chosen(ctx.chosen):
-            input_grad, weight_grad = backward(grad, *ctx.saved_tensors, ctx.fields, need_input, need_weight)
-        return input_grad if need_input else None, weight_grad if need_weight else None, *[None] * len(others)
-
-
-# Function.apply without what it does for functorch's transforms
-_apply = super(torch.autograd.Function, _PatchConv).apply
-
-
-class _PatchConvBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return _backward_op(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError("patch_conv cannot be differentiated twice: its backward pass has no derivative")
-
-
-def _autograd(
-    input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, fields: list[float], saved: int
-) -> tuple[Tensor, Tensor]:
-    refuse_tangents("patch_conv", input, weight)
-    if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
-        return _PatchConv.apply(input, weight, index, lam, fields, False)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _op(input, weight, index, lam, fields, saved)
-
-
-def _backward_autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    refuse_tangents("patch_conv", *args)
-    if torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-        return _PatchConvBackward.apply(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _backward_op(*args)
-
-
-# torch.library.register_autograd does the same at three times the cost of a call.
-torch.library.impl("mixfeat::patch_conv", "Autograd", _autograd)
-torch.library.impl("mixfeat::patch_conv", "CompositeExplicitAutograd", _forward)
-torch.library.impl("mixfeat::patch_conv_backward", "Autograd", _backward_autograd)
-torch.library.impl("mixfeat::patch_conv_backward", "CompositeExplicitAutograd", _backward)
-
-
-@torch.library.register_fake("mixfeat::patch_conv")
-def _(
+def _fake(
     input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, fields: list[float], saved: int
 ) -> tuple[Tensor, Tensor]:
     runs = input.shape[:-3] if input.dim() == 4 else weight.shape[:-3]
     logits = input.new_empty((*runs, input.shape[-3], weight.shape[-3]))
-    return logits, input.new_empty(_slope_shape(input, weight, saved), dtype=accumulation(input.dtype))
+    return logits, input.new_empty(_slope_shape(input, weight, saved), dtype=_checks.accumulation(input.dtype))
 
 
-@torch.library.register_fake("mixfeat::patch_conv_backward")
-def _(grad: Tensor, slope: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _backward_fake(grad: Tensor, slope: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *_, need_input, need_weight = rest
     return (
         input.new_empty(input.shape if need_input else (0,)),
         weight.new_empty(weight.shape if need_weight else (0,)),
     )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    input, weight, index, lam, ctx.fields, _ = inputs
+    ctx.save_for_backward(output[1], input, weight, index, lam)
+
+
+_patch_conv_backward = Operator(
+    "patch_conv_backward(Tensor grad, Tensor slope, Tensor input, Tensor weight, Tensor? index, Tensor? lam, "
+    "float[] polynomial, bool need_input, bool need_weight) -> (Tensor, Tensor)",
+    forward=_backward,
+    fake=_backward_fake,
+)
+_patch_conv = Operator(
+    "patch_conv(Tensor input, Tensor weight, Tensor? index, Tensor? lam, float[] polynomial, SymInt saved) "
+    "-> (Tensor, Tensor)",
+    forward=_forward,
+    fake=_fake,
+    differentiable=("input", "weight"),
+    request=lambda args: (*args[:-1], _samples_to_save(args[0], args[1])),
+    setup_context=_setup_context,
+    backward=lambda ctx, grad, needs: _patch_conv_backward.outputs(grad, *ctx.saved_tensors, ctx.fields, *needs),
+)

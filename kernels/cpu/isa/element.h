@@ -1,12 +1,13 @@
-// Elements as tensors store them, read into and written from vectors in which they are computed with.
+// Loads and stores that convert between the elements of a tensor and vectors of float or double.
 #pragma once
+
+#include <string.h>
+
+#include <type_traits>
 
 #include "simd.h"
 
 namespace mixfeat {
-
-enum class Element { kFloat, kDouble, kBFloat16, kHalf, kByte };
-
 namespace {
 
 struct BFloat16 {
@@ -81,6 +82,32 @@ inline void store_as(Half* p, Vec<float> v) {
   bits = magnitude >= 0x477ff000u ? Bits{} + 0x7c00 : bits;  // what would round to 2^16, and infinity
   bits = magnitude > 0x7f800000u ? Bits{} + 0x7e00 : bits;
   store_bits(p, bits | sign >> 16);
+}
+
+// Whether a lane is one of the first `count`.
+template <typename T>
+inline auto first_lanes(int64_t count) {
+  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  Integers<Lane, T> lane{};
+  for (int k = 0; k < kLanes<T>; ++k) lane[k] = k;
+  return lane < Lane(count);
+}
+
+// The first `count` elements, or a whole vector of them if count is larger; `rest` fills the other lanes.
+template <typename T, typename E>
+inline Vec<T> load_first(const E* p, int64_t count, T rest) {
+  if (count >= kLanes<T>) return load_as<T>(p);
+  E padded[kLanes<T>] = {};
+  memcpy(padded, p, count * sizeof(E));
+  return first_lanes<T>(count) ? load_as<T>(padded) : broadcast(rest);
+}
+
+template <typename T, typename E>
+inline void store_first(E* p, int64_t count, Vec<T> v) {
+  if (count >= kLanes<T>) return store_as(p, v);
+  E padded[kLanes<T>];
+  store_as(padded, v);
+  memcpy(p, padded, count * sizeof(E));
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ namespace {
 // exp(x) for x <= 0; relative error below 2 units in the last place. Below -87 it is 0, NaN stays.
 inline Vec<float> exponential(Vec<float> x) {
   typedef int32_t Bits __attribute__((vector_size(kVectorBytes)));
-  const Vec<float> clipped = at_least<float>(broadcast(-87.0f), x);
+  const Vec<float> clipped = clamp_min<float>(x, broadcast(-87.0f));
   const Vec<float> shifter = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const Vec<float> shifted = clipped * broadcast(1.44269504f) + shifter;
   const Vec<float> n = shifted - shifter;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -28,6 +29,13 @@ constexpr int kRegisters = 16;
 template <typename T>
 constexpr int kLanes = kVectorBytes / sizeof(T);
 
+// A constant, because at -O0 a call of infinity() is a function of external linkage. The same holds for std::min and std::max.
+template <typename T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
 template <typename T>
 struct VectorOf {
   typedef T type __attribute__((vector_size(kVectorBytes)));
@@ -51,15 +59,15 @@ inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // x - 0 is x for every x, and one broadcast
 }
 
-// Of a bound and a value, the larger or smaller; a NaN value stays. x86 has this very function in one instruction, which
+// The larger or smaller of a value and a bound; a NaN value stays. x86 has this very function in one instruction, which
 // compilers do not always find.
 template <typename T>
-inline Vec<T> at_least(Vec<T> bound, Vec<T> v) {
+inline Vec<T> clamp_min(Vec<T> v, Vec<T> bound) {
   return bound > v ? bound : v;
 }
 
 template <typename T>
-inline Vec<T> at_most(Vec<T> bound, Vec<T> v) {
+inline Vec<T> clamp_max(Vec<T> v, Vec<T> bound) {
   return bound < v ? bound : v;
 }
 
@@ -70,19 +78,19 @@ inline Vec<T> at_most(Vec<T> bound, Vec<T> v) {
 #define MIXFEAT_INTRINSIC(name) _mm256_##name
 #endif
 template <>
-inline Vec<float> at_least<float>(Vec<float> bound, Vec<float> v) {
+inline Vec<float> clamp_min<float>(Vec<float> v, Vec<float> bound) {
   return MIXFEAT_INTRINSIC(max_ps)(bound, v);
 }
 template <>
-inline Vec<double> at_least<double>(Vec<double> bound, Vec<double> v) {
+inline Vec<double> clamp_min<double>(Vec<double> v, Vec<double> bound) {
   return MIXFEAT_INTRINSIC(max_pd)(bound, v);
 }
 template <>
-inline Vec<float> at_most<float>(Vec<float> bound, Vec<float> v) {
+inline Vec<float> clamp_max<float>(Vec<float> v, Vec<float> bound) {
   return MIXFEAT_INTRINSIC(min_ps)(bound, v);
 }
 template <>
-inline Vec<double> at_most<double>(Vec<double> bound, Vec<double> v) {
+inline Vec<double> clamp_max<double>(Vec<double> v, Vec<double> bound) {
   return MIXFEAT_INTRINSIC(min_pd)(bound, v);
 }
 #undef MIXFEAT_INTRINSIC

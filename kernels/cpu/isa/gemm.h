@@ -17,7 +17,7 @@ constexpr int kTileRows = kRegisters == 32 ? 12 : 6;
 constexpr int kRestRows = kTileRows / 3;
 
 template <typename T>
-constexpr int64_t kPanel = kTileVectors* kLanes<T>;  // columns of a register tile
+constexpr int64_t kPanel = kTileVectors * kLanes<T>;  // columns of a register tile
 
 template <typename T, int kRows, int kVectors>
 void gemm_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb, T* c, int64_t ldc,
@@ -50,8 +50,8 @@ void gemm_tile(int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T*
 
 // All m rows of one panel of kVectors vectors.
 template <typename T, int kVectors>
-void gemm_panel(int64_t m, int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb, T* c,
-                int64_t ldc, bool accumulate) {
+void gemm_panel(int64_t m, int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb, T* c, int64_t ldc,
+                bool accumulate) {
   int64_t i = 0;
   for (; i + kTileRows <= m; i += kTileRows) {
     gemm_tile<T, kTileRows, kVectors>(depth, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate);
@@ -63,8 +63,8 @@ void gemm_panel(int64_t m, int64_t depth, const T* a, int64_t a_row, int64_t a_c
 
 // One panel of n <= kPanel columns.
 template <typename T>
-void gemm_panel(int64_t m, int64_t n, int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb,
-                T* c, int64_t ldc, bool accumulate) {
+void gemm_panel(int64_t m, int64_t n, int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b, int64_t ldb, T* c,
+                int64_t ldc, bool accumulate) {
   if (n > kLanes<T>) {
     gemm_panel<T, 2>(m, depth, a, a_row, a_col, b, ldb, c, ldc, accumulate);
   } else {

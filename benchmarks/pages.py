@@ -1,0 +1,48 @@
+"""The committed results in README and docs/: tables between two markers, and a figure.
+
+``python -m mixfeat.benchmarks.pages`` regenerates them from the documents in results/. Needs matplotlib.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .results import load, tables
+
+__all__ = ["FIGURE", "PAGES", "committed", "with_tables"]
+
+ROOT = Path(__file__).resolve().parents[1]
+#: The figure, which shows the first document.
+FIGURE = ROOT / "docs/benchmarks.png"
+#: Pages with figure and tables, and whether their tables are brief.
+PAGES = {ROOT / "README.md": True, ROOT / "docs/benchmarks.md": False}
+
+
+def committed() -> list[dict[str, Any]]:
+    """Load the documents in results/."""
+    return [load(path) for path in sorted((ROOT / "benchmarks/results").glob("bench-*.json"))]
+
+
+def with_tables(page: Path, text: str, documents: Iterable[Mapping[str, Any]]) -> str:
+    """Replace what stands between the markers in the text of one of ``PAGES`` by the documents' figure and tables."""
+    begin, end = "<!-- benchmarks -->\n", "<!-- end of benchmarks -->"
+    found = re.search(f"{begin}.*?{end}", text, re.DOTALL)
+    assert found, f"{page} has no markers for the tables"
+    figure = FIGURE.relative_to(page.parent)
+    alt = "Times, memory, shares of the limits, roofline and growth of all operators"
+    body = "\n\n".join([f"![{alt}]({figure})", *(tables(document, brief=PAGES[page]) for document in documents)])
+    return text[: found.start()] + f"{begin}\n{body}\n\n{end}" + text[found.end() :]
+
+
+def _main() -> None:
+    from .plots import plot  # imports matplotlib, which the tables do without
+
+    documents = committed()
+    for page in PAGES:
+        page.write_text(with_tables(page, page.read_text(), documents))
+    plot(documents[0], FIGURE)
+
+
+if __name__ == "__main__":
+    _main()

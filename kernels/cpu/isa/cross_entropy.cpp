@@ -1,0 +1,156 @@
+// Cross-entropy of one row of logits, with its gradient.
+//
+// Three passes over a row: the largest logit; exponentials and sums; the gradient. Only the first reads from memory, the others
+// find the row in a cache. Exponentials are kept where the gradient goes, or in scratch if the elements there are too narrow.
+
+#include <math.h>
+
+#include "../kernels.h"
+#include "element.h"
+#include "exponential.h"
+
+namespace mixfeat::MIXFEAT_ISA {
+namespace {
+
+constexpr int kUnroll = 4;
+
+template <typename T>
+inline T sum_of_lanes(Vec<T> v) {
+  T sum = 0;
+  for (int k = 0; k < kLanes<T>; ++k) sum += v[k];
+  return sum;
+}
+
+template <typename T, typename E>
+T max_logit(const E* x, int64_t classes) {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> max[kUnroll];
+  for (int j = 0; j < kUnroll; ++j) max[j] = broadcast(-kInfinity<T>);
+  int64_t c = 0;
+  for (; c + kUnroll * lanes <= classes; c += kUnroll * lanes) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kUnroll; ++j) max[j] = clamp_min<T>(max[j], load_as<T>(x + c + j * lanes));
+  }
+  for (; c < classes; c += lanes) max[0] = clamp_min<T>(max[0], load_first<T>(x + c, classes - c, -kInfinity<T>));
+  for (int j = 1; j < kUnroll; ++j) max[0] = clamp_min<T>(max[0], max[j]);
+  T result = max[0][0];
+  for (int k = 1; k < lanes; ++k) result = max[0][k] > result ? max[0][k] : result;
+  return result;
+}
+
+// Sums over the classes, with x the logit less the largest one.
+template <typename T>
+struct Sums {
+  Vec<T> exponential{}, logit{}, target{}, product{};  // of e^x, x, target, target * x
+
+  void operator+=(const Sums& other) {
+    exponential += other.exponential;
+    logit += other.logit;
+    target += other.target;
+    product += other.product;
+  }
+};
+
+template <typename T, typename E, typename L, bool kDense>
+double cross_entropy_of(const void* logits, int64_t classes, const Label& label, void* scratch, void* grad_pointer) {
+  constexpr int lanes = kLanes<T>;
+  const E* x = static_cast<const E*>(logits);
+  const L* target = static_cast<const L*>(label.target);
+  E* grad = static_cast<E*>(grad_pointer);
+  T* exponentials = std::is_same_v<T, E> ? reinterpret_cast<T*>(grad) : static_cast<T*>(scratch);
+
+  const T max = max_logit<T>(x, classes);
+  Sums<T> sums[kUnroll];
+  const auto add = [&](Sums<T>& to, Vec<T> logit, Vec<T> e, Vec<T> t) {
+    to.exponential += e;
+    if (label.base != 0) to.logit += logit;
+    if (kDense) {
+      to.target += t;
+      to.product += t * logit;
+    }
+  };
+  int64_t c = 0;
+  for (; c + kUnroll * lanes <= classes; c += kUnroll * lanes) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kUnroll; ++j) {
+      const int64_t at = c + j * lanes;
+      const Vec<T> logit = load_as<T>(x + at) - broadcast(max), e = exponential(logit);
+      if (grad) store(exponentials + at, e);
+      add(sums[j], logit, e, kDense ? load_as<T>(target + at) : Vec<T>{});
+    }
+  }
+  for (; c < classes; c += lanes) {
+    const int64_t count = classes - c;
+    const auto mask = first_lanes<T>(min(count, lanes));
+    const Vec<T> logit = load_first<T>(x + c, count, max) - broadcast(max);
+    const Vec<T> e = mask ? exponential(logit) : Vec<T>{};
+    if (grad) store_first<T>(exponentials + c, count, e);
+    add(sums[0], logit, e, kDense ? load_first<T>(target + c, count, T(0)) : Vec<T>{});
+  }
+  for (int j = 1; j < kUnroll; ++j) sums[0] += sums[j];
+  const double sum = sum_of_lanes<T>(sums[0].exponential);
+  double total = classes * label.base, loss = 0;
+  if (label.base != 0) loss -= label.base * sum_of_lanes<T>(sums[0].logit);
+  if (kDense) {
+    total += label.scale * sum_of_lanes<T>(sums[0].target);
+    loss -= label.scale * sum_of_lanes<T>(sums[0].product);
+  } else {
+    for (int j = 0; j < 2; ++j) {
+      if (label.values[j] == 0) continue;
+      total += label.values[j];
+      loss -= label.values[j] * (load_first<T>(x + label.classes[j], 1, T(0))[0] - max);
+    }
+  }
+  loss += total * ::log(sum);
+  if (!grad) return loss;
+
+  const T ratio = total / sum;
+  T of_label[2];  // exponentials of the label's classes, which the gradient may overwrite
+  for (int j = 0; !kDense && j < 2; ++j) of_label[j] = label.values[j] == 0 ? 0 : exponentials[label.classes[j]];
+  const auto gradient = [&](Vec<T> e, Vec<T> t) {
+    const Vec<T> smooth = e * broadcast(ratio) - broadcast(T(label.base));
+    return kDense ? smooth - broadcast(T(label.scale)) * t : smooth;
+  };
+  for (c = 0; c + lanes <= classes; c += lanes) {
+    store_as(grad + c, gradient(load(exponentials + c), kDense ? load_as<T>(target + c) : Vec<T>{}));
+  }
+  if (c < classes) {
+    const int64_t count = classes - c;
+    const Vec<T> t = kDense ? load_first<T>(target + c, count, T(0)) : Vec<T>{};
+    store_first<T>(grad + c, count, gradient(load_first<T>(exponentials + c, count, T(0)), t));
+  }
+  for (int j = 0; !kDense && j < 2; ++j) {
+    if (label.values[j] == 0) continue;
+    const bool same_class = label.classes[0] == label.classes[1];
+    const T value = same_class ? label.values[0] + label.values[1] : label.values[j];
+    store_first<T>(grad + label.classes[j], 1, gradient(broadcast(of_label[j]), Vec<T>{}) - broadcast(value));
+  }
+  return loss;
+}
+
+template <typename T, typename E>
+CrossEntropy with_target(bool dense, bool float_target) {
+  if (!dense) return cross_entropy_of<T, E, E, false>;
+  return float_target ? cross_entropy_of<T, E, T, true> : cross_entropy_of<T, E, E, true>;
+}
+
+}  // namespace
+
+CrossEntropy cross_entropy(Element logits, Element target) {
+  const bool dense = target != Element::kByte, float_target = target == Element::kFloat;
+  if (dense && target != logits && !(float_target && logits != Element::kDouble)) return nullptr;
+  switch (logits) {
+    case Element::kFloat:
+      return with_target<float, float>(dense, float_target);
+    case Element::kDouble:
+      return with_target<double, double>(dense, false);
+    case Element::kBFloat16:
+      return with_target<float, BFloat16>(dense, float_target);
+    case Element::kHalf:
+      return with_target<float, Half>(dense, float_target);
+    default:
+      return nullptr;
+  }
+}
+
+}  // namespace mixfeat::MIXFEAT_ISA

@@ -1,0 +1,22 @@
+// The table of this instruction set. Every file in this folder is compiled once per instruction set, which defines MIXFEAT_ISA.
+
+#include "../kernels.h"
+
+namespace mixfeat::MIXFEAT_ISA {
+
+// Each is defined in the file of its operator.
+WeightedSum weighted_sum(Element input, Element output);
+CrossEntropy cross_entropy(Element logits, Element target);
+template <typename T>
+PatchConvKernels<T> patch_conv();
+template <typename T>
+PairwiseMixupKernels<T> pairwise_mixup_loss();
+
+Kernels kernels() {
+  return {{patch_conv<float>(), pairwise_mixup_loss<float>()},
+          {patch_conv<double>(), pairwise_mixup_loss<double>()},
+          weighted_sum,
+          cross_entropy};
+}
+
+}  // namespace mixfeat::MIXFEAT_ISA

@@ -1,0 +1,149 @@
+// The one table of kernels between the operators, which are compiled once, and isa/, which is compiled once per instruction set.
+//
+// Both sides include this file, so it may not define inline functions of external linkage: the linker keeps one copy of those,
+// and that copy could hold instructions which this processor lacks. tests/test_build.py looks for them.
+#pragma once
+
+#include <cstdint>
+
+namespace mixfeat {
+
+static constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// How a tensor stores its elements. Kernels compute in float, or in double for double.
+enum class Element { kFloat, kDouble, kBFloat16, kHalf, kByte };
+
+// The activation: see kernels/polynomial.py.
+struct Polynomial {
+  int64_t degree;  // 1 to kMaxDegree
+  double threshold, scale;
+  bool lower, upper;
+};
+
+constexpr int kMaxDegree = 16;
+
+// ---- mixup
+
+// output_k = sum over r of weights[r] * samples[rows[r]][k], for k in [0, size); samples lie `stride` elements apart.
+using WeightedSum = void (*)(const void* samples, int64_t stride, const int64_t* rows, const double* weights, int64_t count,
+                             int64_t size, void* output);
+
+// ---- cross_entropy
+
+// The weight of each class: label_c = base + sum over j of values[j] [c = classes[j]] + scale * target_c.
+struct Label {
+  double base;
+  int64_t classes[2];
+  double values[2];
+  const void* target;  // (C,), or null: no such term
+  double scale;
+};
+
+// Returns the loss of one row, - sum_c label_c log softmax(logits)_c, and writes its gradient
+// grad_c = softmax(logits)_c sum_k label_k - label_c, of the logits' element, unless grad is null. `scratch` holds `classes`
+// numbers of the type that is computed in; it is not used where the logits have that type.
+using CrossEntropy = double (*)(const void* logits, int64_t classes, const Label& label, void* scratch, void* grad);
+
+// ---- patch_conv
+
+// R networks on the same data. Each patch of `input` is contiguous.
+template <typename T>
+struct PatchConv {
+  int64_t samples, patches, patch_dim, runs, classes, filters;  // N, P, D, R, C, M
+  int64_t columns;                                              // R*C*M
+  const T* input;                                               // (N, P, D)
+  int64_t sample_stride, patch_stride;
+  const int64_t* index;  // (N,), or null: nothing is mixed
+  const T* lam;          // () or (N,)
+  int64_t lam_stride;
+  Polynomial activation;
+};
+
+// `forward` and `backward` work on a range of samples. Results depend on the range that a call is given, so callers split the
+// samples by shape alone, never by the number of threads.
+template <typename T>
+struct PatchConvKernels {
+  // weight (R*C*M, D) divided by the threshold and transposed into panels: the right factor of the forward product
+  int64_t (*panels_size)(const PatchConv<T>&);
+  void (*pack_panels)(const PatchConv<T>&, const T* weight, T* panels);
+  // weight with its rows padded to row_length: the right factor of the input's gradient
+  int64_t (*row_length)(const PatchConv<T>&);
+  int64_t (*rows_size)(const PatchConv<T>&);
+  void (*pack_rows)(const PatchConv<T>&, const T* weight, T* rows);
+  int64_t (*scratch_bytes)(const PatchConv<T>&);
+
+  // logits (R, N, C); slope (saved, P, R*C*M): phi' at the pre-activations of the first `saved` samples
+  void (*forward)(const PatchConv<T>&, const T* panels, int64_t begin, int64_t end, T* logits, T* slope, int64_t saved,
+                  void* scratch);
+  // grad (R, N, C) -> weight_grad (R*C*M, row_length), overwritten; mixed_grad (N, P, D): gradient of the mixed input.
+  // Either may be null. panels is not read when every slope is saved, nor rows when mixed_grad is null.
+  void (*backward)(const PatchConv<T>&, const T* panels, const T* rows, int64_t begin, int64_t end, const T* grad, const T* slope,
+                   int64_t saved, T* weight_grad, T* mixed_grad, void* scratch);
+};
+
+// ---- pairwise_mixup_loss
+
+// Samples are padded to whole groups, so that tiles of pairs need no edges. Padding samples are 0 and enter no result.
+constexpr int64_t kSampleGroup = 4;
+
+// The samples on one side of the pairs. For each sample and class, the pre-activations of all patches and filters are
+// contiguous, and padded with zeros to whole vectors.
+template <typename T>
+struct MixupSide {
+  int64_t samples;
+  double weight;    // lam for the rows, 1 - lam for the columns
+  const T* t;       // (samples in groups, C, padded_length): weight * s / threshold
+  const T* bounds;  // (blocks, C, 2, padded_length): minimum and maximum of t over the samples of a block
+  T* grad;          // like t: gradient to s in units of scale / threshold, added to; or null: not wanted
+  const int64_t* target;
+};
+
+template <typename T>
+struct PairwiseMixup {
+  int64_t classes, length, padded_length;  // C; P*M; and that in whole vectors
+  int64_t block;                           // samples in a block: whole groups
+  MixupSide<T> row, column;
+  double pair_weight;
+  Polynomial activation;
+  bool skip;  // whether to look for blocks that are zero or linear
+};
+
+template <typename T>
+struct PairwiseMixupKernels {
+  int64_t lanes;
+  int64_t (*scratch_bytes)(const PairwiseMixup<T>&);
+  // bounds (C, 2, padded_length) of the t of `samples` samples
+  void (*bounds)(const T* t, int64_t samples, int64_t classes, int64_t length, int64_t padded_length, T* bounds);
+  // Returns the loss of the pairs of a row block and a column block and adds its gradient to both sides:
+  //   pair_weight * sum_{i,j} (lam CE(g_ij, y_i) + (1 - lam) CE(g_ij, y_j))
+  // With `upper_triangle` both sides are the same samples: only i <= j is visited, and i < j counts twice.
+  double (*block_pair)(const PairwiseMixup<T>&, int64_t row_block, int64_t column_block, bool upper_triangle, void* scratch);
+};
+
+// ---- the table
+
+template <typename T>
+struct TypedKernels {
+  PatchConvKernels<T> patch_conv;
+  PairwiseMixupKernels<T> pairwise_mixup_loss;
+};
+
+struct Kernels {
+  TypedKernels<float> float32;
+  TypedKernels<double> float64;
+  WeightedSum (*weighted_sum)(Element input, Element output);     // null if there is no kernel for these elements
+  CrossEntropy (*cross_entropy)(Element logits, Element target);  // likewise; kByte: no dense target
+};
+
+// Functions, not objects: initialising an object would run code of an instruction set which this processor may lack.
+namespace generic {
+Kernels kernels();
+}
+namespace avx2 {
+Kernels kernels();
+}
+namespace avx512 {
+Kernels kernels();
+}
+
+}  // namespace mixfeat

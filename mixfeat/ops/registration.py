@@ -1,0 +1,264 @@
+"""The one way to register an operator with PyTorch, and the only user of PyTorch's private names.
+
+An :class:`Operator` is declared once, with all that PyTorch needs to know of it::
+
+    _double = Operator(
+        "double(Tensor input) -> Tensor",
+        forward=lambda input: 2 * input,
+        fake=torch.empty_like,
+        differentiable=("input",),
+        setup_context=lambda ctx, inputs, output: None,
+        backward=lambda ctx, grad, needs: (2 * grad,),
+    )
+
+It is then ``torch.ops.mixfeat.double``, and calling it takes the shortest way: through PyTorch's dispatcher when
+tracing, a mode, a transform or a tensor subclass is active, otherwise straight to ``forward``. For a small problem the
+dispatcher takes longer than the kernel.
+
+Every private name is looked up with a fallback, so that a release of PyTorch without it is served by public ones.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mixfeat import backends
+
+__all__ = ["Operator", "forbid_backward", "graph_is_kept", "saved_tensors_are_hooked"]
+
+
+class Operator:
+    """An operator of PyTorch, ``torch.ops.mixfeat.NAME``.
+
+    Of several outputs the first is the result; the others serve the backward pass and have no derivative.
+
+    Args:
+        schema: name, arguments and outputs, in PyTorch's language for them.
+        forward: computes the outputs on any device. Outputs are new tensors, and no argument is mutated.
+        fake: returns empty outputs, of the shapes, dtypes and strides that ``forward`` would give them.
+        differentiable: names of the arguments that have a gradient.
+        request: ``request(args)`` returns the arguments with which ``forward`` also forms what ``backward`` needs, for
+            those tensors that require grad. Callers pass the arguments for no gradient.
+        setup_context: ``setup_context(ctx, inputs, output)`` saves what ``backward`` needs, as that of a
+            :class:`torch.autograd.Function`. ``ctx.direct`` tells that only the operator holds its further outputs.
+        backward: ``backward(ctx, grad, needs)`` returns the gradients of the differentiable arguments, given that of
+            the result; ``needs`` tells which of them are wanted. It runs without recording and on the backend that
+            served the forward call.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        forward: Callable[..., Any],
+        fake: Callable[..., Any],
+        differentiable: Sequence[str] = (),
+        request: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None,
+        setup_context: Callable[..., None] | None = None,
+        backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
+    ) -> None:
+        self.name = schema[: schema.index("(")]
+        qualified = f"mixfeat::{self.name}"
+        torch.library.define(qualified, schema[len(self.name) :], tags=torch.Tag.pt2_compliant_tag)
+        self.overload = getattr(torch.ops.mixfeat, self.name).default
+        self.forward = forward
+        self._request, self._setup_context, self._backward = request, setup_context, backward
+        arguments = [argument.name for argument in self.overload._schema.arguments]
+        self._num_arguments = len(arguments)
+        self._tensors = [i for i, a in enumerate(self.overload._schema.arguments) if "Tensor" in str(a.type)]
+        self._several = len(self.overload._schema.returns) > 1
+        self._places = [arguments.index(name) for name in differentiable]
+        self._apply: Callable[..., Any] | None = None
+        torch.library.impl(qualified, "CompositeExplicitAutograd", forward)
+        torch.library.register_fake(qualified, fake)
+        if backward is not None:
+            self._register_derivative(qualified)
+
+    def __call__(self, *args: Any) -> Tensor:
+        """Return the result; the further outputs are for the backward pass alone."""
+        output: Any
+        if can_bypass_dispatcher(args, self._tensors):
+            if self._apply is not None and torch.is_grad_enabled():
+                for place in self._places:
+                    if args[place].requires_grad:
+                        return self._apply(True, *args)
+            output = self.forward(*args)
+        else:
+            if self._apply is None and self._request is not None and torch.is_grad_enabled():
+                args = self._request(args)
+            output = self.overload(*args)
+        return output[0] if self._several else output
+
+    def outputs(self, *args: Any) -> Any:
+        """Return all outputs, without a derivative."""
+        return self.forward(*args) if can_bypass_dispatcher(args, self._tensors) else self.overload(*args)
+
+    def backward(self, ctx: Any, grad: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
+        """Return a gradient, or None, for each argument."""
+        grads: list[Tensor | None] = [None] * self._num_arguments
+        if grad is not None and self._backward is not None:
+            recording = torch.is_grad_enabled()
+            with backends.as_chosen(ctx.chosen), torch.set_grad_enabled(False):
+                found = self._backward(ctx, grad.resolve_neg(), needs)
+            for place, need, value in zip(self._places, needs, found, strict=True):
+                if need and value is not None:
+                    grads[place] = _forbid_double_backward(self.name, value) if recording else value
+        return grads
+
+    def _register_derivative(self, qualified: str) -> None:
+        if _below_autograd is None:
+            self._register_derivative_publicly(qualified)
+            return
+        below_autograd, operator, compute, request, save = (
+            _below_autograd,
+            self,
+            self.forward,
+            self._request,
+            self._save,
+        )
+
+        def forward(ctx: Any, direct: bool, *args: Any) -> Any:
+            if request is not None:
+                args = request(args)
+            if direct:
+                output = compute(*args)
+            else:
+                with below_autograd():
+                    output = operator.overload(*args)
+            return save(ctx, args, output, direct)
+
+        def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+            needs = [ctx.needs_input_grad[1 + place] for place in operator._places]
+            return None, *operator.backward(ctx, grad, needs)
+
+        name = "".join(word.capitalize() for word in self.name.split("_"))
+        function: Any = type(
+            name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        )
+        self._apply = _apply_of(function)
+
+        # torch.library.register_autograd does the same at three times the cost of a call.
+        def autograd(*args: Any) -> Any:
+            _forbid_forward_mode(operator.name, args)
+            if torch.is_grad_enabled() and any(args[place].requires_grad for place in operator._places):
+                return function.apply(False, *args)
+            with below_autograd():
+                return operator.overload(*args)
+
+        torch.library.impl(qualified, "Autograd", autograd)
+
+    def _register_derivative_publicly(self, qualified: str) -> None:
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            self._save(ctx, inputs, output, False)
+
+        def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
+            return tuple(self.backward(ctx, grad, [ctx.needs_input_grad[place] for place in self._places]))
+
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+
+    def _save(self, ctx: Any, args: tuple[Any, ...], output: Any, direct: bool) -> Any:
+        """Save for the backward pass, and return the outputs that autograd sees."""
+        ctx.chosen, ctx.direct = backends.chosen(), direct
+        ctx.set_materialize_grads(False)
+        self._setup_context(ctx, args, output)  # type: ignore[misc]
+        if not self._several:
+            return output
+        if direct:
+            return output[0]
+        ctx.mark_non_differentiable(*output[1:])
+        return output
+
+
+class _Forbidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, message: str, tensor: Tensor) -> Tensor:
+        ctx.message = message
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(ctx.message)
+
+
+def forbid_backward(message: str, tensor: Tensor) -> Tensor:
+    """Return a tensor whose differentiation raises, instead of passing for a constant."""
+    return _Forbidden.apply(message, tensor.detach().requires_grad_())
+
+
+def _forbid_double_backward(name: str, grad: Tensor) -> Tensor:
+    return forbid_backward(f"{name} cannot be differentiated twice: its gradient has no derivative", grad)
+
+
+def _forbid_forward_mode(name: str, args: Sequence[Any]) -> None:
+    """Refuse dual numbers: the operator would drop their tangents."""
+    if _forward_mode_is_off():
+        return
+    if any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args):
+        raise NotImplementedError(f"{name} has no forward-mode derivative (jvp, jacfwd): differentiate it backward")
+
+
+# PyTorch's private names
+
+
+def _private(owner: Any, name: str) -> Any:
+    """Return a private name of PyTorch, or None in a release without it."""
+    return getattr(owner, name, None)
+
+
+_below_autograd = _private(torch._C, "_AutoDispatchBelowAutograd")
+_num_dispatch_modes = _private(torch._C, "_len_torch_dispatch_stack")
+_transforms_are_active = _private(torch._C, "_are_functorch_transforms_active")
+_keep_graph = _private(_private(torch._C, "_autograd"), "_get_current_graph_task_keep_graph")
+_default_hooks = _private(_private(torch._C, "_autograd"), "_top_saved_tensors_default_hooks")
+_knows_forward_mode = _private(forward_ad, "_current_level") is not None
+_knows_the_state = (
+    _below_autograd is not None
+    and _num_dispatch_modes is not None
+    and _transforms_are_active is not None
+    and _knows_forward_mode
+)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _forward_mode_is_off() -> bool:
+    return _knows_forward_mode and forward_ad._current_level < 0
+
+
+def can_bypass_dispatcher(args: Sequence[Any], tensors: Sequence[int]) -> bool:
+    """Whether PyTorch's dispatcher would do nothing but call the operator's ``forward``.
+
+    That is without tracing, a mode, a functorch transform, dual numbers, a tensor subclass or a lazily negated view;
+    ``tensors`` tells which arguments are tensors, or None.
+    """
+    if (
+        not _knows_the_state
+        or torch.compiler.is_compiling()
+        or _num_dispatch_modes()
+        or _transforms_are_active()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for place in tensors:
+        tensor = args[place]
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
+            return False
+    return True
+
+
+def graph_is_kept() -> bool:
+    """Whether another backward pass may follow this one through the same graph."""
+    return _keep_graph is None or _keep_graph()
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Whether hooks may hold on to tensors that are saved for the backward pass now."""
+    return _default_hooks is None or _default_hooks(True) is not None
+
+
+def _apply_of(function: Any) -> Callable[..., Any]:
+    """Return ``function.apply`` without its preparations for functorch's transforms."""
+    base = _private(torch._C, "_FunctionBase")
+    return function.apply if base is None else super(torch.autograd.Function, function).apply

@@ -1,0 +1,20 @@
+"""The style that all figures share."""
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["INK", "MUTED", "plain"]
+
+INK, MUTED = "#1f2430", "#6b7280"
+
+
+def plain(axes: "Axes", values: Literal["x", "y", "both"] = "y") -> None:
+    """Reduce the frame to a baseline, with grid lines across the axis along which ``values`` are read."""
+    axes.tick_params(colors=MUTED, length=3)
+    axes.grid(axis=values, color="#e5e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#cbd5e1")
