@@ -120,12 +120,48 @@ struct PairwiseMixupKernels {
   double (*block_pair)(const PairwiseMixup<T>&, int64_t row_block, int64_t column_block, bool upper_triangle, void* scratch);
 };
 
+// ---- gradient_descent
+
+// One network during a step. The columns of `input` and `s` are the patches of all samples, padded with zeros to whole vectors:
+// ordered by sample for all pairs, and for the plain cross-entropy by block of `lanes` samples, then patch, then sample.
+template <typename T>
+struct GradientDescent {
+  int64_t samples, patches, patch_dim, classes, filters, columns;  // N, P, D, C, C*M
+  int64_t padded_length;                                           // as in PairwiseMixup
+  Polynomial activation;
+  const T* input;         // (D in groups of 4, columns)
+  const int64_t* target;  // (N,)
+  T* weight;              // (C*M in groups of 4, D)
+  T* momentum_buffer;     // (C*M, D), or null
+  T* grad;                // (C*M, D): gradient of the weight
+  T* s;                   // (C*M in groups of 4, columns): pre-activations, then their gradient
+};
+
+// Functions over a range write nothing outside it. Their results do not depend on how a whole is divided into ranges.
+template <typename T>
+struct GradientDescentKernels {
+  int64_t lanes, panel;
+  // s = weight input, for a range of columns that starts at a multiple of `panel`
+  void (*convolve)(const GradientDescent<T>&, int64_t begin, int64_t end);
+  // grad = s input^T, for a range of filters that starts at a multiple of 4
+  void (*weight_gradient)(const GradientDescent<T>&, int64_t begin, int64_t end);
+  // For a range of samples: t = factor * s, as MixupSide has it, and s = factor * the gradient to t. Both may read one vector
+  // beyond the end.
+  void (*pack)(const GradientDescent<T>&, T factor, int64_t begin, int64_t end, T* t);
+  void (*unpack)(const GradientDescent<T>&, T factor, int64_t begin, int64_t end, const T* t_grad);
+  // Returns what a block of samples adds to the mean cross-entropy and replaces its s by the gradient.
+  double (*cross_entropy)(const GradientDescent<T>&, int64_t block, void* scratch);
+  int64_t (*cross_entropy_scratch_bytes)(const GradientDescent<T>&);
+  void (*update)(const GradientDescent<T>&, T lr, T momentum, T weight_decay);
+};
+
 // ---- the table
 
 template <typename T>
 struct TypedKernels {
   PatchConvKernels<T> patch_conv;
   PairwiseMixupKernels<T> pairwise_mixup_loss;
+  GradientDescentKernels<T> gradient_descent;
 };
 
 struct Kernels {

@@ -52,24 +52,40 @@ T* data(const Tensor& t) {
 
 inline std::vector<int64_t> shape_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
-// Runs f(task, scratch) for all tasks. Each thread takes a contiguous share of them and has its own scratch. One more thread is
-// used for every 2^22 of `work`, counted in multiply-adds: with less to do, waiting for a thread can take longer than doing
-// without it, and on a busy machine takes much longer.
+// Threads with a scratch memory each.
+struct Team {
+  int64_t threads;
+  char* scratch;
+  int64_t scratch_bytes;  // of each thread
+
+  // Runs f(task, scratch) for all tasks. Each thread takes a contiguous share of them. One more thread is used for every 2^22 of
+  // `work`, counted in multiply-adds: with less to do, waiting for a thread can take longer than doing without it, and on a busy
+  // machine takes much longer.
+  template <typename F>
+  void operator()(int64_t tasks, int64_t work, const F& f) const {
+    const int64_t shares = std::min<int64_t>({tasks, std::max<int64_t>(1, work >> 22), threads});
+    const auto run = [&](int64_t begin, int64_t end) {
+      for (int64_t share = begin; share < end; ++share) {
+        for (int64_t task = tasks * share / shares; task < tasks * (share + 1) / shares; ++task) {
+          f(task, static_cast<void*>(scratch + share * scratch_bytes));
+        }
+      }
+    };
+    if (shares > 1) {
+      torch::stable::parallel_for(0, shares, 1, run);
+    } else if (shares == 1) {
+      run(0, 1);
+    }
+  }
+};
+
+// The same for one loop alone.
 template <typename F>
 void for_each_task(int64_t tasks, int64_t work, int64_t scratch_bytes, const F& f) {
-  const int64_t useful = std::max<int64_t>(1, work >> 22);
-  const int64_t threads = std::min<int64_t>({tasks, useful, torch::stable::get_num_threads()});
-  if (threads == 0) return;
+  const int64_t threads = std::min<int64_t>({tasks, std::max<int64_t>(1, work >> 22), torch::stable::get_num_threads()});
   scratch_bytes = round_up(scratch_bytes, 64);  // whole cache lines
   const Tensor scratch = empty({threads, scratch_bytes}, ScalarType::Byte);
-  char* base = data<char>(scratch);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t task = tasks * thread / threads; task < tasks * (thread + 1) / threads; ++task) {
-        f(task, static_cast<void*>(base + thread * scratch_bytes));
-      }
-    }
-  });
+  Team{threads, data<char>(scratch), scratch_bytes}(tasks, work, f);
 }
 
 }  // namespace mixfeat

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <optional>
 
+#include "all_pairs.h"
 #include "library.h"
 
 namespace mixfeat {
@@ -45,26 +46,6 @@ struct Samples {
       T* s = data + r * stride[0] + n * stride[1] + p * stride[2];
       for (int64_t c = 0; c < size[3]; ++c) f(s + c * stride[3], c * padded_length + p * size[4]);
     }
-  }
-};
-
-// The samples of each run ordered by target, because similar samples in a block let more of it be skipped.
-struct Order {
-  std::vector<int64_t> index, target;  // of the samples in this order
-  int64_t stride;                      // between runs: 0 if all have the same targets
-
-  Order(const Tensor& target, int64_t runs, int64_t samples, int64_t classes)
-      : index(target.numel()), target(target.numel()), stride(target.dim() == 1 ? 0 : samples) {
-    STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long && target.is_contiguous(), "unexpected target");
-    STD_TORCH_CHECK(target.numel() == samples * (stride ? runs : 1), "unexpected number of targets");
-    for (int64_t r = 0; r < (stride ? runs : 1); ++r) {
-      const int64_t* given = data<int64_t>(target) + r * samples;
-      const auto first = index.begin() + r * samples, last = first + samples;
-      std::iota(first, last, 0);
-      std::stable_sort(first, last, [&](int64_t i, int64_t j) { return given[i] < given[j]; });
-      std::transform(first, last, this->target.begin() + r * samples, [&](int64_t i) { return given[i]; });
-    }
-    for (int64_t y : this->target) STD_TORCH_CHECK(y >= 0 && y < classes, "target out of range");
   }
 };
 
@@ -147,31 +128,6 @@ struct Side {
   }
 };
 
-// The pairs of groups of blocks in rounds: no two of one round share a row group or a column group, so that they may run at once,
-// and the order of every sum does not depend on the number of threads.
-struct Schedule {
-  int64_t rows, columns;  // groups on either side
-  bool symmetric;         // rows are the columns: each unordered pair once, a group with itself in round 0
-
-  int64_t even() const { return round_up(rows, 2); }
-  int64_t rounds() const { return symmetric ? even() : std::max(rows, columns); }
-  int64_t tasks(int64_t round) const { return symmetric && round ? even() / 2 : rows; }
-
-  // The pair of groups of a task, or {-1, -1}: the circle method, in which one group stays and the others go round.
-  std::array<int64_t, 2> operator()(int64_t round, int64_t task) const {
-    std::array<int64_t, 2> none = {-1, -1};
-    if (!symmetric) {
-      const int64_t column = (task + round) % rounds();
-      return column < columns ? std::array<int64_t, 2>{task, column} : none;
-    }
-    if (round == 0) return {task, task};
-    const int64_t circle = even() - 1, turn = round - 1;
-    int64_t i = task ? (turn + task) % circle : circle, j = (turn - task + circle) % circle;
-    if (i > j) std::swap(i, j);
-    return j < rows ? std::array<int64_t, 2>{i, j} : none;
-  }
-};
-
 template <typename T>
 Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Tensor& row_target,
                const std::optional<Tensor>& column_target, const std::vector<double>& lam, const std::vector<double>& lam_weight,
@@ -185,30 +141,19 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
   for (int d = 0; d < 5; ++d) STD_TORCH_CHECK(!column_grad || column_grad->size(d) == column->size(d), "unexpected shape");
   const int64_t runs = row.size(0), classes = row.size(3), length = row.size(2) * row.size(4);
 
-  // The pre-activations and gradients of one class in two blocks should stay in a core's first-level cache. Small problems need
-  // several blocks to keep all cores busy.
-  const int64_t padded_length = round_up(length, kernel.lanes),
-                max_samples = std::max(row.size(1), symmetric ? 0 : column->size(1));
-  const int64_t in_cache = (8 << 10) / int64_t(sizeof(T)) / std::max<int64_t>(1, padded_length);
-  const int64_t block = round_up(std::clamp<int64_t>(std::min(in_cache, max_samples / 8), 1, 16), kSampleGroup);
-
-  const Layout<T> rows(row, row_target, block);
+  const int64_t padded_length = round_up(length, kernel.lanes);
+  const AllPairs<T> pairs(row.size(1), symmetric ? row.size(1) : column->size(1), symmetric, classes, padded_length);
+  const Layout<T> rows(row, row_target, pairs.block);
   // unless every lam is 1/2, rows and columns have different weights even if they are the same samples
   const bool one_side = symmetric && std::all_of(lam.begin(), lam.end(), [](double l) { return l == 0.5; });
   std::optional<Layout<T>> columns;
-  if (!one_side) columns.emplace(symmetric ? row : *column, symmetric ? row_target : *column_target, block);
+  if (!one_side) columns.emplace(symmetric ? row : *column, symmetric ? row_target : *column_target, pairs.block);
   const bool need_column_grad = need_grad && !symmetric;
   const int64_t row_size = rows.workspace_size(need_grad);
   const int64_t workspace_size = row_size + (columns ? columns->workspace_size(need_column_grad) : 0);
 
-  // Threads wait for each other after a round, so a task should be long enough: 2^20 evaluations, a tenth of a millisecond.
-  int64_t group = 1;
-  while (group * group * block * block * rows.sample_size < (1 << 20) && 8 * group * block < max_samples) group *= 2;
-  const auto groups = [&](const Layout<T>& side) { return (side.blocks + group - 1) / group; };
-  const Schedule schedule{groups(rows), groups(columns ? *columns : rows), symmetric};
-  const int64_t pairs = row.size(1) * (symmetric ? row.size(1) / 2 : column->size(1));
-  const int64_t work = pairs * rows.sample_size * 8 * int64_t(lam.size());
-  const PairwiseMixup<T> sizes{classes, length, padded_length, block, {}, {}, 0, activation, skip};
+  const int64_t work = pairs.work * int64_t(lam.size());
+  const PairwiseMixup<T> sizes{classes, length, padded_length, pairs.block, {}, {}, 0, activation, skip};
   const T factor = T(activation.scale / activation.threshold);
   Tensor loss = empty({runs}, kType<T>);
 
@@ -218,8 +163,7 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
     const Side<T> row_side(rows, r, need_grad, workspace);
     std::optional<Side<T>> column_side;
     if (columns) column_side.emplace(*columns, r, need_column_grad, workspace + row_size);
-    const int64_t row_blocks = rows.blocks, column_blocks = columns ? columns->blocks : rows.blocks;
-    std::vector<double> losses(schedule.rows, 0.0);
+    std::vector<double> losses(pairs.schedule.rows, 0.0);
     for (size_t k = 0; k < lam.size(); ++k) {
       row_side.pack(T(lam[k] / activation.threshold), skip);
       if (column_side) column_side->pack(T((1 - lam[k]) / activation.threshold), skip);
@@ -227,23 +171,9 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
       a.row = row_side.with_weight(lam[k]);
       a.column = column_side ? column_side->with_weight(1 - lam[k]) : a.row;
       if (symmetric) a.column.grad = a.row.grad;
-      const bool mirrored = symmetric && lam[k] == 0.5;
-      for (int64_t round = 0; round < schedule.rounds(); ++round) {
-        const int64_t round_work = work / int64_t(lam.size()) / schedule.rounds();
-        for_each_task(schedule.tasks(round), round_work, kernel.scratch_bytes(sizes), [&](int64_t task, void* scratch) {
-          const auto [row_group, column_group] = schedule(round, task);
-          if (row_group < 0) return;
-          PairwiseMixup<T> b = a;
-          for (int64_t i = row_group * group; i < std::min((row_group + 1) * group, row_blocks); ++i) {
-            const int64_t first = symmetric && row_group == column_group ? i : column_group * group;
-            for (int64_t j = first; j < std::min((column_group + 1) * group, column_blocks); ++j) {
-              b.pair_weight = lam_weight[k] * (mirrored && i != j ? 2 : 1);
-              losses[task] += kernel.block_pair(b, i, j, mirrored && i == j, scratch);
-              if (symmetric && !mirrored && i != j) losses[task] += kernel.block_pair(b, j, i, false, scratch);
-            }
-          }
-        });
-      }
+      pairs.add(a, lam_weight[k], losses.data(), [&](int64_t tasks, int64_t round_work, const auto& f) {
+        for_each_task(tasks, round_work, kernel.scratch_bytes(sizes), f);
+      });
     }
     data<T>(loss)[r] = T(std::accumulate(losses.begin(), losses.end(), 0.0));
     if (row_grad) row_side.unpack(Samples<T>(*row_grad), factor);

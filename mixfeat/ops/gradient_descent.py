@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixfeat import _checks
+from mixfeat import _checks, backends
 from mixfeat.kernels.polynomial import Polynomial
-from mixfeat.ops.pairwise_mixup_loss import _num_runs
+from mixfeat.ops.pairwise_mixup_loss import _merged, _num_runs
 from mixfeat.ops.registration import Operator, forbid_backward
 
 __all__ = ["gradient_descent"]
@@ -85,12 +85,20 @@ def _forward(
     else:
         buffer = torch.zeros_like(weight) if momentum_buffer is None else momentum_buffer.expand(shape).clone()
 
+    if backends.serving(input.device.type, input.dtype) == "cpu":
+        nodes = {} if lam is None or lam_weight is None else _merged(lam, lam_weight, input.dtype)
+        loss = torch.ops.mixfeat_cpu.gradient_descent.default(
+            input, weight, target.contiguous(), list(nodes), list(nodes.values()), tuple(fields), lr, steps, momentum,
+            weight_decay, buffer,
+        )  # fmt: skip
+        return weight, loss, buffer
+
     def objective() -> tuple[Tensor, Tensor]:
         """The loss (R,) and its gradient."""
         if lam is None:
             return _cross_entropy(input, weight, target, fields)
-        nodes = (lam, lam_weight, fields, "", False, True)
-        loss, _, grad = torch.ops.mixfeat.pairwise_mixup_loss.default(input, weight, target, *nodes)
+        options = (lam, lam_weight, fields, "", False, True)
+        loss, _, grad = torch.ops.mixfeat.pairwise_mixup_loss.default(input, weight, target, *options)
         return loss, grad
 
     device = input.device.type

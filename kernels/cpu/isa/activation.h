@@ -12,54 +12,55 @@
 namespace mixfeat {
 namespace {
 
-template <int kExponent, typename T>
-inline Vec<T> power(Vec<T> u) {
+template <int kExponent, typename V>
+inline V power(V u) {
   if constexpr (kExponent == 0) {
-    return broadcast(T(1));
+    return V{} + 1;
   } else if constexpr (kExponent == 1) {
     return u;
   } else if constexpr (kExponent % 2 == 0) {
-    return power<kExponent / 2, T>(u * u);
+    return power<kExponent / 2>(u * u);
   } else {
-    return u * power<kExponent - 1, T>(u);
+    return u * power<kExponent - 1>(u);
   }
 }
 
 // kUpper: whether there may be an upper bound. A kernel that learns this at run time passes `upper`, and pays for a bound of
 // infinity where there is none.
-template <typename T, int kDegree, bool kUpper>
+template <typename T, int kDegree, bool kUpper, int kBytes = kVectorBytes>
 struct Activation {
-  Vec<T> min, max;  // 0 and 1, or infinite where the activation has no such bound
+  using V = Vec<T, kBytes>;
+  V min, max;  // 0 and 1, or infinite where the activation has no such bound
 
   explicit Activation(bool lower, bool upper = kUpper)
-      : min(broadcast(lower ? T(0) : -kInfinity<T>)), max(broadcast(upper ? T(1) : kInfinity<T>)) {}
+      : min(broadcast<kBytes>(lower ? T(0) : -kInfinity<T>)), max(broadcast<kBytes>(upper ? T(1) : kInfinity<T>)) {}
 
   // u = clamp_max(clamp_min(t)), and clamp_min(t) - u is max(t - 1, 0), or 0 without an upper bound
-  Vec<T> clamp_min(Vec<T> t) const { return mixfeat::clamp_min<T>(t, min); }
-  Vec<T> clamp_max(Vec<T> t) const { return kUpper ? mixfeat::clamp_max<T>(t, max) : t; }
+  V clamp_min(V t) const { return mixfeat::clamp_min<T, kBytes>(t, min); }
+  V clamp_max(V t) const { return kUpper ? mixfeat::clamp_max<T, kBytes>(t, max) : t; }
 
   // phi' / (scale / threshold) from t and u
-  Vec<T> slope(Vec<T> t, Vec<T> u) const {
+  V slope(V t, V u) const {
     if constexpr (kDegree == 1) {
-      return t > min ? broadcast(T(1)) : Vec<T>{};
+      return t > min ? V{} + 1 : V{};
     } else {
-      return power<kDegree - 1, T>(u);
+      return power<kDegree - 1>(u);
     }
   }
 
   // sum + degree / scale * phi: for degree 8 four multiplications and four additions or comparisons
-  Vec<T> add_to(Vec<T> sum, Vec<T> t) const {
-    const Vec<T> clamped = clamp_min(t), u = clamp_max(clamped);
-    if (kUpper) sum += broadcast(T(kDegree)) * (clamped - u);
+  V add_to(V sum, V t) const {
+    const V clamped = clamp_min(t), u = clamp_max(clamped);
+    if (kUpper) sum += broadcast<kBytes>(T(kDegree)) * (clamped - u);
     if constexpr (kDegree == 1) {
       return sum + u;
     } else {
-      return sum + power<kDegree / 2, T>(u) * power<kDegree - kDegree / 2, T>(u);
+      return sum + power<kDegree / 2>(u) * power<kDegree - kDegree / 2>(u);
     }
   }
 
   // phi' / (scale / threshold) * factor
-  Vec<T> slope_times(Vec<T> t, Vec<T> factor) const { return slope(t, clamp_max(clamp_min(t))) * factor; }
+  V slope_times(V t, V factor) const { return slope(t, clamp_max(clamp_min(t))) * factor; }
 };
 
 // Returns f(degree, upper) for the degree and the upper bound of `p`, passed as std::integral_constant: f returns the instance of

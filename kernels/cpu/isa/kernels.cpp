@@ -11,10 +11,12 @@ template <typename T>
 PatchConvKernels<T> patch_conv();
 template <typename T>
 PairwiseMixupKernels<T> pairwise_mixup_loss();
+template <typename T>
+GradientDescentKernels<T> gradient_descent();
 
 Kernels kernels() {
-  return {{patch_conv<float>(), pairwise_mixup_loss<float>()},
-          {patch_conv<double>(), pairwise_mixup_loss<double>()},
+  return {{patch_conv<float>(), pairwise_mixup_loss<float>(), gradient_descent<float>()},
+          {patch_conv<double>(), pairwise_mixup_loss<double>(), gradient_descent<double>()},
           weighted_sum,
           cross_entropy};
 }

@@ -11,9 +11,10 @@
 #include <math.h>
 
 #include "../kernels.h"
+#include "../scratch.h"
 #include "activation.h"
 #include "exponential.h"
-#include "scratch.h"
+#include "sums.h"
 
 namespace mixfeat::MIXFEAT_ISA {
 namespace {
@@ -25,30 +26,16 @@ constexpr int kColumns = kPairs<T> >= 8 ? 4 : 2;  // tiles of 4 x 4, 2 x 4, 2 x 
 template <typename T>
 constexpr int kRows = kPairs<T> / kColumns<T>;
 
-template <typename T>
-using LaneIndices = std::make_integer_sequence<int, kLanes<T>>;
+// Where the last vector of a class is at most half full, half a vector does. Only AVX-512 saves time by that.
+constexpr int kHalfBytes = kVectorBytes == 64 ? kVectorBytes / 2 : kVectorBytes;
 
-// In each 2 * kBlock lanes: sums of neighbouring blocks of a, then those of b.
-template <typename T, int kBlock, int... kIndices>
-inline Vec<T> fold(Vec<T> a, Vec<T> b, std::integer_sequence<int, kIndices...>) {
-  constexpr int n = sizeof...(kIndices);
-  return __builtin_shufflevector(a, b, (kIndices % (2 * kBlock) < kBlock ? kIndices : kIndices - kBlock + n)...) +
-         __builtin_shufflevector(a, b, (kIndices % (2 * kBlock) < kBlock ? kIndices + kBlock : kIndices + n)...);
-}
-
-// The vector whose lane k is the sum of the lanes of v[k].
-template <typename T, int kBlock = 1>
-inline Vec<T> sum_each(Vec<T>* v) {
-  if constexpr (kBlock == kLanes<T>) {
-    return v[0];
-  } else {
-#pragma GCC unroll 8
-    for (int k = 0; k < kLanes<T> / kBlock / 2; ++k) {
-      v[k] = fold<T, kBlock>(v[2 * k], v[2 * k + 1], LaneIndices<T>());
-    }
-    return sum_each<T, 2 * kBlock>(v);
-  }
-}
+// Which pairs (i + r, j + k) of a tile are visited: all of them, or on the diagonal those with i + r <= j + k, where
+// kOffset = i - j.
+template <int kOffset>
+struct Visited {
+  constexpr bool operator()(int r, int k) const { return kOffset < 0 || r + kOffset <= k; }
+};
+using All = Visited<-1>;
 
 // Lane k takes the value of lane k + kDistance.
 template <typename T, int kDistance, int... kIndices>
@@ -73,7 +60,8 @@ struct Buffers {
   T* logits;                             // (tiles, C, pairs of a tile); then D = (softmax - target) * weight of the pair
   T *row_linear, *column_linear;         // (C, block): sums over the linear vectors
   T *row_d, *column_d;                   // (C, block): sums of D, for classes that have linear vectors
-  int32_t *active_count, *linear_count;  // (C,)
+  int32_t *active_count, *linear_count;  // (C,): whole vectors
+  int32_t* half;                         // (C,): whether half a vector follows the active ones
   int32_t *active, *linear;              // (C, vectors)
 
   Buffers(const PairwiseMixup<T>& a, void* memory)
@@ -85,6 +73,7 @@ struct Buffers {
         column_d(scratch.take<T>(a.classes * a.block)),
         active_count(scratch.take<int32_t>(a.classes)),
         linear_count(scratch.take<int32_t>(a.classes)),
+        half(scratch.take<int32_t>(a.classes)),
         active(scratch.take<int32_t>(a.classes * (a.padded_length / kLanes<T>))),
         linear(scratch.take<int32_t>(a.classes * (a.padded_length / kLanes<T>))) {}
 };
@@ -94,8 +83,11 @@ int64_t scratch_bytes(const PairwiseMixup<T>& a) {
   return Buffers<T>(a, nullptr).scratch.bytes();
 }
 
-template <typename T>
+template <typename T, int kDegree>
 struct BlockPair {
+  template <int kBytes>
+  using Phi = Activation<T, kDegree, true, kBytes>;
+
   const PairwiseMixup<T>& a;
   const Buffers<T> buffers;
   const int64_t row_begin, row_end, column_begin, column_end;  // in whole groups
@@ -138,7 +130,10 @@ struct BlockPair {
         }
         buffers.active[c * vectors() + active++] = int32_t(f);
       }
-      buffers.active_count[c] = active;
+      const int64_t last = a.padded_length - kLanes<T>;
+      const bool half = kHalfBytes < kVectorBytes && a.length - last <= kLanes<T> / 2;
+      buffers.half[c] = half && active && buffers.active[c * vectors() + active - 1] == last;
+      buffers.active_count[c] = active - buffers.half[c];
       buffers.linear_count[c] = linear;
       if (linear) sum_linear(c);
     }
@@ -166,86 +161,126 @@ struct BlockPair {
     for (int64_t k = 0; k < a.block; ++k) buffers.row_d[c * a.block + k] = buffers.column_d[c * a.block + k] = 0;
   }
 
-  // f(logits of the tile, its first row, its first column)
+  // Calls f(which of its pairs are visited, logits, first row, first column) for each tile.
   template <typename F>
   void for_each_tile(const F& f) const {
     T* logits = buffers.logits;
     for (int64_t i = row_begin; i < row_end; i += kRows<T>) {
       const int64_t first = upper_triangle ? i / kColumns<T> * kColumns<T> : column_begin;
-      for (int64_t j = first; j < column_end; j += kColumns<T>, logits += a.classes * kPairs<T>) f(logits, i, j);
+      for (int64_t j = first; j < column_end; j += kColumns<T>, logits += a.classes * kPairs<T>) {
+        if (!upper_triangle || i < j) {
+          f(All(), logits, i, j);
+        } else if (i == j) {
+          f(Visited<0>(), logits, i, j);
+        } else if constexpr (kRows<T> < kColumns<T>) {
+          f(Visited<kRows<T>>(), logits, i, j);
+        }
+      }
     }
   }
 
-  template <typename Phi>
-  void logits(const Phi& phi, int64_t c) const {
+  // sums[r, k] += degree / scale * phi(x_r + y_k) for a vector of each sample
+  template <int kBytes, typename Pairs>
+  static void add_phi(const Phi<kBytes>& phi, Pairs visited, const T* x, const T* y, int64_t stride, Vec<T, kBytes>* sums) {
     constexpr int rows = kRows<T>, columns = kColumns<T>;
+    Vec<T, kBytes> second[columns];
+#pragma GCC unroll 4
+    for (int k = 0; k < columns; ++k) second[k] = load<kBytes>(y + k * stride);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      const Vec<T, kBytes> first = load<kBytes>(x + r * stride);
+#pragma GCC unroll 4
+      for (int k = 0; k < columns; ++k) {
+        if (visited(r, k)) sums[r * columns + k] = phi.add_to(sums[r * columns + k], first + second[k]);
+      }
+    }
+  }
+
+  void logits(int64_t c) const {
     const int64_t stride = a.classes * a.padded_length;
     const int32_t *begin = buffers.active + c * vectors(), *end = begin + buffers.active_count[c];
     const Vec<T> scale = broadcast(T(a.activation.scale / a.activation.degree));
     const bool linear = buffers.linear_count[c];
-    for_each_tile([&](T* logits, int64_t i, int64_t j) {
+    const Phi<kVectorBytes> phi(a.activation.lower, a.activation.upper);
+    for_each_tile([&](auto visited, T* logits, int64_t i, int64_t j) {
       const T *x = a.row.t + offset(i, c), *y = a.column.t + offset(j, c);
+      T* out = logits + c * kPairs<T>;
       Vec<T> sums[kPairs<T>] = {};
       for (const int32_t* active = begin; active < end; ++active) {
-        Vec<T> second[columns];
-#pragma GCC unroll 4
-        for (int k = 0; k < columns; ++k) second[k] = load(y + k * stride + *active);
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) {
-          const Vec<T> first = load(x + r * stride + *active);
-#pragma GCC unroll 4
-          for (int k = 0; k < columns; ++k) {
-            sums[r * columns + k] = phi.add_to(sums[r * columns + k], first + second[k]);
-          }
-        }
+        add_phi<kVectorBytes>(phi, visited, x + *active, y + *active, stride, sums);
       }
-      T* out = logits + c * kPairs<T>;
-      store(out, sum_each<T>(sums) * scale);
+      if constexpr (kHalfBytes < kVectorBytes) {
+        Vec<T, kHalfBytes> halves[kPairs<T>];
+#pragma GCC unroll 16
+        for (int k = 0; k < kPairs<T>; ++k) halves[k] = sum_halves(sums[k], LaneIndices<T, kHalfBytes>());
+        if (buffers.half[c]) {
+          const Phi<kHalfBytes> half_phi(a.activation.lower, a.activation.upper);
+          add_phi<kHalfBytes>(half_phi, visited, x + *end, y + *end, stride, halves);
+        }
+        const auto low = sum_each<T, kHalfBytes>(halves), high = sum_each<T, kHalfBytes>(halves + kPairs<T> / 2);
+        store(out, concatenate(low, high, LaneIndices<T>()) * scale);
+      } else {
+        store(out, sum_each<T>(sums) * scale);
+      }
       if (linear) {
         for (int k = 0; k < kPairs<T>; ++k) {
-          out[k] += buffers.row_linear[c * a.block + i - row_begin + k / columns] +
-                    buffers.column_linear[c * a.block + j - column_begin + k % columns];
+          out[k] += buffers.row_linear[c * a.block + i - row_begin + k / kColumns<T>] +
+                    buffers.column_linear[c * a.block + j - column_begin + k % kColumns<T>];
         }
       }
     });
   }
 
-  template <typename Phi>
-  void gradient(const Phi& phi, int64_t c) const {
+  // Adds the gradient of a tile, given its D, to a vector of each sample.
+  template <int kBytes, typename Pairs>
+  void add_gradient(const Phi<kBytes>& phi, Pairs visited, const T* d, const T* x, const T* y, T* dx, T* dy) const {
     constexpr int rows = kRows<T>, columns = kColumns<T>;
-    const Vec<T> row_weight = broadcast(T(a.row.weight)), column_weight = broadcast(T(a.column.weight));
     const int64_t stride = a.classes * a.padded_length;
+    const Vec<T, kBytes> row_weight = broadcast<kBytes>(T(a.row.weight));
+    const Vec<T, kBytes> column_weight = broadcast<kBytes>(T(a.column.weight));
+    Vec<T, kBytes> second[columns], by_column[columns] = {};
+#pragma GCC unroll 4
+    for (int k = 0; k < columns; ++k) second[k] = load<kBytes>(y + k * stride);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; ++r) {
+      const Vec<T, kBytes> first = load<kBytes>(x + r * stride);
+      Vec<T, kBytes> by_row = {};
+#pragma GCC unroll 4
+      for (int k = 0; k < columns; ++k) {
+        if (!visited(r, k)) continue;
+        const Vec<T, kBytes> e = phi.slope_times(first + second[k], broadcast<kBytes>(d[r * columns + k]));
+        by_row += e;
+        by_column[k] += e;
+      }
+      store<kBytes>(dx + r * stride, load<kBytes>(dx + r * stride) + row_weight * by_row);
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < columns; ++k) {  // after the rows: i and j may be the same samples
+      store<kBytes>(dy + k * stride, load<kBytes>(dy + k * stride) + column_weight * by_column[k]);
+    }
+  }
+
+  void gradient(int64_t c) const {
     const int32_t *begin = buffers.active + c * vectors(), *end = begin + buffers.active_count[c];
     const bool linear = buffers.linear_count[c];
-    for_each_tile([&](const T* logits, int64_t i, int64_t j) {
+    const Phi<kVectorBytes> phi(a.activation.lower, a.activation.upper);
+    for_each_tile([&](auto visited, const T* logits, int64_t i, int64_t j) {
       const T *x = a.row.t + offset(i, c), *y = a.column.t + offset(j, c), *d = logits + c * kPairs<T>;
       T *dx = a.row.grad + offset(i, c), *dy = a.column.grad + offset(j, c);
       for (const int32_t* active = begin; active < end; ++active) {
         const int64_t f = *active;
-        Vec<T> second[columns], by_column[columns] = {};
-#pragma GCC unroll 4
-        for (int k = 0; k < columns; ++k) second[k] = load(y + k * stride + f);
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) {
-          const Vec<T> first = load(x + r * stride + f);
-          Vec<T> by_row = {};
-#pragma GCC unroll 4
-          for (int k = 0; k < columns; ++k) {
-            const Vec<T> e = phi.slope_times(first + second[k], broadcast(d[r * columns + k]));
-            by_row += e;
-            by_column[k] += e;
-          }
-          store(dx + r * stride + f, load(dx + r * stride + f) + row_weight * by_row);
-        }
-#pragma GCC unroll 4
-        for (int k = 0; k < columns; ++k) {  // after the rows: i and j may be the same samples
-          store(dy + k * stride + f, load(dy + k * stride + f) + column_weight * by_column[k]);
+        add_gradient<kVectorBytes>(phi, visited, d, x + f, y + f, dx + f, dy + f);
+      }
+      if constexpr (kHalfBytes < kVectorBytes) {
+        if (buffers.half[c]) {
+          const Phi<kHalfBytes> half_phi(a.activation.lower, a.activation.upper);
+          add_gradient<kHalfBytes>(half_phi, visited, d, x + *end, y + *end, dx + *end, dy + *end);
         }
       }
       if (linear) {
         for (int k = 0; k < kPairs<T>; ++k) {
-          buffers.row_d[c * a.block + i - row_begin + k / columns] += d[k];
-          buffers.column_d[c * a.block + j - column_begin + k % columns] += d[k];
+          buffers.row_d[c * a.block + i - row_begin + k / kColumns<T>] += d[k];
+          buffers.column_d[c * a.block + j - column_begin + k % kColumns<T>] += d[k];
         }
       }
     });
@@ -271,59 +306,55 @@ struct BlockPair {
   // Replaces the logits of a tile by D and returns the tile's share of the loss.
   double cross_entropy(T* logits, int64_t i, int64_t j) const {
     constexpr int pairs = kPairs<T>;
-    Vec<T> max = load(logits);
-    for (int64_t c = 1; c < a.classes; ++c) max = clamp_min<T>(max, load(logits + c * pairs));
-    // All pairs of one weight share one logarithm, of the product of their sums of exponentials. A double holds it, because each
-    // sum lies between 1 and C.
-    struct {
-      double product = 1, sum = 0;
-    } once, twice;
-    T weight[pairs], target_logit[pairs];
+    using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+    typedef Lane Lanes __attribute__((vector_size(kVectorBytes)));
+    Lanes row_target, column_target, count;  // how often the pair counts: 0 for padding and below the diagonal
     for (int k = 0; k < pairs; ++k) {
       const int64_t n = i + k / kColumns<T>, m = j + k % kColumns<T>;
       const bool visited = n < a.row.samples && m < a.column.samples && !(upper_triangle && n > m);
-      weight[k] = visited ? T(a.pair_weight * (upper_triangle && n < m ? 2 : 1)) : T(0);
-      target_logit[k] = 0;
-      if (visited) {
-        target_logit[k] =
-            T(a.row.weight) * logits[a.row.target[n] * pairs + k] + T(a.column.weight) * logits[a.column.target[m] * pairs + k];
-      }
+      count[k] = visited ? (upper_triangle && n < m ? 2 : 1) : 0;
+      row_target[k] = visited ? Lane(a.row.target[n]) : -1;
+      column_target[k] = visited ? Lane(a.column.target[m]) : -1;
     }
-    Vec<T> total = {};
+    const Vec<T> row_weight = broadcast(T(a.row.weight)), column_weight = broadcast(T(a.column.weight));
+    Vec<T> max = load(logits);
+    for (int64_t c = 1; c < a.classes; ++c) max = clamp_min<T>(max, load(logits + c * pairs));
+    Vec<T> total = {}, target_logit = {};
     for (int64_t c = 0; c < a.classes; ++c) {
-      const Vec<T> e = exponential(load(logits + c * pairs) - max);
+      const Vec<T> remaining = load(logits + c * pairs) - max, e = exponential(remaining);
       total += e;
+      target_logit += row_weight * (row_target == Lane(c) ? remaining : Vec<T>{});
+      target_logit += column_weight * (column_target == Lane(c) ? remaining : Vec<T>{});
       store(logits + c * pairs, e);
     }
-    const Vec<T> norm = load(weight) / total;
-    if (a.row.grad) {
-      for (int64_t c = 0; c < a.classes; ++c) store(logits + c * pairs, load(logits + c * pairs) * norm);
-    }
+    // All pairs share one logarithm, of the product of their sums of exponentials. A double holds it, because each sum lies
+    // between 1 and C.
+    double product = 1, sum = 0;
     for (int k = 0; k < pairs; ++k) {
-      if (weight[k] == 0) {  // not a pair, so its logits may be anything
-        for (int64_t c = 0; c < a.classes; ++c) logits[c * pairs + k] = 0;
-        continue;
-      }
-      const int64_t n = i + k / kColumns<T>, m = j + k % kColumns<T>;
-      logits[a.row.target[n] * pairs + k] -= T(a.row.weight) * weight[k];
-      logits[a.column.target[m] * pairs + k] -= T(a.column.weight) * weight[k];
-      auto& group = upper_triangle && n < m ? twice : once;
-      group.product *= double(total[k]);
-      group.sum += double(max[k]) - double(target_logit[k]);
+      if (count[k] == 0) continue;  // not a pair, so its logits may be anything
+      product *= count[k] == 2 ? double(total[k]) * double(total[k]) : double(total[k]);
+      sum += double(count[k]) * double(target_logit[k]);
     }
-    return a.pair_weight * (once.sum + ::log(once.product) + 2 * (twice.sum + ::log(twice.product)));
+    if (a.row.grad) {
+      const Vec<T> weight = broadcast(T(a.pair_weight)) * __builtin_convertvector(count, Vec<T>), norm = weight / total;
+      for (int64_t c = 0; c < a.classes; ++c) {
+        const Vec<T> label = (row_target == Lane(c) ? row_weight : Vec<T>{}) + (column_target == Lane(c) ? column_weight : Vec<T>{});
+        const Vec<T> d = load(logits + c * pairs) * norm - label * weight;
+        store(logits + c * pairs, count == 0 ? Vec<T>{} : d);
+      }
+    }
+    return a.pair_weight * (::log(product) - sum);
   }
 };
 
 template <typename T, int kDegree>
 double block_pair_of(const PairwiseMixup<T>& a, int64_t row_block, int64_t column_block, bool upper_triangle, void* memory) {
-  const Activation<T, kDegree, true> phi(a.activation.lower, a.activation.upper);
-  const BlockPair<T> blocks(a, row_block, column_block, upper_triangle, memory);
+  const BlockPair<T, kDegree> blocks(a, row_block, column_block, upper_triangle, memory);
   double loss = 0;
-  for (int64_t c = 0; c < a.classes; ++c) blocks.logits(phi, c);
-  blocks.for_each_tile([&](T* logits, int64_t i, int64_t j) { loss += blocks.cross_entropy(logits, i, j); });
+  for (int64_t c = 0; c < a.classes; ++c) blocks.logits(c);
+  blocks.for_each_tile([&](auto, T* logits, int64_t i, int64_t j) { loss += blocks.cross_entropy(logits, i, j); });
   if (a.row.grad) {
-    for (int64_t c = 0; c < a.classes; ++c) blocks.gradient(phi, c);
+    for (int64_t c = 0; c < a.classes; ++c) blocks.gradient(c);
   }
   return loss;
 }

@@ -5,10 +5,10 @@
 // reads the slopes that forward saved, and multiplies the block E = grad * phi' by the mixed rows and by the weight.
 
 #include "../kernels.h"
+#include "../scratch.h"
 #include "activation.h"
 #include "element.h"
 #include "gemm.h"
-#include "scratch.h"
 
 namespace mixfeat::MIXFEAT_ISA {
 namespace {
@@ -133,7 +133,7 @@ void activate_column(bool lower, const T* tile, int64_t width, int64_t rows, T* 
   for (int64_t r = 0; r < rows; ++r) {
     const Vec<T> t = load(tile + r * width), clamped = phi.clamp_min(t), u = phi.clamp_max(clamped);
     if (kValue) {
-      poly_sum += power<kDegree, T>(u);
+      poly_sum += power<kDegree>(u);
       if (kUpper) linear_sum += clamped - u;
     }
     if (kSlope) store_first<T>(out + r * length, count, phi.slope(t, u) * factor);

@@ -36,65 +36,57 @@ constexpr T kInfinity = std::numeric_limits<T>::infinity();
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-template <typename T>
+// Vectors have kBytes: kVectorBytes, or fewer where what is left does not fill one.
+template <typename T, int kBytes>
 struct VectorOf {
-  typedef T type __attribute__((vector_size(kVectorBytes)));
-  typedef T unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+  typedef T type __attribute__((vector_size(kBytes)));
+  typedef T unaligned __attribute__((vector_size(kBytes), aligned(sizeof(T)), may_alias));
 };
-template <typename T>
-using Vec = typename VectorOf<T>::type;
+template <typename T, int kBytes = kVectorBytes>
+using Vec = typename VectorOf<T, kBytes>::type;
 
-template <typename T>
-inline Vec<T> load(const T* p) {
-  return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(p);
+template <int kBytes = kVectorBytes, typename T>
+inline Vec<T, kBytes> load(const T* p) {
+  return *reinterpret_cast<const typename VectorOf<T, kBytes>::unaligned*>(p);
 }
 
-template <typename T>
-inline void store(T* p, Vec<T> v) {
-  *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = v;
+template <int kBytes = kVectorBytes, typename T>
+inline void store(T* p, Vec<T, kBytes> v) {
+  *reinterpret_cast<typename VectorOf<T, kBytes>::unaligned*>(p) = v;
 }
 
-template <typename T>
-inline Vec<T> broadcast(T x) {
-  return x - Vec<T>{};  // x - 0 is x for every x, and one broadcast
+template <int kBytes = kVectorBytes, typename T>
+inline Vec<T, kBytes> broadcast(T x) {
+  return x - Vec<T, kBytes>{};  // x - 0 is x for every x, and one broadcast
 }
 
 // The larger or smaller of a value and a bound; a NaN value stays. x86 has this very function in one instruction, which
 // compilers do not always find.
-template <typename T>
-inline Vec<T> clamp_min(Vec<T> v, Vec<T> bound) {
+template <typename T, int kBytes = kVectorBytes>
+inline Vec<T, kBytes> clamp_min(Vec<T, kBytes> v, Vec<T, kBytes> bound) {
+#if defined(__AVX512F__)
+  if constexpr (kBytes == 64 && sizeof(T) == 4) return _mm512_max_ps(bound, v);
+  if constexpr (kBytes == 64 && sizeof(T) == 8) return _mm512_max_pd(bound, v);
+#endif
+#if defined(__AVX__)
+  if constexpr (kBytes == 32 && sizeof(T) == 4) return _mm256_max_ps(bound, v);
+  if constexpr (kBytes == 32 && sizeof(T) == 8) return _mm256_max_pd(bound, v);
+#endif
   return bound > v ? bound : v;
 }
 
-template <typename T>
-inline Vec<T> clamp_max(Vec<T> v, Vec<T> bound) {
+template <typename T, int kBytes = kVectorBytes>
+inline Vec<T, kBytes> clamp_max(Vec<T, kBytes> v, Vec<T, kBytes> bound) {
+#if defined(__AVX512F__)
+  if constexpr (kBytes == 64 && sizeof(T) == 4) return _mm512_min_ps(bound, v);
+  if constexpr (kBytes == 64 && sizeof(T) == 8) return _mm512_min_pd(bound, v);
+#endif
+#if defined(__AVX__)
+  if constexpr (kBytes == 32 && sizeof(T) == 4) return _mm256_min_ps(bound, v);
+  if constexpr (kBytes == 32 && sizeof(T) == 8) return _mm256_min_pd(bound, v);
+#endif
   return bound < v ? bound : v;
 }
-
-#if defined(__AVX__)
-#if defined(__AVX512F__)
-#define MIXFEAT_INTRINSIC(name) _mm512_##name
-#else
-#define MIXFEAT_INTRINSIC(name) _mm256_##name
-#endif
-template <>
-inline Vec<float> clamp_min<float>(Vec<float> v, Vec<float> bound) {
-  return MIXFEAT_INTRINSIC(max_ps)(bound, v);
-}
-template <>
-inline Vec<double> clamp_min<double>(Vec<double> v, Vec<double> bound) {
-  return MIXFEAT_INTRINSIC(max_pd)(bound, v);
-}
-template <>
-inline Vec<float> clamp_max<float>(Vec<float> v, Vec<float> bound) {
-  return MIXFEAT_INTRINSIC(min_ps)(bound, v);
-}
-template <>
-inline Vec<double> clamp_max<double>(Vec<double> v, Vec<double> bound) {
-  return MIXFEAT_INTRINSIC(min_pd)(bound, v);
-}
-#undef MIXFEAT_INTRINSIC
-#endif
 
 }  // namespace
 }  // namespace mixfeat

@@ -1,7 +1,7 @@
 // Division of a thread's scratch memory.
 #pragma once
 
-#include "../kernels.h"
+#include "kernels.h"
 
 namespace mixfeat {
 namespace {
