@@ -39,7 +39,6 @@ def add_commands(commands: Commands) -> None:
         results,
         "theory",
         _reproduce_theory,
-        patient=True,
         help="ERM learns one feature of a class, Midpoint Mixup both",
         description="Train ERM, Uniform Mixup and Midpoint Mixup on multi-view data by full-batch gradient descent and "
         "count the features that each has learned (arXiv 2210.13512, Theorems 4.6 and 4.7).",
@@ -49,7 +48,6 @@ def add_commands(commands: Commands) -> None:
         results,
         "images",
         _reproduce_images,
-        patient=True,
         help="test error on images with two features per class",
         description="Train ERM, Uniform Mixup and Midpoint Mixup on images that are concatenated along channels with "
         "an image of a paired class (arXiv 2210.13512, section 5), and take the test error with the second half zero "
@@ -64,7 +62,6 @@ def add_commands(commands: Commands) -> None:
         commands,
         "sweep",
         _sweep,
-        patient=True,
         help="what the methods learn over a grid of two settings",
         description="Run the experiment of `mixfeat reproduce theory` at every point of a grid of two of its settings, "
         "and draw heat maps of what each method has learned there. A grid can grow: with --resume more values of the "

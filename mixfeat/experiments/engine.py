@@ -264,7 +264,10 @@ class Local(Workers):
         """One process to an executor: if it dies, its task is known."""
         from joblib.externals.loky import ProcessPoolExecutor
 
-        return ProcessPoolExecutor(1, initializer=_start_worker, initargs=(os.getpid(), slot if self._gpus else None))
+        return ProcessPoolExecutor(
+            1, initializer=_start_worker, initargs=(os.getpid(), slot if self._gpus else None),
+            env={"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")},  # spinning would slow other runs down
+        )  # fmt: skip
 
     def close(self) -> None:
         for executor in self._executors.values():
