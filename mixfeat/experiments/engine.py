@@ -266,7 +266,7 @@ class Local(Workers):
 
         return ProcessPoolExecutor(
             1, initializer=_start_worker, initargs=(os.getpid(), slot if self._gpus else None),
-            env={"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")},  # spinning would slow other runs down
+            env={"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")},  # spinning slows other runs
         )  # fmt: skip
 
     def close(self) -> None:
