@@ -63,12 +63,13 @@ struct AllPairs {
   Schedule schedule;                // of groups
   int64_t work;                     // multiply-adds
 
-  AllPairs(int64_t rows, int64_t columns, bool symmetric, int64_t classes, int64_t padded_length) : symmetric(symmetric), group(1) {
-    // The pre-activations and gradients of one class in two blocks should stay in a core's first-level cache. Small problems need
-    // several blocks to keep all cores busy.
+  // Small problems need several blocks to keep all cores busy, but large blocks take less time.
+  AllPairs(int64_t rows, int64_t columns, bool symmetric, int64_t classes, int64_t padded_length, int64_t min_blocks)
+      : symmetric(symmetric), group(1) {
+    // The pre-activations and gradients of one class in two blocks should stay in a core's first-level cache.
     const int64_t samples = std::max(rows, columns), sample_size = classes * padded_length;
     const int64_t in_cache = (8 << 10) / int64_t(sizeof(T)) / std::max<int64_t>(1, padded_length);
-    block = round_up(std::clamp<int64_t>(std::min(in_cache, samples / 8), 1, 16), kSampleGroup);
+    block = round_up(std::clamp<int64_t>(std::min(in_cache, samples / min_blocks), 1, 16), kSampleGroup);
     row_blocks = (rows + block - 1) / block;
     column_blocks = (columns + block - 1) / block;
     // Threads wait for each other after a round, so a task should be long enough: 2^20 evaluations, a tenth of a millisecond.

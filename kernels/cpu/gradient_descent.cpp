@@ -42,7 +42,7 @@ struct Problem {
         padded_samples(round_up(samples, plain() ? kernel.lanes : kSampleGroup)),
         padded_length(round_up(patches * filters_per_class, kernel.lanes)),
         columns(round_up(padded_samples * patches, kernel.lanes)),
-        pairs(samples, samples, true, classes, padded_length) {}
+        pairs(samples, samples, true, classes, padded_length, 2) {}
 
   bool plain() const { return lam.empty(); }
   int64_t sample_size() const { return classes * padded_length; }

@@ -142,7 +142,7 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
   const int64_t runs = row.size(0), classes = row.size(3), length = row.size(2) * row.size(4);
 
   const int64_t padded_length = round_up(length, kernel.lanes);
-  const AllPairs<T> pairs(row.size(1), symmetric ? row.size(1) : column->size(1), symmetric, classes, padded_length);
+  const AllPairs<T> pairs(row.size(1), symmetric ? row.size(1) : column->size(1), symmetric, classes, padded_length, 8);
   const Layout<T> rows(row, row_target, pairs.block);
   // unless every lam is 1/2, rows and columns have different weights even if they are the same samples
   const bool one_side = symmetric && std::all_of(lam.begin(), lam.end(), [](double l) { return l == 0.5; });

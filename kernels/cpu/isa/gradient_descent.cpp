@@ -50,15 +50,18 @@ void weight_gradient(const GradientDescent<T>& a, int64_t begin, int64_t end) {
   }
 }
 
-// to = factor * from. Without `exact` whole vectors are written, up to one beyond the end.
+// to = factor * from. Without `exact` the rest of the last vector, or half vector, is written too.
 template <typename T>
 inline void scaled_copy(const T* from, T factor, T* to, int64_t count, bool exact) {
+  constexpr int half = kVectorBytes / 2;
   int64_t k = 0;
   for (; k + kLanes<T> <= count; k += kLanes<T>) store(to + k, load(from + k) * factor);
   if (exact) {
     for (; k < count; ++k) to[k] = from[k] * factor;
-  } else if (k < count) {
+  } else if (count - k > kLanes<T> / 2) {
     store(to + k, load(from + k) * factor);
+  } else if (k < count) {
+    store<half>(to + k, load<half>(from + k) * factor);
   }
 }
 

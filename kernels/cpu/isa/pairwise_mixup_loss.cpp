@@ -29,6 +29,10 @@ constexpr int kRows = kPairs<T> / kColumns<T>;
 // Where the last vector of a class is at most half full, half a vector does. Only AVX-512 saves time by that.
 constexpr int kHalfBytes = kVectorBytes == 64 ? kVectorBytes / 2 : kVectorBytes;
 
+// Integers in the lanes of a vector.
+template <typename T>
+using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
 // Which pairs (i + r, j + k) of a tile are visited: all of them, or on the diagonal those with i + r <= j + k, where
 // kOffset = i - j.
 template <int kOffset>
@@ -63,6 +67,7 @@ struct Buffers {
   int32_t *active_count, *linear_count;  // (C,): whole vectors
   int32_t* half;                         // (C,): whether half a vector follows the active ones
   int32_t *active, *linear;              // (C, vectors)
+  Lane<T> *row_target, *column_target;   // (block, pairs of a row or a column of a tile): targets by lane, -1 for padding
 
   Buffers(const PairwiseMixup<T>& a, void* memory)
       : scratch(memory),
@@ -75,7 +80,9 @@ struct Buffers {
         linear_count(scratch.take<int32_t>(a.classes)),
         half(scratch.take<int32_t>(a.classes)),
         active(scratch.take<int32_t>(a.classes * (a.padded_length / kLanes<T>))),
-        linear(scratch.take<int32_t>(a.classes * (a.padded_length / kLanes<T>))) {}
+        linear(scratch.take<int32_t>(a.classes * (a.padded_length / kLanes<T>))),
+        row_target(scratch.take<Lane<T>>(a.block * kColumns<T>)),
+        column_target(scratch.take<Lane<T>>(a.block * kRows<T>)) {}
 };
 
 template <typename T>
@@ -102,6 +109,15 @@ struct BlockPair {
         column_end(end(a.column, column_begin)),
         upper_triangle(upper_triangle) {
     list_vectors(row_block, column_block);
+    for (int64_t n = row_begin; n < row_end; ++n) {
+      const Lane<T> target = n < a.row.samples ? Lane<T>(a.row.target[n]) : -1;
+      for (int k = 0; k < kColumns<T>; ++k) buffers.row_target[(n - row_begin) * kColumns<T> + k] = target;
+    }
+    for (int64_t m = column_begin; m < column_end; ++m) {
+      const Lane<T> target = m < a.column.samples ? Lane<T>(a.column.target[m]) : -1;
+      const int64_t in_tile = (m - column_begin) % kColumns<T>, tile = m - column_begin - in_tile;
+      for (int r = 0; r < kRows<T>; ++r) buffers.column_target[tile * kRows<T> + r * kColumns<T> + in_tile] = target;
+    }
   }
 
   int64_t end(const MixupSide<T>& side, int64_t begin) const {
@@ -303,19 +319,26 @@ struct BlockPair {
     }
   }
 
-  // Replaces the logits of a tile by D and returns the tile's share of the loss.
-  double cross_entropy(T* logits, int64_t i, int64_t j) const {
-    constexpr int pairs = kPairs<T>;
-    using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-    typedef Lane Lanes __attribute__((vector_size(kVectorBytes)));
-    Lanes row_target, column_target, count;  // how often the pair counts: 0 for padding and below the diagonal
-    for (int k = 0; k < pairs; ++k) {
-      const int64_t n = i + k / kColumns<T>, m = j + k % kColumns<T>;
-      const bool visited = n < a.row.samples && m < a.column.samples && !(upper_triangle && n > m);
-      count[k] = visited ? (upper_triangle && n < m ? 2 : 1) : 0;
-      row_target[k] = visited ? Lane(a.row.target[n]) : -1;
-      column_target[k] = visited ? Lane(a.column.target[m]) : -1;
+  // How often each pair of a tile counts: not at all for padding and below the diagonal, twice above the diagonal.
+  template <typename Pairs>
+  Vec<Lane<T>> counts(Pairs visited, Vec<Lane<T>> row_target, Vec<Lane<T>> column_target, int64_t i, int64_t j) const {
+    Vec<Lane<T>> count = Vec<Lane<T>>{} + (upper_triangle ? 2 : 1);
+    if constexpr (!std::is_same_v<Pairs, All>) {
+      for (int k = 0; k < kPairs<T>; ++k) {
+        const int64_t n = i + k / kColumns<T>, m = j + k % kColumns<T>;
+        count[k] = n > m ? 0 : n == m ? 1 : 2;
+      }
     }
+    return (row_target < 0) | (column_target < 0) ? Vec<Lane<T>>{} : count;
+  }
+
+  // Replaces the logits of a tile by D and returns the tile's share of the loss.
+  template <typename Pairs>
+  double cross_entropy(Pairs visited, T* logits, int64_t i, int64_t j) const {
+    constexpr int pairs = kPairs<T>;
+    const auto row_target = load(buffers.row_target + (i - row_begin) * kColumns<T>);
+    const auto column_target = load(buffers.column_target + (j - column_begin) * kRows<T>);
+    const auto count = counts(visited, row_target, column_target, i, j);
     const Vec<T> row_weight = broadcast(T(a.row.weight)), column_weight = broadcast(T(a.column.weight));
     Vec<T> max = load(logits);
     for (int64_t c = 1; c < a.classes; ++c) max = clamp_min<T>(max, load(logits + c * pairs));
@@ -323,27 +346,31 @@ struct BlockPair {
     for (int64_t c = 0; c < a.classes; ++c) {
       const Vec<T> remaining = load(logits + c * pairs) - max, e = exponential(remaining);
       total += e;
-      target_logit += row_weight * (row_target == Lane(c) ? remaining : Vec<T>{});
-      target_logit += column_weight * (column_target == Lane(c) ? remaining : Vec<T>{});
+      target_logit += row_weight * (row_target == Lane<T>(c) ? remaining : Vec<T>{});
+      target_logit += column_weight * (column_target == Lane<T>(c) ? remaining : Vec<T>{});
       store(logits + c * pairs, e);
     }
     // All pairs share one logarithm, of the product of their sums of exponentials. A double holds it, because each sum lies
-    // between 1 and C.
-    double product = 1, sum = 0;
+    // between 1 and C. Where there is no pair, logits may be anything.
+    T factors[pairs], terms[pairs];
+    store(factors, count == 0 ? Vec<T>{} + 1 : count == 2 ? total * total : total);
+    store(terms, count == 0 ? Vec<T>{} : __builtin_convertvector(count, Vec<T>) * target_logit);
+    double product[2] = {1, 1}, sum[2] = {};
     for (int k = 0; k < pairs; ++k) {
-      if (count[k] == 0) continue;  // not a pair, so its logits may be anything
-      product *= count[k] == 2 ? double(total[k]) * double(total[k]) : double(total[k]);
-      sum += double(count[k]) * double(target_logit[k]);
+      product[k % 2] *= double(factors[k]);
+      sum[k % 2] += double(terms[k]);
     }
     if (a.row.grad) {
       const Vec<T> weight = broadcast(T(a.pair_weight)) * __builtin_convertvector(count, Vec<T>), norm = weight / total;
+      const Vec<T> row_label = row_weight * weight, column_label = column_weight * weight;
       for (int64_t c = 0; c < a.classes; ++c) {
-        const Vec<T> label = (row_target == Lane(c) ? row_weight : Vec<T>{}) + (column_target == Lane(c) ? column_weight : Vec<T>{});
-        const Vec<T> d = load(logits + c * pairs) * norm - label * weight;
+        Vec<T> d = load(logits + c * pairs) * norm;
+        d -= row_target == Lane<T>(c) ? row_label : Vec<T>{};
+        d -= column_target == Lane<T>(c) ? column_label : Vec<T>{};
         store(logits + c * pairs, count == 0 ? Vec<T>{} : d);
       }
     }
-    return a.pair_weight * (::log(product) - sum);
+    return a.pair_weight * (::log(product[0] * product[1]) - (sum[0] + sum[1]));
   }
 };
 
@@ -352,7 +379,7 @@ double block_pair_of(const PairwiseMixup<T>& a, int64_t row_block, int64_t colum
   const BlockPair<T, kDegree> blocks(a, row_block, column_block, upper_triangle, memory);
   double loss = 0;
   for (int64_t c = 0; c < a.classes; ++c) blocks.logits(c);
-  blocks.for_each_tile([&](auto, T* logits, int64_t i, int64_t j) { loss += blocks.cross_entropy(logits, i, j); });
+  blocks.for_each_tile([&](auto visited, T* logits, int64_t i, int64_t j) { loss += blocks.cross_entropy(visited, logits, i, j); });
   if (a.row.grad) {
     for (int64_t c = 0; c < a.classes; ++c) blocks.gradient(c);
   }

@@ -1,0 +1,137 @@
+"""gradient_descent against loops of training steps, and against the arithmetic peak, the bare pairs and two cores."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mixfeat as mf
+from mixfeat.ops.pairwise_mixup_loss import pairwise_mixup_block
+
+from . import baselines, harness
+from .limits import network_work
+from .shapes import Network
+from .test_pairwise_mixup_loss import ACTIVATION, fastest, make_inputs, on_threads
+from .timing import CUDA, compare, measure
+
+#: The defaults of ``mixfeat reproduce theory``
+SHAPE = Network(50, 8, 20, 10, 5)
+STEPS, LR = 32, 1e-3
+
+
+def operator_loop(x, w, y, lam):
+    """Take the steps by mixfeat's operators and torch.optim.SGD."""
+    weight = w.detach().clone().requires_grad_()
+    optimizer = torch.optim.SGD([weight], lr=LR)
+    for _ in range(STEPS):
+        if lam is None:
+            logits = mf.patch_conv(x, weight, ACTIVATION)
+            loss = F.cross_entropy(logits.flatten(0, 1), y.repeat(len(w))) * len(w)
+        else:
+            loss = mf.pairwise_mixup_loss(x, weight, y, ACTIVATION, lam=lam).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return weight.detach()
+
+
+def batched_loss(x, w, y, lam):
+    """Write the loss of all networks at once in plain PyTorch: the formulation that a compiler can fuse best."""
+    s = torch.einsum("npd,rcmd->rncpm", x, w).flatten(-2)
+    rho, degree = ACTIVATION.rho, ACTIVATION.degree
+    t = s / rho if lam is None else lam / rho * s[:, :, None] + (1 - lam) / rho * s[:, None]
+    logits = (rho * (baselines._power(t.clamp(0, 1), degree) / degree + (t - 1).clamp(min=0))).sum(-1)
+    log_p = logits.log_softmax(-1)
+    label = F.one_hot(y, w.shape[1]).to(log_p)
+    if lam is not None:
+        label = lam * label[:, None] + (1 - lam) * label[None]
+    return -(label * log_p).sum(-1).flatten(1).mean(1).sum()
+
+
+def plain_loop(x, w, y, lam, *, compile):
+    """Take the steps by one function of all networks, compiled or not."""
+
+    def step(weight):
+        (grad,) = torch.autograd.grad(batched_loss(x, weight, y, lam), weight)
+        return grad
+
+    gradient = baselines.compiled(step) if compile else step
+
+    def run():
+        weight = w.detach().clone().requires_grad_()
+        for _ in range(STEPS):
+            grad = gradient(weight)
+            weight.detach().sub_(grad, alpha=LR)
+        return weight.detach()
+
+    return run
+
+
+@pytest.mark.parametrize("runs", [2, 8])
+@pytest.mark.parametrize("lam", [0.5, None], ids=["midpoint", "erm"])
+def test_runs(benchmark, capsys, lam, runs):
+    """Train networks for 32 steps in one call, against loops over steps of all networks at once."""
+    x, w, y = make_inputs(SHAPE, runs)
+    contenders = {
+        "mixfeat": lambda: mf.gradient_descent(x, w.detach(), y, ACTIVATION, lam=lam, lr=LR, steps=STEPS)[0],
+        "operators and SGD": lambda: operator_loop(x, w, y, lam),
+        "torch.compile": plain_loop(x, w, y, lam, compile=True),
+        "eager": plain_loop(x, w, y, lam, compile=False),
+    }
+    harness.check(contenders, contenders["mixfeat"](), torch.float32)
+    contenders["torch.compile"] = fastest(contenders["torch.compile"])
+    measured = measure(contenders, pairwise=True)
+    benchmark.pedantic(contenders["mixfeat"], rounds=3)
+    evaluations = SHAPE.evaluations if lam is None else SHAPE.pair_evaluations
+    work = network_work(
+        "training", torch.float32, products=runs * STEPS * SHAPE.products, evaluations=runs * STEPS * evaluations,
+        bytes=x.nbytes + 2 * w.nbytes,
+    )  # fmt: skip
+    name = f"{'ERM' if lam is None else 'Midpoint'}, R={runs} {tuple(SHAPE)}"
+    harness.record(capsys, harness.Case("gradient_descent", name, f"{STEPS} steps"), measured=measured, work=work)
+
+
+@pytest.mark.skipif(CUDA, reason="the CPU's kernel")
+def test_one_core(benchmark, capsys):
+    """Compare a step of one network on one core to the bare pairs, from pre-activations to their gradient."""
+    x, w, y = make_inputs(SHAPE)
+    s = torch.einsum("npd,cmd->npcm", x, w.detach())[None].contiguous()
+    weights = [1 / SHAPE.samples**2]
+
+    def pairs():
+        for _ in range(STEPS):
+            pairwise_mixup_block(s, None, y, None, [0.5], weights, ACTIVATION.polynomial, True)
+
+    def train():
+        mf.gradient_descent(x, w.detach(), y, ACTIVATION, lr=LR, steps=STEPS)
+
+    timing = compare({"step": on_threads(train, 1), "pairs": on_threads(pairs, 1)})
+    benchmark.pedantic(on_threads(train, 1), rounds=3)
+
+    def work():
+        return network_work(
+            "training", torch.float32, products=SHAPE.products, evaluations=SHAPE.pair_evaluations, bytes=1
+        )
+
+    limit = on_threads(work, 1)().limit
+    figures = {
+        "microseconds a step": timing["step"].p50 / STEPS * 1e6,
+        "of the pairs": timing["step"].p50 / timing["pairs"].p50,
+        "% of the arithmetic peak": 100 * limit.seconds * STEPS / timing["step"].p50,
+    }
+    harness.record(capsys, harness.Case("gradient_descent", f"one core {tuple(SHAPE)}", "a step"), figures=figures)
+
+
+@pytest.mark.skipif(CUDA, reason="the CPU's threads")
+@pytest.mark.parametrize("runs", [1, 5, 8])
+def test_threads(benchmark, capsys, runs):
+    """Compare all threads to one: networks that do not divide evenly among threads, and fewer networks than threads."""
+    x, w, y = make_inputs(SHAPE, runs)
+
+    def train():
+        mf.gradient_descent(x, w.detach(), y, ACTIVATION, lr=LR, steps=8 * STEPS)
+
+    threads = torch.get_num_threads()
+    timing = compare({"all": on_threads(train, threads), "one": on_threads(train, 1)})
+    benchmark.pedantic(train, rounds=3)
+    figures = {"threads": threads, "times as fast as one thread": timing["one"].p50 / timing["all"].p50}
+    harness.record(capsys, harness.Case("gradient_descent", f"R={runs} {tuple(SHAPE)}", "threads"), figures=figures)
