@@ -174,7 +174,7 @@ def _finished(run: Run, records: dict[str, Record]) -> bool:
 
 
 def _batches(runs: Sequence[Run], records: dict[str, Record]) -> list[tuple[Run, ...]]:
-    """The runs that share a launch: of one group and at one step."""
+    """Put runs together that are trained in one call: those of one group that are at one step."""
     batches: dict[Hashable, list[Run]] = {}
     for run in runs:
         step = records[run.name].step if run.name in records else 0
@@ -186,12 +186,12 @@ def _batches(runs: Sequence[Run], records: dict[str, Record]) -> list[tuple[Run,
 
 
 class Workers(ABC):
-    """Where chunks of work are computed; a context manager that ends the workers.
+    """Compute chunks of work; a context manager, which ends the workers.
 
     Attributes:
         slots: chunks that are computed at a time.
-        death: what the future of a chunk raises if its worker dies.
-        attempts: deaths of one chunk's workers that end the command.
+        death: the exception that a chunk's future raises if its worker dies.
+        attempts: the number of deaths in a row that ends a run.
     """
 
     death: type[Exception]
@@ -206,7 +206,7 @@ class Workers(ABC):
         """Start a chunk."""
 
     def threads(self, tasks: int) -> int | None:
-        """PyTorch's threads of a worker while there are so many tasks; None leaves them as they are."""
+        """Return the number of PyTorch's threads for a worker while there are so many tasks; None changes nothing."""
         return None
 
     @abstractmethod
@@ -223,7 +223,7 @@ class Workers(ABC):
 
 
 class Local(Workers):
-    """Processes of this machine that loky starts when they are first needed; with one slot, this process itself.
+    """Use processes of this machine, which loky starts when they are first needed; with one slot use this process.
 
     Args:
         slots: number of processes.
@@ -235,7 +235,6 @@ class Local(Workers):
 
     def __init__(self, slots: int = 1, *, gpus: bool = False) -> None:
         self._slots, self._gpus = slots, gpus
-        self._cores = torch.get_num_threads() if slots == 1 else max(slots, cpu_count())
         self._executors: dict[int, Executor] = {}
         self._last: dict[int, Future[Any]] = {}
 
@@ -244,10 +243,10 @@ class Local(Workers):
         return self._slots
 
     def threads(self, tasks: int) -> int | None:
-        """Share the cores among the tasks; what OMP_NUM_THREADS allows is never exceeded."""
+        """Share the cores among the tasks, and respect OMP_NUM_THREADS."""
         if self._slots == 1:
             return None
-        return min(torch.get_num_threads(), max(1, self._cores // min(tasks, self._slots)))
+        return min(torch.get_num_threads(), max(1, cpu_count() // min(tasks, self._slots)))
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         if self._slots == 1:
@@ -261,7 +260,7 @@ class Local(Workers):
         return self._last[slot]
 
     def _executor(self, slot: int) -> Executor:
-        """One process to an executor: if it dies, its task is known."""
+        """Return an executor of one process, so that the death of a process names its task."""
         from joblib.externals.loky import ProcessPoolExecutor
 
         return ProcessPoolExecutor(
@@ -289,21 +288,21 @@ def _end_with(parent: int) -> None:
 
 
 def cpu_count() -> int:
-    """The cores that this process may use: affinity and container limits are heeded."""
+    """Return the number of cores that this process may use, by its affinity and the limits of its container."""
     import joblib
 
     return int(joblib.cpu_count())
 
 
 class Cluster(Workers):
-    """Workers of a Dask cluster, which may come and go.
+    """Use the workers of a Dask cluster, which may come and go.
 
-    Dask itself runs a chunk again on another worker if one dies, and gives up as its scheduler's setting
+    If a worker dies, Dask itself runs its chunk again on another one, as often as the scheduler's setting
     ``allowed-failures`` says.
 
     Args:
         address: of the scheduler.
-        software: what every worker must have, of :func:`software_of`.
+        software: required of every worker, from :func:`software_of`.
 
     Raises:
         EngineError: the scheduler cannot be reached, has no workers, or one of them has other software.
@@ -313,7 +312,7 @@ class Cluster(Workers):
         import distributed
 
         self.death, self.attempts = distributed.KilledWorker, 1  # Dask has tried again already
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what goes wrong is told once, in a line of ours
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # our own error says it in one line
         try:
             self._client = distributed.Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError, TypeError) as error:
@@ -356,14 +355,14 @@ class Cluster(Workers):
 
 
 def software_of(settings: BaseSettings) -> dict[str, str]:
-    """Everything besides the settings that a record depends on, to the last bit."""
+    """Return everything besides the settings that a record depends on, to the last bit."""
     return {name: value for name, value in identity(settings).items() if name in ("backend", "mixfeat", "torch")}
 
 
 def _advance(
     software: dict[str, str], runs: Sequence[Run], records: Sequence[Record | None], seconds: float, threads: int | None
 ) -> list[Record]:
-    """One chunk of work, as a worker does it."""
+    """Do one chunk of work; called in a worker."""
     refusal = _refusal(software)
     if refusal is not None:
         raise EngineError(f"a worker cannot be used: {refusal}")
@@ -374,7 +373,7 @@ def _advance(
 
 
 def _refusal(software: dict[str, str]) -> str | None:
-    """Why this process cannot work for one that has this software, or None."""
+    """Return the reason why this process cannot work for one that has this software, or None."""
     for name, found in (("mixfeat", mf.__version__), ("torch", torch.__version__)):
         if found != software[name]:
             return f"it has {name} {found}, and this command has {software[name]}"
@@ -387,7 +386,7 @@ def _refusal(software: dict[str, str]) -> str | None:
 
 
 class Results:
-    """The records of one experiment under one set of settings: a file for each run in a folder of its own.
+    """Keep the records of one experiment under one set of settings: a file for each run, in a folder of their own.
 
     A file is replaced as a whole: a process that is killed at any moment leaves the record before or the record after.
     Each file has a checksum over its settings, its name and its content. A folder that is damaged, or that belongs to
@@ -453,7 +452,7 @@ class Results:
             )
 
     def get(self, name: str) -> Record | None:
-        """The record of that name, or None.
+        """Return the record of that name, or None.
 
         Raises:
             ResultsError: the file cannot be read, or it is damaged.
@@ -517,6 +516,6 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _line(error: Any) -> str:
-    """The text of an error in one line of bounded length."""
+    """Return the text of an error as one line of bounded length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:200]}..."
