@@ -60,7 +60,7 @@ def real(name: str, value: Any, wanted: str = "a number") -> float:
 def finite(name: str, value: Any, least: float | None = None) -> float:
     """Check a finite number, at least ``least``."""
     number = real(name, value)
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # math.isfinite cannot be traced
         raise ValueError(f"{name} must be finite, got {value}")
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least:g}, got {value}")
