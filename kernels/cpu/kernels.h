@@ -30,7 +30,7 @@ using WeightedSum = void (*)(const void* samples, int64_t stride, const int64_t*
 
 // ---- cross_entropy
 
-// The weight of each class: label_c = base + sum over j of values[j] [c = classes[j]] + scale * target_c.
+// The weight of each class: label_c = base + sum over j of values[j] [c = classes[j]] + scale * target_c. A class of -1 is none.
 struct Label {
   double base;
   int64_t classes[2];
