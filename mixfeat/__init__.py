@@ -3,16 +3,7 @@
 from mixfeat import backends, data, features, functional, nn, reference
 from mixfeat.activations import Identity, PolyReLU, Power, PowerReLU, ReLU
 from mixfeat.backends import backend
-from mixfeat.functional import (
-    beta_quadrature,
-    gradient_descent,
-    mixup,
-    mixup_cross_entropy,
-    pairwise_mixup_loss,
-    patch_conv,
-    sample_mixup,
-    soft_target_cross_entropy,
-)
+from mixfeat.functional import *  # noqa: F403  (the operators, which functional.__all__ lists)
 from mixfeat.nn import Mixup, MixupCrossEntropyLoss, PairwiseMixupLoss, TwoLayerPatchCNN
 
 __version__ = "0.1.0"
@@ -30,17 +21,10 @@ __all__ = [
     "__version__",
     "backend",
     "backends",
-    "beta_quadrature",
     "data",
     "features",
     "functional",
-    "gradient_descent",
-    "mixup",
-    "mixup_cross_entropy",
     "nn",
-    "pairwise_mixup_loss",
-    "patch_conv",
     "reference",
-    "sample_mixup",
-    "soft_target_cross_entropy",
 ]
+__all__ += functional.__all__

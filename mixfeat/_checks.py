@@ -60,7 +60,7 @@ def real(name: str, value: Any, wanted: str = "a number") -> float:
 def finite(name: str, value: Any, least: float | None = None) -> float:
     """Check a finite number, at least ``least``."""
     number = real(name, value)
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least:g}, got {value}")
@@ -70,7 +70,7 @@ def finite(name: str, value: Any, least: float | None = None) -> float:
 def positive(name: str, value: Any, hint: str = "") -> float:
     """Check a finite number above 0."""
     number = real(name, value)
-    if not (math.isfinite(number) and number > 0):
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} must be finite and positive, got {value}{hint}")
     return number
 
@@ -186,6 +186,13 @@ def constant(name: str, value: Tensor, why: str) -> None:
 # The operators' arguments
 
 
+def autocast_is_enabled(device_type: str) -> bool:
+    """Whether autocast is active for a type of device; a few types, "meta" among them, do not know it."""
+    if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
+        return False
+    return torch.is_autocast_enabled(device_type)
+
+
 def network(input: Any, weight: Any, activation_: Any, autocast: bool = True) -> tuple[Tensor, Tensor]:
     """Check samples (N,P,D) or (R,N,P,D) against filters (C,M,D) or (R,C,M,D); return both, cast as autocast says.
 
@@ -196,9 +203,9 @@ def network(input: Any, weight: Any, activation_: Any, autocast: bool = True) ->
     _network_tensor("weight", weight, "(C,M,D) or (R,C,M,D)")
     device = input.device
     same_device("weight", weight, device)
-    if torch.is_autocast_enabled(device.type) and not autocast:
+    if autocast_is_enabled(device.type) and not autocast:
         input = input.to(weight.dtype)
-    elif torch.is_autocast_enabled(device.type):
+    elif autocast_is_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         input = input if input.dtype == torch.float64 else input.to(dtype)
         weight = weight if weight.dtype == torch.float64 else weight.to(dtype)

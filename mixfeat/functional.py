@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from mixfeat import _checks, ops
+from mixfeat import _checks
 from mixfeat.activations import Activation
+from mixfeat.ops import cross_entropy, sharding
+from mixfeat.ops.gradient_descent import gradient_descent as _gradient_descent
+from mixfeat.ops.mixup import mixup as _mixup
+from mixfeat.ops.pairwise_mixup_loss import pairwise_mixup_loss as _pairwise_mixup_loss
+from mixfeat.ops.patch_conv import patch_conv as _patch_conv
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # not there in every build of PyTorch
@@ -52,7 +57,7 @@ def patch_conv(
         g, (N,C), or (R,N,C) if input or weight has the run dimension; of input's dtype. Sums are formed in float32
         (float64 for float64). Under autocast input and weight are cast as they are for a convolution.
 
-    Gradients flow to ``input`` and ``weight``; differentiating twice raises. float32 products follow
+    Gradients flow to ``input`` and ``weight``, and can be differentiated again. float32 products follow
     ``torch.get_float32_matmul_precision()`` on CUDA.
 
     Raises:
@@ -64,7 +69,7 @@ def patch_conv(
     input, weight = _checks.network(input, weight, activation)
     if index is not None or lam is not None:
         lam = _checks.mixing(index, lam, input.shape[-3], input.device, input.dtype)
-    return ops.patch_conv.patch_conv(input, weight, index, lam, activation.polynomial)
+    return _patch_conv(input, weight, index, lam, activation.polynomial)
 
 
 def pairwise_mixup_loss(
@@ -109,8 +114,9 @@ def pairwise_mixup_loss(
     one. So the average over ranks of the gradient to ``weight``, which DistributedDataParallel takes, is that of L.
     Every rank must scale its loss alike. Ranks wait for each other: a call cannot be part of a CUDA graph.
 
-    Gradients flow to ``input`` and ``weight``; differentiating twice raises. Under autocast input and weight are cast
-    as they are for a linear layer. The convolution follows ``torch.get_float32_matmul_precision()``.
+    Gradients flow to ``input`` and ``weight``, and can be differentiated again without a group. Under autocast input
+    and weight are cast as they are for a linear layer. The convolution follows
+    ``torch.get_float32_matmul_precision()``.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -124,17 +130,15 @@ def pairwise_mixup_loss(
     With a group these are raised by every rank: one whose arguments are fine has a ValueError that says which rank
     refused its own and why, or which settings differ.
     """
-    name = "" if group is None else ops.sharding.group_name(group)
+    name = "" if group is None else sharding.group_name(group)
     try:
         input, weight = _checks.classifier(input, weight, target, activation)
         nodes, node_weights = _checks.nodes(lam, lam_weight)
     except Exception as error:
         if name:
-            ops.sharding.refuse(name, error)
+            sharding.refuse(name, error)
         raise
-    loss = ops.pairwise_mixup_loss.pairwise_mixup_loss(
-        input, weight, target, nodes, node_weights, activation.polynomial, name
-    )
+    loss = _pairwise_mixup_loss(input, weight, target, nodes, node_weights, activation.polynomial, name)
     return loss if input.dim() == 4 or weight.dim() == 4 else loss[0]
 
 
@@ -204,7 +208,7 @@ def gradient_descent(
     rates = _checks.lr(lr, runs, steps)
     momentum, weight_decay = _checks.momentum(momentum), _checks.finite("weight_decay", weight_decay, 0)
     dtype = _checks.accumulation(weight.dtype)
-    trained, loss, _ = ops.gradient_descent.gradient_descent(
+    trained, loss, _ = _gradient_descent(
         input.to(dtype), weight.to(dtype), target, nodes, node_weights, activation.polynomial, rates, steps, momentum,
         weight_decay,
     )  # fmt: skip
@@ -281,7 +285,10 @@ def sample_mixup(
         # of an empty tensor, because torch.compile cannot trace torch.get_default_device
         device = torch.empty(0).device if generator is None else generator.device
     source = torch.device(device) if generator is None else generator.device
-    index = torch.randperm(num_samples, generator=generator, device=source)
+    if generator is None:  # torch.compile would make a graph for every num_samples if it saw generator=None
+        index = torch.randperm(num_samples, device=source)
+    else:
+        index = torch.randperm(num_samples, generator=generator, device=source)
     shape = (num_samples,) if per_sample else ()
     if lam is None:
         # Gamma(a) is Gamma(a + 1) U^(1/a): logarithms stay finite where, for small a, most draws would be 0
@@ -313,7 +320,7 @@ def mixup(input: Tensor, index: Tensor, lam: float | Tensor, *, dtype: torch.dty
             uint8 stay in [0, 255].
 
     Returns:
-        z, of input's shape. Gradients flow to ``input``; differentiating twice raises.
+        z, of input's shape. Gradients flow to ``input``, and can be differentiated again.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -325,12 +332,17 @@ def mixup(input: Tensor, index: Tensor, lam: float | Tensor, *, dtype: torch.dty
     if input.dim() == 0:
         raise ValueError("input must have shape (N, ...), got ()")
     if dtype is None:
-        dtype = torch.get_default_dtype() if input.dtype == torch.uint8 else input.dtype
+        dtype = mixed_dtype(input)
     _checks.float_dtype("dtype", dtype)
     if dtype != input.dtype and input.dtype != torch.uint8:
         raise TypeError(f"dtype must be input's, {input.dtype}, unless input is uint8; got {dtype}")
     lam = _checks.mixing(index, lam, input.shape[0], input.device, dtype)
-    return ops.mixup.mixup(input, index, lam, dtype)
+    return _mixup(input, index, lam, dtype)
+
+
+def mixed_dtype(input: Tensor) -> torch.dtype:
+    """Return the dtype that :func:`mixup` gives its result by default."""
+    return torch.get_default_dtype() if input.dtype == torch.uint8 else input.dtype
 
 
 def mixup_cross_entropy(
@@ -362,7 +374,7 @@ def mixup_cross_entropy(
 
     Returns:
         The loss, () or, without reduction, (N,); float32, also for half-precision logits, or float64 for float64. The
-        mean over no targets is NaN. Gradients flow to ``input``; differentiating twice raises.
+        mean over no targets is NaN. Gradients flow to ``input``, and can be differentiated again.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -375,7 +387,7 @@ def mixup_cross_entropy(
     _checks.classes("target_a", target_a, input.shape[:1], input.device)
     _checks.classes("target_b", target_b, input.shape[:1], input.device)
     lam = _checks.sample_lam(lam, input.shape[0], input.device, input.dtype)
-    return ops.cross_entropy.mixup_cross_entropy(input, target_a, target_b, lam, *options)
+    return cross_entropy.mixup_cross_entropy(input, target_a, target_b, lam, *options)
 
 
 def soft_target_cross_entropy(
@@ -396,7 +408,7 @@ def soft_target_cross_entropy(
 
     Returns:
         The loss, () or, without reduction, (N,); float32, also for half-precision logits, or float64 for float64.
-        Gradients flow to ``input``; differentiating twice raises.
+        Gradients flow to ``input``, and can be differentiated again.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -405,4 +417,4 @@ def soft_target_cross_entropy(
     _checks.logits(input)
     label_smoothing, _, reduction = _checks.loss_options(label_smoothing, -100, reduction)
     _checks.soft_target(target, input)
-    return ops.cross_entropy.soft_target_cross_entropy(input, target, label_smoothing, reduction)
+    return cross_entropy.soft_target_cross_entropy(input, target, label_smoothing, reduction)

@@ -132,7 +132,8 @@ class PairwiseMixupLoss(nn.Module):
 class Mixup(nn.Module):
     """Mix each sample of a batch with a randomly drawn partner (:func:`mixfeat.sample_mixup`, :func:`mixfeat.mixup`).
 
-    Partner and lam are drawn on the batch's device. In eval mode nothing is mixed: lam is 1.
+    Partner and lam are drawn on the batch's device. In eval mode nothing is mixed, and lam is 1; the
+    dtype is the same.
 
     Args:
         alpha: lam ~ Beta(alpha, alpha), alpha > 0.
@@ -183,7 +184,8 @@ class Mixup(nn.Module):
             )  # fmt: skip
             mixed, partner = functional.mixup(input, index, lam), target[index]
         else:
-            mixed, partner, lam = input, target, torch.ones((), device=input.device)
+            mixed, partner = input.to(functional.mixed_dtype(input)), target
+            lam = torch.ones((), dtype=torch.float32, device=input.device)
         if self.num_classes is None:
             return mixed, (target, partner, lam)
         classes = torch.arange(self.num_classes, device=input.device)

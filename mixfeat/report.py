@@ -208,14 +208,16 @@ class CompiledKernel:
         return [loop for loop in _innermost_loops(self.assembly) if "FADD.SAT" in loop]
 
     def occupancy(self) -> float | None:
-        """The most that registers, shared memory and warps leave of a multiprocessor's 64 or 48 warps (NVIDIA)."""
+        """Return what share of a multiprocessor's 64 or 48 warps its registers and shared memory can hold (NVIDIA)."""
         shared = _SHARED_BYTES.get(self.target)
         if shared is None:
             return None
         warps, most = self.config["num_warps"], _WARPS.get(self.target, 64)
-        programs = [most // warps, 65536 // (32 * warps * (self.registers + 7 & ~7))]  # registers come in eights
+        # Each of the 4 schedulers has 16384 registers, and gives them to a warp in units of 256: 8 a thread.
+        warps_per_scheduler = 16384 // (32 * (self.registers + 7 & ~7))
+        programs = [most // warps, 4 * warps_per_scheduler // warps]
         if self.shared_bytes:
-            programs.append(shared // (self.shared_bytes + 1024))  # of which the system takes 1 KiB a program
+            programs.append(shared // (self.shared_bytes + 1024))  # the system takes 1 KiB per program
         return min(programs) * warps / most
 
     def row(self) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""Shared by all tests: fresh random inputs (the seed is in the report), backends to run on, errors to hold results to.
+"""Shared by all tests: the seed of random inputs, backends to run on, errors to hold results to.
 
-``TRITON_INTERPRET=1 pytest -m triton`` runs the Triton kernels in their interpreter; without it, and without a GPU,
-they are compiled but not run. ``MIXFEAT_TEST_LONG=1`` draws many more examples and kills many more processes.
+``TRITON_INTERPRET=1 pytest -m triton`` runs the operators on Triton's kernels, in its interpreter. Without it, and
+without a GPU, these tests are left out. Inputs are the same in every run, unless ``MIXFEAT_TEST_SEED`` names another
+seed. ``MIXFEAT_TEST_LONG=1`` draws a new one, takes many more examples and kills many more processes.
 """
 
 import functools
-import math
 import os
 import subprocess
 import sys
@@ -15,10 +15,13 @@ import pytest
 import torch
 
 import mixfeat as mf
+from mixfeat.operators import relative_error as error
+
+__all__ = ["LONG", "ROOT", "SEED", "error", "interpreted"]
 
 ROOT = Path(__file__).parents[1]
-SEED = int(os.environ.get("MIXFEAT_TEST_SEED", torch.seed() % 2**32))
 LONG = os.environ.get("MIXFEAT_TEST_LONG") == "1"
+SEED = int(os.environ.get("MIXFEAT_TEST_SEED", torch.seed() % 2**32 if LONG else 0))
 
 try:
     import hypothesis
@@ -44,8 +47,21 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.hypothesis_seed = SEED
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have every example of a property counted."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what cannot run in this process, and have every example of a property counted."""
+    for item in items:
+        if item.path.name.startswith("test_triton_"):
+            item.add_marker(pytest.mark.kernels)
+    if "triton" not in mf.backends.available():
+        left_out = [i for i in items if i.get_closest_marker("triton") and not i.get_closest_marker("kernels")]
+    elif mf.backends.interpreted():  # in this process Triton's kernels cannot be compiled
+        left_out = [i for i in items if i.get_closest_marker("kernels") and not i.get_closest_marker("triton")]
+    else:
+        left_out = []
+    if left_out:
+        items[:] = [item for item in items if item not in set(left_out)]
+        config.hook.pytest_deselected(items=left_out)
     for test in {item.obj for item in items if isinstance(item, pytest.Function) and hasattr(item.obj, "hypothesis")}:
         test.hypothesis.inner_test = _counted(test.hypothesis.inner_test)
 
@@ -75,13 +91,6 @@ def interpreted(backend: str) -> bool:
     return backend == "triton" and mf.backends.interpreted()
 
 
-def error(results, truths):
-    """Relative error in the 2-norm, over several draws; infinite where anything is not finite."""
-    square = sum((a.double() - b).square().sum().item() for a, b in zip(results, truths, strict=True))
-    scale = sum(b.square().sum().item() for b in truths)
-    return math.sqrt(square / max(scale, 1e-300)) if math.isfinite(square) else math.inf
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
@@ -105,6 +114,14 @@ def backend(request):
 def device(backend: str) -> torch.device:
     """The device that the backend serves."""
     return torch.device("cuda" if backend == "triton" and torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def problem(request):
+    """A problem of the table of operators, its backend in force during the test: see :mod:`table`."""
+    request.param.generator.manual_seed(SEED)
+    with mf.backend(request.param.backend):
+        yield request.param
 
 
 @pytest.fixture

@@ -371,6 +371,7 @@ def test_opcheck(backend, device, objective, momentum):
 def test_compile(backend, device, objective, dynamic):
     if interpreted(backend):
         pytest.skip("the interpreter cannot be traced")
+    torch._dynamo.reset()
 
     def train(x, w, y):
         weight, loss = mf.gradient_descent(x, w, y, POLY, lr=0.1, steps=3, momentum=0.5, **OBJECTIVES[objective])

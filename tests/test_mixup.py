@@ -1,4 +1,3 @@
-import copy
 import math
 
 import numpy as np
@@ -12,67 +11,18 @@ from mixfeat import reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(8, 3, 6, 5), (1, 7), (9,), (33, 1), (5, 65), (3, 2, 1, 1, 17), (2, 70000)]
-LAMS = ["float", "0-d", "per-sample"]
 
 
-def make_inputs(shape, dtype, device, lam="per-sample"):
+def make_inputs(shape, dtype, device):
     x = torch.randn(shape, dtype=torch.float64).to(device, dtype)
     index = torch.randint(shape[0], shape[:1], device=device)  # some samples serve twice, others never
-    kinds = {"float": 0.3, "0-d": torch.tensor(0.7), "per-sample": torch.rand(shape[0])}
-    return x, index, kinds[lam] if lam == "float" else kinds[lam].to(device)
+    return x, index, torch.rand(shape[0]).to(device)
 
 
 def results(f, x, index, lam, grad, **options):
     x = x.detach().requires_grad_()
     z = f(x, index, lam, **options)
     return z.detach(), *torch.autograd.grad(z, x, grad.to(z.dtype))
-
-
-def plain(x, index, lam):
-    """As users write it."""
-    if isinstance(lam, torch.Tensor) and lam.dim():
-        lam = lam.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
-    return lam * x + (1 - lam) * x[index]
-
-
-def check(x, index, lam, grad=None):
-    """Value and gradient against the formula in float64; in half precision at most twice what plain PyTorch errs."""
-    grad = torch.randn(x.shape, device=x.device).to(x.dtype) if grad is None else grad
-    exact = lam.double() if isinstance(lam, torch.Tensor) else lam
-    mine = results(mf.mixup, x, index, lam, grad)
-    true = results(reference.mixup, x.double(), index, exact, grad)
-    usual = results(plain, x, index, lam, grad)
-    for a, b, c in zip(mine, true, usual, strict=True):
-        assert a.shape == x.shape
-        assert a.dtype == x.dtype
-        budget = {torch.float32: 1e-6, torch.float64: 1e-15}.get(x.dtype) or 2 * error([c], [b])
-        assert error([a], [b]) <= budget
-
-
-@pytest.mark.parametrize("lam", LAMS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_accuracy(backend, device, shape, dtype, lam):
-    if backend == "triton" and dtype == torch.float64:
-        with pytest.raises(ValueError, match=r"'triton' does not serve torch\.float64"):
-            check(*make_inputs(shape, dtype, device, lam))
-        return
-    if dtype.itemsize == 2 and math.prod(shape) < 100:
-        shape = (64, *shape)  # errors in half precision compare only over many numbers
-    check(*make_inputs(shape, dtype, device, lam))
-
-
-@pytest.mark.parametrize("capability", ["generic", "avx2", "avx512"])
-def test_accuracy_of_each_instruction_set(capability, run_python):
-    run_python(
-        "import sys, torch, mixfeat as mf; sys.path.insert(0, 'tests'); import test_mixup as t\n"
-        f"torch.manual_seed({SEED})\n"
-        "for shape in t.SHAPES[-3:]:\n"
-        "  for dtype in t.DTYPES: t.check(*t.make_inputs(shape, dtype, 'cpu'))\n"
-        "  t.check_bytes(shape, 'cpu')\n"
-        "t.check_every_half('cpu')\n",
-        MIXFEAT_CPU_CAPABILITY=capability,
-    )
 
 
 def check_bytes(shape, device, dtypes=DTYPES):
@@ -122,6 +72,12 @@ def test_every_half(backend, device):
     check_every_half(device, subnormal=backend != "triton")
 
 
+def check_instruction_set():
+    for shape in SHAPES[-3:]:
+        check_bytes(shape, "cpu")
+    check_every_half("cpu")
+
+
 def test_memory_formats(backend, device):
     """Each sample keeps the order of its dimensions in memory; results are those of a contiguous copy, to the bit."""
     x, index, lam = make_inputs((6, 4, 5, 3), torch.float32, device)
@@ -141,22 +97,13 @@ def test_memory_formats(backend, device):
         z = mf.mixup(layout, *twice)
         assert torch.equal(z, mf.mixup(layout.contiguous(), index, lam))
         for grad in (layouts["channels_last"], layouts["one sample"], torch.ones((), device=device).expand(6, 4, 5, 3)):
-            check(layout, index, lam, grad)
+            found = results(mf.mixup, layout, *twice, grad)
+            torch.testing.assert_close(found, results(mf.mixup, layout.contiguous(), index, lam, grad.contiguous()))
     assert mf.mixup(layouts["channels_last"], index, lam).is_contiguous(memory_format=torch.channels_last)
     assert mf.mixup(layouts["permuted"], index, lam).stride() == layouts["permuted"].stride()
     assert mf.mixup(layouts["sliced"], index, lam).is_contiguous()
     video = torch.randn(2, 3, 4, 5, 6, device=device).contiguous(memory_format=torch.channels_last_3d)
     assert mf.mixup(video, index[:2] % 2, 0.4).is_contiguous(memory_format=torch.channels_last_3d)
-
-
-@pytest.mark.parametrize("shape", [(0,), (0, 3), (4, 0), (4, 0, 3), (1, 1)])
-def test_empty(backend, device, shape):
-    x = torch.ones(shape, device=device, requires_grad=True)
-    index = torch.zeros(shape[0], dtype=torch.int64, device=device)
-    z = mf.mixup(x, index, 0.5)
-    assert z.shape == shape
-    z.sum().backward()
-    assert torch.equal(x.grad, torch.ones_like(x))
 
 
 def test_ends(backend, device):
@@ -175,29 +122,6 @@ def test_lam_is_not_rounded_to_half_precision(backend, device):
     assert (mf.mixup(x, index, lam)[1] == 0.5).all()
 
 
-def test_nothing_is_mutated_or_left_unwritten(backend, device):
-    x, index, lam = make_inputs((9, 67), torch.float32, device)
-    before = copy.deepcopy((x, index, lam))
-    torch.use_deterministic_algorithms(True)  # makes torch.empty fill with NaN, in C++ too
-    try:
-        check(x, index, lam)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip((x, index, lam), before, strict=True))
-
-
-def test_threads():
-    x, index, lam = make_inputs((16, 3, 100, 100), torch.float32, "cpu")
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(results(mf.mixup, x, index, lam, x))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
-
-
 @pytest.mark.parametrize("partner", [-1, 5, 2**40])
 def test_index_out_of_range(backend, device, partner):
     x, index, lam = make_inputs((5, 9), torch.float32, device)
@@ -209,22 +133,7 @@ def test_index_out_of_range(backend, device, partner):
     z = mf.mixup(x, index, lam)
     others = [0, 1, 3, 4]
     assert z[2].isnan().all()
-    torch.testing.assert_close(z[others], plain(x, index.clamp(0, 4), lam)[others])
-
-
-def test_gradcheck(backend, device):
-    if backend == "triton":
-        pytest.skip("its float64 is the reference's")
-    x, index, lam = make_inputs((5, 3, 2), torch.float64, device)
-    assert torch.autograd.gradcheck(lambda x: mf.mixup(x, index, lam), x.requires_grad_())
-
-
-def test_differentiating_twice_raises(backend, device):
-    x, index, lam = make_inputs((5, 3), torch.float32, device)
-    z = mf.mixup(x.requires_grad_(), index, lam)
-    (grad,) = torch.autograd.grad(z.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="mixup cannot be differentiated twice"):
-        grad.sum().backward()
+    torch.testing.assert_close(z[others], reference.mixup(x, index.clamp(0, 4), lam)[others])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
@@ -258,17 +167,6 @@ def test_compile_draws_too():
     assert sorted(index.tolist()) == list(range(5))
     assert 0 <= lam.item() <= 1
     assert index.device == lam.device == x.device
-
-
-def test_manifold_mixup_inside_autocast(backend, device):
-    layer = torch.nn.Linear(8, 8, device=device)
-    x, index, lam = make_inputs((6, 8), torch.float32, device)
-    with torch.autocast(device.type, torch.bfloat16):
-        hidden = layer(x)
-        z = mf.mixup(hidden, index, lam)
-    assert z.dtype == torch.bfloat16
-    z.float().sum().backward()
-    assert layer.weight.grad.isfinite().all()
 
 
 @pytest.mark.gpu

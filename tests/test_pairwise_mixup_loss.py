@@ -5,13 +5,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import SEED, error, interpreted
-from torch.library import opcheck
+from conftest import error, interpreted
 
 import mixfeat as mf
-from mixfeat import reference
 from mixfeat.ops import fallback
-from mixfeat.ops.pairwise_mixup_loss import _merged, pairwise_mixup_block
+from mixfeat.ops.pairwise_mixup_loss import merged_nodes, pairwise_mixup_block
 
 POLY = mf.PolyReLU(8, 0.1)
 ACTIVATIONS = [
@@ -24,11 +22,6 @@ ACTIVATIONS = [
     mf.ReLU(),
     mf.Identity(),
 ]
-# (N, P, D, C, M): plain, odd, degenerate, several blocks of samples, many classes
-SMALL = [(8, 4, 16, 3, 4), (7, 3, 5, 3, 5), (1, 1, 1, 2, 1), (2, 1, 20, 2, 20), (35, 1, 4, 2, 3)]
-SHAPES = [*SMALL, (45, 3, 10, 10, 5), (5, 2, 6, 300, 1)]
-LARGE = [(80, 12, 20, 10, 10), (40, 1, 5, 4096, 1), (41, 40, 9, 3, 17)]
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 NODES = {
     "midpoint": {},
     "lam": {"lam": 0.3},
@@ -52,107 +45,6 @@ def results(f, x, w, y, activation, kwargs, grad=None):
     x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
     loss = f(x, w, y, activation, **kwargs)
     return loss.detach(), *torch.autograd.grad(loss, (x, w), torch.ones_like(loss) if grad is None else grad.to(loss))
-
-
-def as_lists(kwargs):
-    return {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
-
-
-def check(draws, activation=POLY, kwargs=None, grad=None):
-    """Values and gradients of draws (x, w, y) against the definition in float64, within the budget of the dtype."""
-    kwargs = kwargs or {}
-    mine, plain, true = [], [], []
-    for x, w, y in draws:
-        mine.append(results(mf.pairwise_mixup_loss, x, w, y, activation, kwargs, grad))
-        true.append(
-            results(reference.pairwise_mixup_loss, x.double(), w.double(), y, activation, as_lists(kwargs), grad)
-        )
-        if x.dtype.itemsize == 2:
-            plain.append(results(reference.pairwise_mixup_loss, x, w, y, activation, as_lists(kwargs), grad))
-    dtype = draws[0][0].dtype
-    for i, name in enumerate(("loss", "input grad", "weight grad")):
-        a, b = ([outcome[i] for outcome in outcomes] for outcomes in (mine, true))
-        expected = torch.promote_types(dtype, torch.float32) if i == 0 else dtype
-        assert all(m.shape == t.shape and m.dtype == expected for m, t in zip(a, b, strict=True))
-        budget = {torch.float32: 1e-5, torch.float64: 1e-13}.get(dtype)
-        if budget is None:
-            budget = 2 * error([outcome[i] for outcome in plain], b)
-        assert error(a, b) <= budget, f"{name}: {error(a, b):.1e} > {budget:.1e}"
-
-
-def draws(shape, dtype, device, *, gain=1, **options):
-    """Draws enough to compare errors: in half precision at least 64 samples; where a gradient may cancel, several."""
-    count = max(1, 64 // shape[0]) if dtype.itemsize == 2 else 8 if shape[0] * shape[3] < 16 else 1
-    inputs = (make_inputs(shape, dtype, device, **options) for _ in range(count))
-    return [(x, gain * w, y) for x, w, y in inputs]
-
-
-@pytest.mark.parametrize("nodes", NODES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_accuracy(backend, device, shape, dtype, nodes):
-    if backend == "triton" and dtype == torch.float64:
-        with pytest.raises(ValueError, match=r"'triton' does not serve torch\.float64; use 'cpu' or 'reference'"):
-            check(draws(shape, dtype, device), kwargs=NODES[nodes])
-        return
-    if interpreted(backend):
-        half = dtype.itemsize == 2
-        if shape not in SMALL or nodes in ("zero", "uniform") or (half and (shape[0] < 8 or nodes != "midpoint")):
-            pytest.skip("long in the interpreter")
-    check(draws(shape, dtype, device), kwargs=NODES[nodes])
-
-
-@pytest.mark.parametrize("nodes", ["midpoint", "lam"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
-def test_accuracy_of_activations(backend, device, activation, dtype, nodes):
-    if interpreted(backend) and (dtype != torch.float32 or nodes != "lam"):
-        pytest.skip("long in the interpreter")
-    gain = 1 if activation.polynomial.upper else 5
-    check(draws((7, 3, 12, 3, 5), dtype, device, gain=gain), activation, NODES[nodes])
-
-
-@pytest.mark.parametrize("degree", range(1, 17))
-def test_accuracy_of_degrees(backend, device, degree):
-    if interpreted(backend) and degree not in (2, 7, 16):
-        pytest.skip("long in the interpreter")
-    check(draws((6, 3, 8, 3, 4), torch.float32, device), mf.PolyReLU(degree, 0.1))
-    check(draws((6, 3, 8, 3, 4), torch.float32, device, gain=8), mf.PowerReLU(degree))
-
-
-@pytest.mark.parametrize("nodes", ["midpoint", "any"])
-@pytest.mark.parametrize("runs", ["x", "w", "xw", "xy", "wy", "xwy"])
-def test_accuracy_of_runs(backend, device, runs, nodes):
-    if interpreted(backend) and nodes != "midpoint":
-        pytest.skip("long in the interpreter")
-    check(draws((7, 3, 6, 3, 4), torch.float32, device, runs=runs), kwargs=NODES[nodes], grad=torch.randn(3).to(device))
-
-
-@pytest.mark.parametrize("nodes", ["midpoint", "any"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", LARGE)
-def test_accuracy_of_large_shapes(shape, dtype, nodes):
-    """Against the formulas, which the tests above hold to the definition."""
-    x, w, y = make_inputs(shape, dtype, "cpu")
-    mine = results(mf.pairwise_mixup_loss, x, w, y, POLY, NODES[nodes])
-    with mf.backend("reference"):
-        true = results(mf.pairwise_mixup_loss, x.double(), w.double(), y, POLY, NODES[nodes])
-    for a, b in zip(mine, true, strict=True):
-        assert error([a], [b]) <= (1e-5 if dtype == torch.float32 else 1e-13)
-
-
-@pytest.mark.parametrize("capability", ["generic", "avx2", "avx512"])
-def test_accuracy_of_each_instruction_set(capability, run_python):
-    run_python(
-        "import sys, torch, mixfeat as mf; sys.path.insert(0, 'tests'); import test_pairwise_mixup_loss as t\n"
-        f"torch.manual_seed({SEED})\n"
-        "for shape in t.SHAPES:\n"
-        "  for dtype in (torch.float32, torch.float64):\n"
-        "    for nodes in ('midpoint', 'any'):\n"
-        "      t.check(t.draws(shape, dtype, 'cpu'), kwargs=t.NODES[nodes])\n"
-        "for activation in t.ACTIVATIONS: t.skipping(activation, torch.float32)\n",
-        MIXFEAT_CPU_CAPABILITY=capability,
-    )
 
 
 def test_loss_of_many_samples_is_summed_exactly():
@@ -187,6 +79,11 @@ def skipping(activation, dtype):
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
 def test_skipping_is_exact(activation, dtype):
     skipping(activation, dtype)
+
+
+def check_instruction_set():
+    for activation in ACTIVATIONS:
+        skipping(activation, torch.float32)
 
 
 @pytest.mark.parametrize("need_grad", [False, True])
@@ -227,83 +124,12 @@ def test_a_problem_is_the_sum_of_its_blocks(backend, device):
     assert error([parts], [grad.double()]) <= 1e-5
 
 
-@pytest.mark.parametrize("runs", ["", "w", "xw"])
-def test_no_samples(backend, device, runs):
-    x, w, _ = make_inputs((2, 3, 4, 3, 2), torch.float32, device, runs=runs)
-    x = x[..., :0, :, :]
-    loss, x_grad, w_grad = results(
-        mf.pairwise_mixup_loss, x, w, torch.zeros(0, dtype=torch.int64, device=device), POLY, {}
-    )
-    assert loss.eq(0).all()
-    assert x_grad.shape == x.shape
-    assert w_grad.eq(0).all()
-
-
-@pytest.mark.parametrize("empty", ["P", "D", "M"])
-def test_empty_dimensions(backend, device, empty):
-    """All logits are 0, so the loss is log C."""
-    shape = dict(zip("NPDCM", (5, 2, 4, 3, 2), strict=True)) | {empty: 0}
-    x, w = torch.randn(5, shape["P"], shape["D"], device=device), torch.randn(3, shape["M"], shape["D"], device=device)
-    loss, *grads = results(mf.pairwise_mixup_loss, x, w, torch.arange(5, device=device) % 3, POLY, {})
-    assert loss.item() == pytest.approx(math.log(3), rel=1e-6)
-    assert all(grad.eq(0).all() for grad in grads)
-
-
-def test_strides(backend, device):
-    layouts = {
-        "transposed": lambda x, w: (
-            x.transpose(0, 2).contiguous().transpose(0, 2), w.transpose(0, 1).contiguous().transpose(0, 1)
-        ),
-        "sliced": lambda x, w: (x.repeat(2, 2, 2)[::2, ::2, 1::2], w.repeat(2, 2, 2)[1::2, ::2, ::2]),
-        "expanded": lambda x, w: (x[:1].expand(6, 4, 10), w[:, :1].expand(3, 4, 10)),
-        "expanded features": lambda x, w: (x[..., :1].expand(6, 4, 10), w[..., :1].expand(3, 4, 10)),
-    }  # fmt: skip
+def test_strided_pre_activations(backend, device):
     y = torch.randint(3, (6, 2), device=device)[:, 0]
-    assert not y.is_contiguous()
-    for layout in layouts.values():  # few numbers are left where they are expanded, so several draws
-        several = [make_inputs((6, 4, 10, 3, 4), torch.float32, device)[:2] for _ in range(8)]
-        check([(*layout(x, w), y) for x, w in several])
-    x, w = several[0]
-    check([(x.expand(3, 6, 4, 10), w, y.expand(3, 6))], grad=torch.ones((), device=device).expand(3))
     s = torch.randn(3, 4, 5, 6, 2, device=device).permute(4, 3, 2, 0, 1) * 0.1  # strided filters
     mine = pairwise_mixup_block(s, None, y, None, [0.5], [1.0], POLY.polynomial, True)
     true = fallback.pairwise_mixup_block(s.double(), None, y, None, [0.5], [1.0], POLY.polynomial, True)
     assert error(mine[:2], true[:2]) <= 1e-5
-
-
-def test_poisoned_scratch(backend, device):
-    """Nothing is read that was not written: all new memory starts as NaN."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        for shape in SMALL[1:3] if interpreted(backend) else SHAPES:
-            for nodes in ("midpoint", "any"):
-                check(draws(shape, torch.float32, device), kwargs=NODES[nodes])
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def test_nothing_is_mutated(backend, device):
-    x, w, y = make_inputs((6, 4, 10, 3, 4), torch.float32, device)
-    kwargs = NODES["any"]
-    before = copy.deepcopy((x, w, y, kwargs))
-    results(mf.pairwise_mixup_loss, x, w, y, POLY, kwargs)
-    for a, b in zip((x, w, y, *kwargs.values()), (*before[:3], *before[3].values()), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_gradients_are_only_computed_where_needed(backend, device):
-    x, w, y = make_inputs((6, 4, 10, 3, 4), torch.float32, device)
-    assert not mf.pairwise_mixup_loss(x, w, y, POLY).requires_grad
-    for which in (0, 1):
-        inputs = [x.detach(), w.detach()]
-        inputs[which].requires_grad_()
-        loss = mf.pairwise_mixup_loss(*inputs, y, POLY)
-        loss.backward()
-        assert inputs[1 - which].grad is None
-        both = results(mf.pairwise_mixup_loss, x, w, y, POLY, {})
-        torch.testing.assert_close(inputs[which].grad, both[1 + which])
-    with torch.no_grad():
-        assert not mf.pairwise_mixup_loss(x, w.requires_grad_(), y, POLY).requires_grad
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -335,55 +161,6 @@ def test_target_out_of_range(backend, device, target):
         assert mf.pairwise_mixup_loss(x, w, y, POLY).isnan()
 
 
-@pytest.mark.parametrize("runs", ["", "x", "w", "xw"])
-@pytest.mark.parametrize("nodes", ["midpoint", "any"])
-def test_gradcheck(nodes, runs):
-    x, w, y = make_inputs((4, 2, 3, 3, 2), torch.float64, "cpu", runs=runs)
-    kwargs = NODES[nodes]
-    assert torch.autograd.gradcheck(
-        lambda x, w: mf.pairwise_mixup_loss(x, w, y, mf.PolyReLU(4, 0.2), **kwargs),
-        (x.requires_grad_(), w.requires_grad_()),
-    )
-
-
-def test_differentiating_twice_raises(backend, device):
-    x, w, y = make_inputs((3, 2, 4, 2, 3), torch.float32, device)
-    loss = mf.pairwise_mixup_loss(x, w.requires_grad_(), y, POLY)
-    for power in (1, 2):
-        (grad,) = torch.autograd.grad(loss**power, w, create_graph=True)
-        with pytest.raises(RuntimeError, match="pairwise_mixup_loss cannot be differentiated twice"):
-            (loss + grad.sum()).backward(retain_graph=True)
-
-
-@pytest.mark.parametrize("runs", ["", "x", "w", "xwy"])
-@pytest.mark.parametrize("nodes", ["midpoint", "any"])
-def test_opcheck(backend, device, nodes, runs):
-    x, w, y = make_inputs((5, 2, 4, 2, 3), torch.float32, device, runs=runs)
-    if interpreted(backend) and (runs or nodes != "midpoint"):
-        pytest.skip("long in the interpreter")
-    lam, weight = (torch.tensor([0.5]), torch.ones(1)) if nodes == "midpoint" else NODES[nodes].values()
-    for requires_grad in (False, True):
-        arguments = (x.requires_grad_(requires_grad), w.requires_grad_(requires_grad), y, lam, weight, POLY.polynomial)
-        opcheck(torch.ops.mixfeat.pairwise_mixup_loss.default, (*arguments, "", False, False))
-    x, w = x.detach(), w.detach()
-    for needs in ((True, True), (True, False), (False, True)):
-        opcheck(torch.ops.mixfeat.pairwise_mixup_loss.default, (x, w, y, lam, weight, POLY.polynomial, "", *needs))
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("nodes", ["midpoint", "any"])
-def test_compile(device, backend, nodes, dynamic):
-    if interpreted(backend) and (dynamic or nodes != "midpoint"):
-        pytest.skip("long in the interpreter")
-    torch._dynamo.reset()
-    compiled = torch.compile(mf.pairwise_mixup_loss, fullgraph=True, dynamic=dynamic)
-    for samples in (6, 9):
-        x, w, y = make_inputs((samples, 4, 10, 3, 4), torch.float32, device)
-        eager = results(mf.pairwise_mixup_loss, x, w, y, POLY, NODES[nodes])
-        for a, b in zip(results(compiled, x, w, y, POLY, NODES[nodes]), eager, strict=True):
-            torch.testing.assert_close(a, b)
-
-
 def test_compiled_training_step(device, backend):
     """The module in one graph; and a float lam that changes from step to step."""
     torch._dynamo.reset()
@@ -404,24 +181,6 @@ def test_compiled_training_step(device, backend):
             m.zero_grad()
             f(m, lam).backward()
         torch.testing.assert_close(twin.weight.grad, model.weight.grad)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(backend, device, dtype):
-    x, w, y = make_inputs((6, 4, 10, 3, 4), torch.float32, device)
-    w.requires_grad_()
-    with torch.autocast(device.type, dtype):
-        loss = mf.pairwise_mixup_loss(x, w, y, POLY)
-    assert loss.dtype == torch.float32
-    half = mf.pairwise_mixup_loss(x.to(dtype), w.to(dtype), y, POLY)
-    assert torch.equal(loss, half)
-    loss.backward()
-    assert w.grad.dtype == torch.float32
-    (expected,) = torch.autograd.grad(half, w)
-    torch.testing.assert_close(w.grad, expected)
-    if backend != "triton":
-        with torch.autocast(device.type, dtype):
-            assert mf.pairwise_mixup_loss(x.double(), w.double(), y, POLY).dtype == torch.float64
 
 
 @pytest.mark.parametrize("runs", ["", "xwy"])
@@ -488,17 +247,6 @@ def test_cuda_graph_of_a_training_step():
     torch.testing.assert_close(captured, eager)
 
 
-@pytest.mark.gpu
-def test_repeats_on_cuda_under_deterministic_algorithms():
-    x, w, y = make_inputs((200, 12, 20, 10, 5), torch.float32, "cuda")
-    torch.use_deterministic_algorithms(True)
-    try:
-        first, second = (results(mf.pairwise_mixup_loss, x, w, y, POLY, {}) for _ in range(2))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 class TestBetaQuadrature:
     @pytest.mark.parametrize("alpha", [0.01, 0.1, 0.5, 1, 2, 10, 1e4])
     @pytest.mark.parametrize("num_nodes", [1, 2, 3, 8, 33])
@@ -553,11 +301,11 @@ class TestBetaQuadrature:
 def test_mirrored_nodes_share_their_work():
     """8 nodes of a symmetric rule are 4, each visiting all ordered pairs; an odd rule has the midpoint besides."""
     for count, expected in ((8, 4), (9, 5), (1, 1)):
-        assert len(_merged(*mf.beta_quadrature(0.3, count), torch.float64)) == expected
+        assert len(merged_nodes(*mf.beta_quadrature(0.3, count), torch.float64)) == expected
         single = mf.beta_quadrature(0.3, count, dtype=torch.float32)
-        assert len(_merged(*single, torch.float32)) == expected
-    assert len(_merged(*(t.bfloat16() for t in mf.beta_quadrature(0.3, 8)), torch.float32)) == 8  # apart by 1e-3
-    assert len(_merged(*mf.beta_quadrature(0.3, 8, dtype=torch.float32), torch.float64)) > 4  # apart by 1e-8
+        assert len(merged_nodes(*single, torch.float32)) == expected
+    assert len(merged_nodes(*(t.bfloat16() for t in mf.beta_quadrature(0.3, 8)), torch.float32)) == 8  # apart by 1e-3
+    assert len(merged_nodes(*mf.beta_quadrature(0.3, 8, dtype=torch.float32), torch.float64)) > 4  # apart by 1e-8
 
 
 class TestModule:

@@ -9,7 +9,7 @@ from conftest import LONG
 
 from mixfeat import PolyReLU, cli, report
 
-launch = pytest.importorskip("mixfeat.kernels.triton.launch")
+configs = pytest.importorskip("mixfeat.kernels.triton.configs")
 triton = pytest.importorskip("triton")
 
 
@@ -65,12 +65,29 @@ def test_kernel(compiled, key):
         and (case.dtype.itemsize == 2 or case.matmul_precision == "high")
     ):
         assert row.matrix_instructions[MATRIX_UNIT[target]] > 0
+    if case.kernel == "patch_conv" and case.matmul_precision == "high":
+        assert "0x1000" in row.assembly, "TF32 operands are rounded before matrix units cut them off"
+    assert not products_fused_into_exchanges(row.assembly)
     if case.kernel in ("mixup", "cross_entropy") and case.direction != "count":
         check_streaming(case, target, row)
 
 
+def products_fused_into_exchanges(sass):
+    """The FFMA that add a product to what SHFL.BFLY has just brought: lanes then disagree on the last bit of a sum."""
+    shuffled, found = set(), []
+    for opcode, operands in re.findall(r"\b([A-Z][A-Z0-9_.]+) ([^;\n]*);", sass):
+        registers = re.findall(r"\bR\d+\b", operands)
+        if opcode.startswith("FFMA") and re.search(r"\bR\d+\b", operands.split(",")[-1]) and registers[-1] in shuffled:
+            found.append(f"{opcode} {operands}")
+        if opcode.startswith("SHFL.BFLY"):
+            shuffled.add(registers[0])
+        elif registers:
+            shuffled.discard(registers[0])
+    return found
+
+
 def check_streaming(case, target, row):
-    """Whole vectors of 16 bytes where rows are aligned; registers for as many programs as launch.py counts on."""
+    """Whole vectors of 16 bytes where rows are aligned; registers for as many programs as configs.py counts on."""
     narrow = case.direction == "dense" and case.dtype.itemsize == 2  # its targets, float32, take 16 bytes
     if (case.width if case.kernel == "mixup" else case.classes) % 8 == 0:
         assert row.vector_accesses["load"] > 0 or (case.kernel == "mixup" and case.source == torch.uint8)
@@ -80,10 +97,21 @@ def check_streaming(case, target, row):
         assert row.registers <= min(limit + MORE_REGISTERS, 65536 // (32 * row.config["num_warps"]))
 
 
+@pytest.mark.parametrize(
+    ("registers", "num_warps", "warps"),
+    [(189, 1, 8), (168, 4, 12), (128, 8, 16), (255, 4, 8), (40, 16, 48), (16, 4, 64)],
+)
+def test_occupancy_allocates_registers_per_scheduler(registers, num_warps, warps):
+    kernel = report.CompiledKernel(
+        "k", "forward", "float32", {"num_warps": num_warps}, "sm_90", registers, *[0] * 4, {}, {}, ""
+    )
+    assert kernel.occupancy() == warps / 64
+
+
 def test_every_configuration_is_compiled():
     shipped = {
         (direction.removesuffix("_narrow"), config.holds(tiles.patch_dim), config)
-        for kind in launch.PATCH_CONV_TILES.values()
+        for kind in configs.PATCH_CONV_TILES.values()
         for tiles in kind
         for direction in ("forward", "forward_narrow", "backward_input", "backward_weight")
         for config in [getattr(tiles, direction)]
@@ -94,7 +122,7 @@ def test_every_configuration_is_compiled():
         recorded = report.recorded_launch(case)
         blocks = [recorded.constants[f"BLOCK_{side}"] for side in "NQD"]
         options = (recorded.num_warps, recorded.num_stages, recorded.max_registers)
-        compiled.add((case.direction, recorded.constants["WHOLE_D"], launch.PatchConvConfig(*blocks, *options)))
+        compiled.add((case.direction, recorded.constants["WHOLE_D"], configs.PatchConvConfig(*blocks, *options)))
     assert shipped <= compiled
 
 
@@ -103,7 +131,7 @@ def test_every_configuration_of_the_cross_entropy_is_compiled():
     recorded = [report.recorded_launch(case) for case in cases if case.direction not in ("count", "scale")]
     blocks = [one.constants["BLOCK_N"] * one.constants["BLOCK_C"] for one in recorded]
     compiled = {(block // (32 * one.num_warps), one.max_registers) for block, one in zip(blocks, recorded, strict=True)}
-    for config in launch.CROSS_ENTROPY_CONFIGS.values():
+    for config in configs.CROSS_ENTROPY_CONFIGS.values():
         assert {(config.elements, config.whole_registers), (config.elements, config.part_registers)} <= compiled
 
 
@@ -112,7 +140,7 @@ def test_every_configuration_of_the_pairwise_loss_is_compiled():
     for direction in ("pack", "forward", "backward", "unpack"):
         recorded = [report.recorded_launch(case) for case in cases if case.direction == direction]
         blocks = {one.constants["BLOCK"] for one in recorded}
-        assert blocks == {config.block for config in launch.PAIRWISE_CONFIGS.values()}
+        assert blocks == {config.block for config in configs.PAIRWISE_CONFIGS.values()}
 
 
 def test_command(tmp_path, capsys):

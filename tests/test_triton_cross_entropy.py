@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from triton_checks import DEVICE, HALF, NAN, error, running
+from triton_checks import DEVICE, HALF, NAN, error, ordered_accesses, running, shuffled_programs
 
 INF = float("inf")
 IGNORED = -7
@@ -115,10 +115,10 @@ def check_not_probabilities():
 
 def check_blocks(classes, smoothing):
     """Rows of several blocks, the last of them not whole: blocks smaller than those that ship."""
-    from mixfeat.kernels.triton import launch
+    from mixfeat.kernels.triton import configs
 
-    config = launch.CrossEntropyConfig(1, 128, 128, max_warps=1)
-    with mock.patch.object(launch, "cross_entropy_config", return_value=config):
+    config = configs.CrossEntropyConfig(1, 128, 128, max_warps=1)
+    with mock.patch.object(configs, "cross_entropy_config", return_value=config):
         check_classes(3, classes, torch.float32, smoothing)
         check_dense(3, classes, torch.float32, torch.float32, smoothing)
         check_far_from_zero(classes)
@@ -222,6 +222,24 @@ def check_grad_strides():
     assert memory[:, [0, 11, 12]].isnan().all()
 
 
+def check_ordered_accesses(samples, classes):
+    """Rows beyond the last and classes beyond the last are masked where a kernel works in place."""
+    from mixfeat.kernels.triton.cross_entropy import scale_
+
+    with ordered_accesses():
+        scale_(torch.randn(samples, classes), torch.rand(samples))
+
+
+def check_repeats(samples, classes):
+    """The same bits again, in any order of programs."""
+    x, *rest = problem(samples, classes)
+    target = torch.rand(samples, classes, device=DEVICE)
+    first = *run(x, *rest, 0.1, total_weight=1.0), *run_dense(x, target, 1.0, 0.1)
+    with shuffled_programs():
+        second = *run(x, *rest, 0.1, total_weight=1.0), *run_dense(x, target, 1.0, 0.1)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def check_scale(samples, classes, dtype, one):
     from mixfeat.kernels.triton.cross_entropy import scale_
 
@@ -291,6 +309,8 @@ CHECKS = {
         for one in (False, True)
     },
     **{f"empty-{shape}": partial(check_empty, shape) for shape in ((0, 3), (3, 0))},
+    **{f"ordered-accesses-{c}": partial(check_ordered_accesses, 5, c) for c in (1, 10, 300) if DEVICE == "cpu"},
+    **{f"repeats-{c}": partial(check_repeats, n, c) for n, c in ((300, 10), (5, 300))},
 }
 
 

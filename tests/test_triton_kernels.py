@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from triton_checks import DEVICE, HALF, NAN, poisoned, running
+from triton_checks import DEVICE, HALF, NAN, poisoned, running, shuffled_programs
 
 from mixfeat import reference
 from mixfeat.activations import Identity, PolyReLU, Power, PowerReLU, ReLU
@@ -57,20 +57,60 @@ def check_accuracy(shape, activation, dtype=torch.float32, mix=None, precision="
     arguments = problem(shape, activation, dtype, mix)
     results, truth = run(*arguments), expected(*arguments)
     if dtype == torch.float32:
-        tolerances = [1e-5 if precision == "highest" or DEVICE == "cpu" else 1e-2] * 3
+        tolerances = [1e-5 if precision == "highest" else 1e-2] * 3
     else:
         tolerances = [2 * error for error in errors(expected(*arguments, dtype=dtype), truth)]
     found = errors(results, truth)
     assert all(e <= t for e, t in zip(found, tolerances, strict=True)), f"errors {found} over {tolerances}"
 
 
+def tf32(x):
+    """Round float32 to the 10 bits of TF32's mantissa, to nearest, ties away from 0."""
+    last_bit = torch.exp2((torch.frexp(x).exponent.clamp(min=-125) - 11).double())
+    return (x.sign() * (x.double().abs() / last_bit + 0.5).floor() * last_bit).float()
+
+
+def check_tf32(shape):
+    """Both operands of a product are rounded, not cut off: in the logits no other error is left."""
+    torch.set_float32_matmul_precision("high")
+    grad, x, w, *rest = problem(shape, PolyReLU(8, 0.3))
+    logits, *grads = errors(run(grad, x, w, *rest), expected(grad, tf32(x), tf32(w), *rest))
+    assert logits <= 1e-5
+    assert max(grads) <= 2**-11  # E is rounded as well
+
+
+def check_operand():
+    """Every kind of float32 as an operand in TF32: ties, the largest, subnormals, infinities, NaN of any payload."""
+    import triton
+    import triton.language as tl
+
+    from mixfeat.kernels.triton.patch_conv import _operand
+
+    @triton.jit
+    def kernel(x, rounded, operand: tl.constexpr, BLOCK: tl.constexpr):
+        n = tl.arange(0, BLOCK)
+        tl.store(rounded + n, operand(tl.load(x + n), "tf32"))
+
+    bits = torch.randint(-(2**31), 2**31, (1024,))
+    bits[:10] = torch.tensor([0, 0x1000, 0x3F801000, 0x3F800FFF, 0x7F800000, 0x7FFFFFFF, 0x7F800001, 0x7FC00000, 1, -1])
+    x = bits.to(torch.int32).view(torch.float32).to(DEVICE)
+    rounded = torch.empty_like(x)
+    kernel[1,](x, rounded, _operand, len(x))
+    expected = torch.where(x.isfinite(), tf32(x), x)
+    assert torch.equal(rounded.isnan(), x.isnan())
+    assert torch.equal(rounded.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
 def check_repeats(shape):
     arguments = problem(shape, PolyReLU(), mix="lams")
     torch.use_deterministic_algorithms(True)
     try:
-        assert all(torch.equal(a, b) for a, b in zip(run(*arguments), run(*arguments), strict=True))
+        first = run(*arguments)
+        with shuffled_programs():
+            second = run(*arguments)
     finally:
         torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def check_empty(shape, mix):
@@ -165,6 +205,8 @@ CHECKS = {
         f"tf32-{d}": partial(check_accuracy, (1, 9, 2, d, 3, 11), PolyReLU(), mix="lam", precision="high")
         for d in (20, 40, 70)
     },
+    **{f"tf32-rounds-{d}": partial(check_tf32, (1, 33, 3, d, 3, 11)) for d in (20, 70)},
+    "tf32-operand": check_operand,
     "repeats": partial(check_repeats, (1, 70, 5, 20, 4, 5)),
     **{
         f"empty-{shape}-{mix}": partial(check_empty, shape, mix)

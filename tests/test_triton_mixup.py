@@ -120,9 +120,9 @@ def check_tiles():
     """Rows of many tiles, and tiles of many rows, in few elements: tiles smaller than those that ship."""
     from unittest import mock
 
-    from mixfeat.kernels.triton import launch
+    from mixfeat.kernels.triton import configs
 
-    with mock.patch.object(launch, "MIXUP_CONFIG", launch.MixupConfig(vectors=4, elements=8)):
+    with mock.patch.object(configs, "MIXUP_CONFIG", configs.MixupConfig(vectors=4, elements=8)):
         for samples, width in ((5, 100), (9, 33), (3, 17), (37, 2), (7, 16)):
             check_forward(samples, width, torch.float32, torch.float32, False)
             check_backward(samples, width, torch.float32, False)

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from triton_checks import DEVICE, HALF, NAN, poisoned, running
+from triton_checks import DEVICE, HALF, NAN, ordered_accesses, poisoned, running, shuffled_programs
 
 from mixfeat.activations import Identity, PolyReLU, Power, PowerReLU, ReLU
 
@@ -88,11 +88,13 @@ def check_accuracy(shape, activation, lam=(0.5,), dtype=torch.float32, determini
 
 
 def check_repeats(shape, lam):
-    """Rounds of tiles that share no samples: the same bits again, and those of the loss alone."""
+    """Rounds of tiles that share no samples: the same bits in any order of programs, and those of the loss alone."""
     arguments = problem(shape, PolyReLU(8, 0.3), lam)
     torch.use_deterministic_algorithms(True)
     try:
-        first, second, (loss,) = run(*arguments), run(*arguments), run(*arguments, need_grad=False)
+        first, (loss,) = run(*arguments), run(*arguments, need_grad=False)
+        with shuffled_programs():
+            second = run(*arguments)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -132,6 +134,19 @@ def check_not_finite(value, activation):
     assert loss[0].isfinite()
     assert grad[0].isfinite().all()
     assert not loss[1].isfinite()
+
+
+def check_ordered_accesses(activation, columns, lam):
+    """The threads of a warp exchange logits, lists of features and gradients through memory, in several chunks."""
+    from mixfeat.kernels.triton import configs
+
+    config = configs.PairwiseConfig(block=16, chunk=8, strip=4)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with ordered_accesses(), mock.patch.object(configs, "pairwise_config", return_value=config):
+            run(*problem((2, 20, columns, 1, 2, 2), activation, lam))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def check_far_from_zero(dtype):
@@ -177,39 +192,36 @@ def check_sorting(activation, features):
     import triton
     import triton.language as tl
 
-    from mixfeat.kernels.triton.activation import normal_form
+    from mixfeat.kernels.triton import activation as device
     from mixfeat.kernels.triton.pairwise_mixup_loss import _sort_features
 
-    polynomial = normal_form(activation.polynomial)
-    kind = torch.randint(4, (features,), device=DEVICE)  # zero, on the line, and neither, from either side
-    least = torch.tensor([-3.0, 1.5, -0.5, 0.5], device=DEVICE)[kind]
-    greatest = torch.tensor([-1.0, 3.0, 0.5, 1.25], device=DEVICE)[kind]
+    polynomial = device.normal_form(activation.polynomial)
+    kind = torch.randint(4, (features,), device=DEVICE)  # zero, linear, and neither, from either side
+    t_min = torch.tensor([-3.0, 1.5, -0.5, 0.5], device=DEVICE)[kind]
+    t_max = torch.tensor([-1.0, 3.0, 0.5, 1.25], device=DEVICE)[kind]
     rows = torch.rand(2, features, device=DEVICE)
-    columns = torch.stack([least, greatest]) - rows
+    columns = torch.stack([t_min, t_max]) - rows
     is_zero = (kind == 0) if polynomial.lower else torch.zeros_like(kind, dtype=torch.bool)
     if polynomial.degree == 1:
-        is_line = ((kind == 1) | (kind == 3)) if polynomial.lower else ~is_zero
+        is_linear = ((kind == 1) | (kind == 3)) if polynomial.lower else ~is_zero
     else:
-        is_line = (kind == 1) & polynomial.upper
+        is_linear = (kind == 1) & polynomial.upper
 
     @triton.jit
-    def kernel(
-        places, counts, rows, columns, doubt, F, sort: tl.constexpr, DEGREE: tl.constexpr, LOWER: tl.constexpr,
-        UPPER: tl.constexpr,
-    ):  # fmt: skip
-        active, line = sort(places, rows, columns, doubt, F, DEGREE, LOWER, UPPER, 16, 32)
-        tl.store(counts, active)
-        tl.store(counts + 1, line)
+    def kernel(places, counts, rows, columns, nan_or_zero, F, sort: tl.constexpr, ACTIVATION: tl.constexpr):
+        num_active, num_linear = sort(places, rows, columns, nan_or_zero, F, ACTIVATION, 16, 32)
+        tl.store(counts, num_active)
+        tl.store(counts + 1, num_linear)
 
-    constants = (_sort_features, polynomial.degree, polynomial.lower, polynomial.upper)
-    for doubt in (0.0, NAN):
+    constants = (_sort_features, device.kind(polynomial))
+    for nan_or_zero in (0.0, NAN):
         places = torch.full((features,), -1, dtype=torch.int32, device=DEVICE)
         counts = torch.zeros(2, dtype=torch.int32, device=DEVICE)
-        kernel[1,](places, counts, rows, columns, doubt, features, *constants)
-        active, line = counts.tolist()
+        kernel[1,](places, counts, rows, columns, nan_or_zero, features, *constants)
+        num_active, num_linear = counts.tolist()
         every = torch.arange(features, device=DEVICE)
-        listed = [every[~(is_zero | is_line)], every[is_line]] if doubt == 0 else [every, every[:0]]
-        found = [places[:active], places[features - line :]]
+        listed = [every[~(is_zero | is_linear)], every[is_linear]] if nan_or_zero == 0 else [every, every[:0]]
+        found = [places[:num_active], places[features - num_linear :]]
         for one, truth in zip(found, listed, strict=True):
             assert one.sort().values.tolist() == (16 * truth).tolist()
 
@@ -230,9 +242,9 @@ def check_whole_tiles(columns):
 
 def check_tiles(sizes, columns, lam):
     """Tiles of another size than so few samples get."""
-    from mixfeat.kernels.triton import launch
+    from mixfeat.kernels.triton import configs
 
-    with mock.patch.object(launch, "pairwise_config", return_value=launch.PairwiseConfig(*sizes)):
+    with mock.patch.object(configs, "pairwise_config", return_value=configs.PairwiseConfig(*sizes)):
         check_accuracy((1, 70, columns, 1, 2, 1), PolyReLU(8, 0.3), lam)
         check_accuracy((1, 50, columns, 1, 2, 1), PolyReLU(8, 0.3), lam, deterministic=True)
 
@@ -270,7 +282,7 @@ def check_rounds(row_blocks, column_blocks):
 
 def check_workspace(runs, classes):
     """However many networks and classes, the logits of the tiles in work take no more than the configuration allows."""
-    from mixfeat.kernels.triton import launch
+    from mixfeat.kernels.triton import configs, launch
     from mixfeat.kernels.triton.pairwise_mixup_loss import pairwise_mixup_loss
 
     row = torch.empty(runs, 4096, 1, classes, 1, device="meta")
@@ -280,7 +292,7 @@ def check_workspace(runs, classes):
         pairwise_mixup_loss(row, None, target, None, (0.5,), (1.0,), PolyReLU().polynomial, True)
     one = launches[1]  # after packing, before unpacking
     workspace = one.arguments[one.kernel.arg_names.index("workspace")]
-    assert workspace.numel() * 4 <= launch.pairwise_config(4096, classes).workspace_bytes
+    assert workspace.numel() * 4 <= configs.pairwise_config(4096, classes).workspace_bytes
 
 
 ACTIVATIONS = [
@@ -318,6 +330,12 @@ CHECKS = {
         for d in HALF
     },
     "nodes": partial(check_accuracy, (1, 34, None, 1, 2, 1), PolyReLU(8, 0.3), (0.5, 0.0, 0.9), deterministic=True),
+    **{
+        f"ordered-accesses-{a}-{columns}-{lam}": partial(check_ordered_accesses, a, columns, lam)
+        for a in (PolyReLU(8, 0.3), Identity())
+        for columns, lam in ((None, (0.5,)), (None, (0.3,)), (33, (0.3,)))
+        if DEVICE == "cpu"
+    },
     **{
         f"repeats-{columns}-{lam}": partial(check_repeats, (1, 70, columns, 1, 2, 1), lam)
         for columns, lam in ((None, (0.5,)), (None, (0.3,)), (33, (0.5,)))

@@ -17,10 +17,11 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context
 from unittest import mock
 
+import numpy as np
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,6 +43,74 @@ def error(result, truth):
     """Relative error in the 2-norm; the absolute one of what ought to be 0."""
     norm = truth.norm()
     return ((result.double() - truth).norm() / (norm if norm > 0 else 1)).item()
+
+
+def shuffled_programs():
+    """Within, the interpreter runs the programs of each launch in random order, as a GPU may."""
+    if DEVICE != "cpu":
+        return nullcontext()
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    order: list[int] = []
+
+    def set_grid_idx(builder, x, y, z):
+        if x == 0:
+            order[:] = torch.randperm(builder.grid_dim[0]).tolist()
+        builder.grid_idx = (order[x], y, z)
+
+    return mock.patch.object(InterpreterBuilder, "set_grid_idx", set_grid_idx)
+
+
+@contextmanager
+def ordered_accesses() -> Iterator[None]:
+    """Within, a kernel that loads and stores one address must not depend on the order of its threads.
+
+    The interpreter runs each instruction for all threads at once; a GPU does not. So no instruction may store an
+    address twice that the kernel also loads, and a barrier must separate a store from later loads of its addresses.
+    """
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    names = ("create_masked_load", "create_masked_store", "create_barrier", "set_grid_idx")
+    load, store, barrier, set_grid_idx = (getattr(InterpreterBuilder, name) for name in names)
+    call = GridExecutor.__call__
+    loaded: set[int] = set()
+    stored_twice: set[int] = set()
+    since_barrier: set[int] = set()
+
+    def checked_load(builder, ptrs, mask, *rest):
+        addresses = ptrs.data[mask.data].tolist()
+        assert since_barrier.isdisjoint(addresses), "no barrier between a store and a load of one address"
+        loaded.update(addresses)
+        return load(builder, ptrs, mask, *rest)
+
+    def checked_store(builder, ptrs, value, mask, *rest):
+        addresses, counts = np.unique(ptrs.data[mask.data], return_counts=True)
+        stored_twice.update(addresses[counts > 1].tolist())
+        since_barrier.update(addresses.tolist())
+        return store(builder, ptrs, value, mask, *rest)
+
+    def checked_barrier(builder):
+        since_barrier.clear()
+        return barrier(builder)
+
+    def next_program(builder, *index):
+        since_barrier.clear()
+        return set_grid_idx(builder, *index)
+
+    def launch(*args, **kwargs):
+        loaded.clear()
+        stored_twice.clear()
+        call(*args, **kwargs)
+        assert stored_twice.isdisjoint(loaded), "one store of a kernel that works in place writes an address twice"
+
+    with (
+        mock.patch.multiple(
+            InterpreterBuilder, create_masked_load=checked_load, create_masked_store=checked_store,
+            create_barrier=checked_barrier, set_grid_idx=next_program,
+        ),
+        mock.patch.object(GridExecutor, "__call__", launch),
+    ):  # fmt: skip
+        yield
 
 
 @contextmanager

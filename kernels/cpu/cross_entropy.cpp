@@ -71,10 +71,10 @@ std::tuple<Tensor, Tensor, int64_t> mixup_cross_entropy(const Tensor& input, con
   for (int j = 0; j < 2; ++j) scales[j] = mean && counts[j] ? (fold ? 1.0 : double(samples)) / counts[j] : 1.0;
   auto [loss, grad] = rows<T>(input, kNoTarget, reduce, need_grad, [&](int64_t n, Label& label) {
     const double lam_n = ratio[n * ratio_stride], shares[] = {lam_n, 1 - lam_n};
-    label = {0, {0, 0}, {0, 0}, nullptr, 0};
+    label = {0, {-1, -1}, {0, 0}, nullptr, 0};
     double total = 0;
     for (int j = 0; j < 2; ++j) {
-      if (target[j][n] == ignore_index) continue;
+      if (target[j][n] == ignore_index || shares[j] == 0) continue;
       label.classes[j] = target[j][n];
       label.values[j] = scales[j] * shares[j] * (1 - label_smoothing);
       total += scales[j] * shares[j];
@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor> soft_target_cross_entropy(const Tensor& input, const 
   STD_TORCH_CHECK(target.numel() == 0 || classes <= 1 || target.stride(1) == 1, "unexpected layout");
   const char* from = data<char>(target);
   return rows<T>(input, element_of(target.scalar_type()), reduce, need_grad, [&](int64_t n, Label& label) {
-    label = {weight * label_smoothing / classes, {0, 0}, {0, 0}, from + n * stride * width, weight * (1 - label_smoothing)};
+    label = {weight * label_smoothing / classes, {-1, -1}, {0, 0}, from + n * stride * width, weight * (1 - label_smoothing)};
     return true;
   });
 }

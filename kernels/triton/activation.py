@@ -1,21 +1,36 @@
 """The activations inside Triton kernels: device functions over the one family that holds them all.
 
-Kernels take a :class:`~mixfeat.kernels.polynomial.Polynomial` in :func:`normal_form`, with
-``inverse = 1 / threshold``; its ``scale`` they apply once, outside their inner loops.
+Kernels take a :class:`~mixfeat.kernels.polynomial.Polynomial` in :func:`normal_form`: its :func:`kind` as the constant
+ACTIVATION, and ``inverse = 1 / threshold``. They apply its ``scale`` once, outside their inner loops.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from ..polynomial import Polynomial
 
-__all__ = ["add_phi", "add_phi_of_sum", "mul_slope", "mul_slope_of_sum", "normal_form", "regions"]
+__all__ = ["Kind", "add_phi", "add_phi_of_sum", "kind", "mul_slope", "mul_slope_of_sum", "normal_form", "regions"]
+
+
+class Kind(NamedTuple):
+    """The part of a polynomial that a kernel is compiled for; its threshold and scale are arguments at run time."""
+
+    degree: int
+    lower: bool
+    upper: bool
+
+
+def kind(activation: Polynomial) -> Kind:
+    """Return the constant ACTIVATION of kernels that evaluate this polynomial."""
+    return Kind(activation.degree, activation.lower, activation.upper)
 
 
 def normal_form(activation: Polynomial) -> Polynomial:
-    """The same function, its threshold 1 wherever none is needed: kernels multiply by its inverse only if ``upper``.
+    """Return the same function with threshold 1 wherever that is possible: kernels use its inverse only if ``upper``.
 
-    At degree 1 both branches of ``upper`` are one line; without it, ``t^degree = z^degree / threshold^degree``.
+    At degree 1 both branches of ``upper`` are the same line; without ``upper``, the scale absorbs the threshold.
     """
     if activation.upper and activation.degree > 1:
         return activation
@@ -36,112 +51,116 @@ def _power(u, EXPONENT: tl.constexpr):
 
 
 @triton.jit
-def _add_power(total, u, EXPONENT: tl.constexpr):
-    """``total + u^EXPONENT``, the last multiplication and the addition being one instruction."""
+def _add_power(accum, u, EXPONENT: tl.constexpr):
+    """``accum + u^EXPONENT``, the last multiplication and the addition being one instruction."""
     if EXPONENT == 1:
-        total += u
+        accum += u
     elif EXPONENT % 2 == 0:
         half = _power(u, EXPONENT // 2)
-        total = tl.fma(half, half, total)
+        accum = tl.fma(half, half, accum)
     else:
-        total = tl.fma(_power(u, EXPONENT - 1), u, total)
-    return total
+        accum = tl.fma(_power(u, EXPONENT - 1), u, accum)
+    return accum
 
 
 @triton.jit
-def _clip(z, inverse, LOWER: tl.constexpr, UPPER: tl.constexpr):
-    """u: z / threshold, at least 0 if LOWER, at most 1 if UPPER. Both make one instruction, and NaN 0."""
-    if LOWER and UPPER:
+def _clip(z, inverse, ACTIVATION: tl.constexpr):
+    """Return u: z / threshold, clamped to at least 0 if ``lower``, to at most 1 if ``upper``.
+
+    Both clamps together are one instruction, which turns NaN into 0.
+    """
+    if ACTIVATION.lower and ACTIVATION.upper:
         return tl.clamp(z * inverse, 0.0, 1.0)
-    elif LOWER:
+    elif ACTIVATION.lower:
         return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif UPPER:
+    elif ACTIVATION.upper:
         return tl.minimum(z * inverse, 1.0)
     else:
         return z
 
 
 @triton.jit
-def add_phi(total, z, inverse, DEGREE: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr):
-    """``total + degree / scale * phi(z)``, float32: 7 instructions for PolyReLU of degree 8.
+def add_phi(accum, z, inverse, ACTIVATION: tl.constexpr):
+    """``accum + degree / scale * phi(z)``, float32: 7 instructions for PolyReLU of degree 8.
 
-    NaN in z comes through: what :func:`_clip` may lose, the maximum below keeps, in one instruction from sm_80 on.
+    NaN in z is kept: :func:`_clip` may lose it, the maximum below does not. It is one instruction from sm_80 on.
     """
-    u = _clip(z, inverse, LOWER, UPPER)
-    total = _add_power(total, u, DEGREE)
-    if UPPER:
-        excess = tl.fma(z, DEGREE * inverse, -1.0 * DEGREE)  # degree * (t - 1)
-        total += tl.maximum(excess, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return total
+    u = _clip(z, inverse, ACTIVATION)
+    accum = _add_power(accum, u, ACTIVATION.degree)
+    if ACTIVATION.upper:
+        excess = tl.fma(z, ACTIVATION.degree * inverse, -1.0 * ACTIVATION.degree)  # degree * (t - 1)
+        accum += tl.maximum(excess, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return accum
 
 
 @triton.jit
-def mul_slope(grad, z, inverse, DEGREE: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr):
+def mul_slope(grad, z, inverse, ACTIVATION: tl.constexpr):
     """``grad * threshold / scale * phi'(z)``, float32."""
-    if DEGREE > 1:
-        return grad * _power(_clip(z, inverse, LOWER, UPPER), DEGREE - 1)
-    elif LOWER:
+    if ACTIVATION.degree > 1:
+        return grad * _power(_clip(z, inverse, ACTIVATION), ACTIVATION.degree - 1)
+    elif ACTIVATION.lower:
         return tl.where(z > 0, grad, 0.0)
     else:
         return grad
 
 
-# Scales the part of t above the threshold into [0, 1], where clamping at 0 comes with an addition for free. A power of
-# two, so nothing is rounded; a t beyond 2^100 is cut, one within 2^-26 of the threshold flushed.
+# Scales the part of t above the threshold into [0, 1], where an addition clamps for free. As a power of two it rounds
+# nothing, but a t beyond 2^100 is clamped, and one within 2^-26 of the threshold is flushed to it.
 _SHRINK = tl.constexpr(2.0**-100)
 
 
 @triton.jit
-def _clip_of_sum(a, b, LOWER: tl.constexpr, UPPER: tl.constexpr):
-    """u of t = a + b; addition and both bounds make one instruction, and NaN 0."""
-    if LOWER and UPPER:
+def _clip_of_sum(a, b, ACTIVATION: tl.constexpr):
+    """Return u of t = a + b. Addition and both clamps are one instruction, which turns NaN into 0."""
+    if ACTIVATION.lower and ACTIVATION.upper:
         return tl.clamp(a + b, 0.0, 1.0)
-    elif LOWER:
+    elif ACTIVATION.lower:
         return tl.maximum(a + b, 0.0)
-    elif UPPER:
+    elif ACTIVATION.upper:
         return tl.minimum(a + b, 1.0)
     else:
         return a + b
 
 
 @triton.jit
-def add_phi_of_sum(total, a, b, DEGREE: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr):
-    """``total + degree / scale * phi(threshold * (a + b))``, float32: 6 instructions for PolyReLU of degree 8.
+def add_phi_of_sum(accum, a, b, ACTIVATION: tl.constexpr):
+    """``accum + degree / scale * phi(threshold * (a + b))``, float32: 6 instructions for PolyReLU of degree 8.
 
-    ``a`` and ``b`` broadcast against each other; what is done to ``a`` alone costs little. NaN may become 0.
+    ``a`` and ``b`` broadcast against each other; operations on ``a`` alone cost little. NaN may become 0.
     """
-    u = _clip_of_sum(a, b, LOWER, UPPER)
-    total = _add_power(total, u, DEGREE)
-    if UPPER:
+    u = _clip_of_sum(a, b, ACTIVATION)
+    accum = _add_power(accum, u, ACTIVATION.degree)
+    if ACTIVATION.upper:
         excess = tl.clamp(b * _SHRINK + (a - 1.0) * _SHRINK, 0.0, 1.0)
-        total = excess * (DEGREE / _SHRINK) + total
-    return total
+        accum = excess * (ACTIVATION.degree / _SHRINK) + accum
+    return accum
 
 
 @triton.jit
-def mul_slope_of_sum(grad, a, b, DEGREE: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr):
+def mul_slope_of_sum(grad, a, b, ACTIVATION: tl.constexpr):
     """``grad * threshold / scale * phi'(threshold * (a + b))``, float32: 5 instructions for PolyReLU of degree 8."""
-    if DEGREE > 1:
-        u = _clip_of_sum(a, b, LOWER, UPPER)
-        if DEGREE == 2:
+    if ACTIVATION.degree > 1:
+        u = _clip_of_sum(a, b, ACTIVATION)
+        if ACTIVATION.degree == 2:
             return grad * u
-        elif DEGREE % 2 == 0:
-            return (grad * u) * _power(u, DEGREE - 2)
+        elif ACTIVATION.degree % 2 == 0:
+            return (grad * u) * _power(u, ACTIVATION.degree - 2)
         else:
-            return grad * _power(u, DEGREE - 1)
-    elif LOWER:
+            return grad * _power(u, ACTIVATION.degree - 1)
+    elif ACTIVATION.lower:
         return tl.where(a + b > 0, grad, 0.0)
     else:
         return grad + 0.0 * (a + b)
 
 
 @triton.jit
-def regions(least, greatest, DEGREE: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr):
-    """Whether phi is 0 for all t that lie between these, and whether, else, ``degree / scale * phi`` is a line for all.
+def regions(t_min, t_max, ACTIVATION: tl.constexpr):
+    """Return whether phi is 0 for all t in [t_min, t_max], and else whether ``degree / scale * phi`` is linear there.
 
-    The line is ``degree * t - (degree - 1)``, its slope ``mul_slope(1)``; t being z / threshold. NaN is in no region.
+    t is z / threshold. The linear function is ``degree * t - (degree - 1)``, its slope ``mul_slope(1)``. NaN is in
+    neither region.
     """
-    ZERO_UNTIL: tl.constexpr = 0.0 if LOWER else float("-inf")
-    LINE_FROM: tl.constexpr = ZERO_UNTIL if DEGREE == 1 else 1.0 if UPPER else float("inf")
-    zero = greatest <= ZERO_UNTIL
-    return zero, (least >= LINE_FROM) & ~zero
+    ZERO_UNTIL: tl.constexpr = 0.0 if ACTIVATION.lower else float("-inf")
+    LINEAR_FROM: tl.constexpr = ZERO_UNTIL if ACTIVATION.degree == 1 else 1.0 if ACTIVATION.upper else float("inf")
+    is_zero = t_max <= ZERO_UNTIL
+    return is_zero, (t_min >= LINEAR_FROM) & ~is_zero

@@ -3,19 +3,22 @@
 Targets are two classes a row, each with a weight, or probabilities, "dense": one kernel serves both. With
 
     z_nc = x_nc - max_c x_nc,   s_n = sum_c exp z_nc        so that CE(x, y) = log s - z_y
-    q_nc = eps / C, or dense: (1 - eps) t_nc + eps / C      the part of a row's label that all classes have
+    q_nc = eps / C, or dense: (1 - eps) t_nc + eps / C      the share of the label that is spread over all classes
     wa_n = lam_n A [a_n counts],   wb_n = (1 - lam_n) B [b_n counts],   W_n = wa_n + wb_n, or dense: weight
 
     loss_n  = W (log s sum_c q_c - sum_c q_c z_c) + (1 - eps) (wa (log s - z_a) + wb (log s - z_b))
     grad_nc = W (T exp(z_c) / s - q_c) - (1 - eps) (wa [c = a] + wb [c = b]),   T = 1, or dense: sum_c q_c
 
-where dense targets have no a and b. A and B are 1; for the mean 1 over the number of targets that count, which a kernel
-of its own finds before. All arithmetic is in float32. What is not finite goes where F.cross_entropy lets it go: a dense
-target 0 on a logit -inf is NaN, a class with logit -inf that is not the target is nothing.
+where dense targets have no a and b. A and B are 1, or for the mean 1 over the number of targets that count, which a
+kernel of its own counts first. All arithmetic is in float32. Infinities and NaN propagate as in F.cross_entropy: a
+dense target 0 on a logit -inf gives NaN; a logit -inf of a class that is not the target changes nothing.
 
-A program owns rows that fit into its registers, and reads them once. A longer row it reads twice, a block at a time:
-for the maximum and the sum, which is scaled when the maximum changes; then backwards for the gradient, first what was
-last read and is still in the L2 cache.
+A program owns rows that fit into its registers, and reads them once. It reads a longer row twice, a block at a time:
+first for the maximum and the sum, which is rescaled when the maximum changes; then backwards for the gradient, starting
+with the block that was read last and is still in the L2 cache.
+
+A product is never the direct operand of a sum across lanes: the compiler would fuse it into the first exchange, after
+which lanes that hold the same sum differ in its last bit. A select keeps the two apart.
 """
 
 from collections.abc import Sequence
@@ -27,24 +30,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import configs, launch
 
 __all__ = ["cross_entropy", "scale_", "soft_target_cross_entropy"]
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-# Integers that must not give every size of problem a compilation of its own. In vectors: C and the rows' strides.
+# Integers that must not cost a compilation per problem size. C and the strides of rows are in vectors.
 _SIZES = ["N", "C", "stride_input", "stride_target", "stride_grad", "stride_weight", "stride_factor", "ignored"]
 
 
 @triton.jit
 def _rows(N, BLOCK_N: tl.constexpr):
-    """This program's rows; beyond the last it is the last once more, which then writes the same again."""
+    """Return this program's rows. Rows beyond the last are clamped to it: they write the same result again."""
     return tl.minimum(tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
 
 
 @triton.jit
 def _pointers(tensor, n, stride, VECTOR: tl.constexpr):
-    """To rows n, (BLOCK_N, 1), of a tensor whose rows lie ``stride`` vectors apart."""
+    """Return pointers (BLOCK_N, 1) to rows n of a tensor whose rows lie ``stride`` vectors apart."""
     return (tensor + n * (stride.to(tl.int64) * VECTOR))[:, None]
 
 
@@ -54,8 +57,8 @@ def _exp(z):
 
 
 @triton.jit(do_not_specialize=["N", "ignored"])
-def count_kernel(target, partner_target, N, ignored, counts, BLOCK: tl.constexpr):
-    """Adds to counts (2,) how many of target (N,) and of partner_target (N,) are not ignored."""
+def mixup_cross_entropy_count_kernel(target, partner_target, N, ignored, counts, BLOCK: tl.constexpr):
+    """Add to counts (2,) how many of target (N,) and of partner_target (N,) are not ignored."""
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     counted = tl.load(target + n, mask=n < N, other=ignored) != ignored
     partner_counted = tl.load(partner_target + n, mask=n < N, other=ignored) != ignored
@@ -65,7 +68,7 @@ def count_kernel(target, partner_target, N, ignored, counts, BLOCK: tl.constexpr
 
 @triton.jit
 def _class(rows, target, ignored, n, C):
-    """Target classes and their logits, (BLOCK_N, 1): one that is ignored is -2, one that does not exist -1."""
+    """Return target classes and their logits, (BLOCK_N, 1): class -2 for ignored, -1 for out of range."""
     y = tl.load(target + n)[:, None]
     y = tl.where(y == ignored, -2, tl.where((y >= 0) & (y < C), y, -1)).to(tl.int32)
     return y, tl.load(rows + y, mask=y >= 0, other=0.0).to(tl.float32)
@@ -73,49 +76,49 @@ def _class(rows, target, ignored, n, C):
 
 @triton.jit
 def _weigh(y, x, weight):
-    """What targets count for, NaN for one that does not exist, and their logits, 0 where they count for nothing."""
+    """Return the targets' weights, NaN for one out of range, and their logits, 0 where the weight is 0."""
     w = tl.where(y == -2, 0.0, weight)
     w = tl.where((y == -1) & (w != 0.0), float("nan"), w)
     return w, tl.where(w == 0.0, 0.0, x)
 
 
 @triton.jit
-def _label(target, start, columns, C, keep, share, DENSE: tl.constexpr):
-    """q of the columns from ``start`` on, and its sum over those in the row."""
+def _label(target, start, columns, C, one_minus_eps, eps_share, DENSE: tl.constexpr):
+    """Return q of the columns from ``start`` on, and its sum over those in the row."""
     if DENSE:
         in_row = start + columns < C
         t = tl.load(target + start + columns, mask=in_row, other=0.0).to(tl.float32)
-        q = tl.fma(t, keep, share)
+        q = tl.fma(t, one_minus_eps, eps_share)
         return q, tl.sum(tl.where(in_row, q, 0.0), 1)[:, None]
     else:
-        return share, share * tl.minimum(C - start, columns.shape[1]).to(tl.float32)
+        return eps_share, eps_share * tl.minimum(C - start, columns.shape[1]).to(tl.float32)
 
 
 @triton.jit
-def _gradient(e, q, c, scale, weight, classes, SPREAD: tl.constexpr):
+def _gradient(e, q, c, scale, row_weight, classes, SPREAD: tl.constexpr):
     """``scale e - W q - (1 - eps) (wa [c = a] + wb [c = b])``, or 0 in rows that do not count."""
     g = e * scale
     if SPREAD:
-        g = tl.fma(q, -weight, g)
+        g = tl.fma(q, -row_weight, g)
     if classes is not None:
-        a, taken_a, b, taken_b, has_weight = classes
-        g -= tl.where(c == a, taken_a, 0.0) + tl.where(c == b, taken_b, 0.0)
+        a, share_a, b, share_b, has_weight = classes
+        g -= tl.where(c == a, share_a, 0.0) + tl.where(c == b, share_b, 0.0)
         g = tl.where(has_weight, g, 0.0)
     return g
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def cross_entropy_kernel(
+def cross_entropy_forward_kernel(
     input, target, partner_target, weight, counts, total_weight, ignored,
-    N, C, stride_input, stride_target, stride_grad, stride_weight, keep, share, loss, grad,
+    N, C, stride_input, stride_target, stride_grad, stride_weight, one_minus_eps, eps_share, loss, grad,
     VECTOR: tl.constexpr, DENSE: tl.constexpr, SMOOTH: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Loss (N,) of each row, and unless ``grad`` is None its gradient (N,C).
+    """Write the loss (N,) of each row, and unless ``grad`` is None its gradient (N,C).
 
-    input (N,C); target and partner_target (N,), of which those that are ``ignored`` do not count, with lam, (N,) or (),
-    as weight, and for a mean with counts, of which each makes up ``total_weight``; or DENSE: target (N,C), weight a
-    number, None for what it does not have. ``keep`` is 1 - eps, ``share`` eps / C, and SMOOTH says that eps is not 0.
+    input (N,C). Classes: target and partner_target (N,) with lam, (N,) or (), as weight; those ``ignored`` do not
+    count; for a mean, the targets of each side that count, by ``counts`` (2,), weigh ``total_weight`` together. DENSE:
+    target (N,C), weight a number, and None for the other arguments. ``eps_share`` is eps / C, SMOOTH whether eps > 0.
     """
     SPREAD: tl.constexpr = DENSE or SMOOTH  # whether q is other than 0
     C *= VECTOR
@@ -124,7 +127,7 @@ def cross_entropy_kernel(
     columns = tl.arange(0, BLOCK_C)[None, :]
     if DENSE:
         labels = _pointers(target, n, stride_target, VECTOR)
-        both = weight
+        row_weight = weight
     else:
         labels = None
         a, x_a = _class(rows, target, ignored, n, C)
@@ -133,35 +136,35 @@ def cross_entropy_kernel(
     if WHOLE:
         in_row = columns < C
         x = tl.load(rows + columns, mask=in_row, other=float("-inf")).to(tl.float32)
-        peak = tl.max(x, 1)[:, None]
-        z = x - peak
+        shift = tl.max(x, 1)[:, None]
+        z = x - shift
         e = _exp(z)
-        total = tl.sum(e, 1)[:, None]
-        q, mass = _label(labels, 0, columns, C, keep, share, DENSE)
+        accum = tl.sum(e, 1)[:, None]
+        q, label_sum = _label(labels, 0, columns, C, one_minus_eps, eps_share, DENSE)
         if SPREAD:
-            dot = tl.sum(q * tl.where(in_row, z, 0.0), 1)[:, None]
+            dot = tl.sum(tl.where(in_row, q * z, 0.0), 1)[:, None]
     else:
-        highest = tl.full([BLOCK_N, 1], float("-inf"), tl.float32)
-        peak = tl.zeros([BLOCK_N, 1], tl.float32)
-        total, mass, dot = peak, peak, peak
+        row_max = tl.full([BLOCK_N, 1], float("-inf"), tl.float32)
+        shift = tl.zeros([BLOCK_N, 1], tl.float32)
+        accum, label_sum, dot = shift, shift, shift
         for start in range(0, C, BLOCK_C):
             c = start + columns
             in_row = c < C
             x = tl.load(rows + c, mask=in_row, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
-            last_highest, last_peak = highest, peak
-            highest = tl.maximum(highest, tl.max(x, 1)[:, None])
-            peak = tl.where(highest == float("-inf"), 0.0, highest)  # -inf - -inf is not a number
-            z = x - peak
-            total = total * _exp(last_highest - peak) + tl.sum(_exp(z), 1)[:, None]
-            q, part = _label(labels, start, columns, C, keep, share, DENSE)
+            last_max, last_shift = row_max, shift
+            row_max = tl.maximum(row_max, tl.max(x, 1)[:, None])
+            shift = tl.where(row_max == float("-inf"), 0.0, row_max)  # -inf - -inf is not a number
+            z = x - shift
+            accum = accum * _exp(last_max - shift) + tl.sum(_exp(z), 1)[:, None]
+            q, part = _label(labels, start, columns, C, one_minus_eps, eps_share, DENSE)
             if SPREAD:
-                dot += mass * (last_peak - peak) + tl.sum(q * tl.where(in_row, z, 0.0), 1)[:, None]
-                mass += part
+                dot += label_sum * (last_shift - shift) + tl.sum(tl.where(in_row, q * z, 0.0), 1)[:, None]
+                label_sum += part
 
-    log_sum = tl.log(total)
+    log_sum = tl.log(accum)
     if DENSE:
-        value = both * (mass * log_sum - dot)
-        scale = both * mass / total
+        value = row_weight * (label_sum * log_sum - dot)
+        scale = row_weight * label_sum / accum
         classes = None
     else:
         lam = tl.load(weight + n * stride_weight.to(tl.int64))[:, None]
@@ -172,23 +175,23 @@ def cross_entropy_kernel(
             partner_lam *= total_weight / partner_count.to(tl.float32)
         weight_a, x_a = _weigh(a, x_a, lam)
         weight_b, x_b = _weigh(b, x_b, partner_lam)
-        both = weight_a + weight_b
-        taken_a, taken_b = keep * weight_a, keep * weight_b
-        value = taken_a * (log_sum - (x_a - peak)) + taken_b * (log_sum - (x_b - peak))
+        row_weight = weight_a + weight_b
+        share_a, share_b = one_minus_eps * weight_a, one_minus_eps * weight_b
+        value = share_a * (log_sum - (x_a - shift)) + share_b * (log_sum - (x_b - shift))
         if SMOOTH:
-            value += both * (mass * log_sum - dot)
+            value += row_weight * (label_sum * log_sum - dot)
         has_weight = (weight_a != 0.0) | (weight_b != 0.0)
         value = tl.where(has_weight, value, 0.0)
         if counts is not None:  # the mean of no targets
             value = tl.where((count > 0) & (partner_count > 0), value, float("nan"))
-        scale = both / total
-        classes = a, taken_a, b, taken_b, has_weight
+        scale = row_weight / accum
+        classes = a, share_a, b, share_b, has_weight
     tl.store((loss + n)[:, None], value)
 
     if grad is not None:
         grad = _pointers(grad, n, stride_grad, VECTOR)
         if WHOLE:
-            g = _gradient(e, q, columns, scale, both, classes, SPREAD)
+            g = _gradient(e, q, columns, scale, row_weight, classes, SPREAD)
             tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=in_row)
         else:
             blocks = tl.cdiv(C, BLOCK_C)
@@ -197,25 +200,30 @@ def cross_entropy_kernel(
                 c = start + columns
                 in_row = c < C
                 x = tl.load(rows + c, mask=in_row, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-                q, _ = _label(labels, start, columns, C, keep, share, DENSE)
-                g = _gradient(_exp(x - peak), q, c, scale, both, classes, SPREAD)
+                q, _ = _label(labels, start, columns, C, one_minus_eps, eps_share, DENSE)
+                g = _gradient(_exp(x - shift), q, c, scale, row_weight, classes, SPREAD)
                 tl.store(grad + c, g.to(grad.dtype.element_ty), mask=in_row, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def scale_kernel(
+def cross_entropy_backward_kernel(
     grad, factor, N, C, stride_grad, stride_factor, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """``grad_n *= factor_n``; a program whose factors are all 1 ends at once. grad (N,C), factor (N,) or ()"""
-    n = _rows(N, BLOCK_N)
-    f = tl.load(factor + n * stride_factor.to(tl.int64))
+    """``grad_n *= factor_n``; a program whose factors are all 1 ends at once. grad (N,C), factor (N,) or ()
+
+    The kernel works in place, so rows beyond the last are masked: clamped ones would be multiplied several times.
+    """
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows = n < N
+    f = tl.load(factor + n * stride_factor.to(tl.int64), mask=in_rows, other=1.0)
     if tl.max((f != 1.0).to(tl.int32), 0) != 0:
         C *= VECTOR
         rows = _pointers(grad, n, stride_grad, VECTOR)
         for start in range(0, C, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)[None, :]
-            g = tl.load(rows + c, mask=c < C, other=0.0).to(tl.float32)
-            tl.store(rows + c, (g * f[:, None]).to(grad.dtype.element_ty), mask=c < C)
+            mask = in_rows[:, None] & (c < C)
+            g = tl.load(rows + c, mask=mask, other=0.0).to(tl.float32)
+            tl.store(rows + c, (g * f[:, None]).to(grad.dtype.element_ty), mask=mask)
 
 
 def cross_entropy(
@@ -229,10 +237,10 @@ def cross_entropy(
     loss: Tensor,
     grad: Tensor | None,
 ) -> None:
-    """Cross-entropies of two classes a row: ``loss_n = lam_n A CE(x_n, a_n) + (1 - lam_n) B CE(x_n, b_n)``.
+    """Compute ``loss_n = lam_n A CE(x_n, a_n) + (1 - lam_n) B CE(x_n, b_n)``, and its gradient unless ``grad`` is None.
 
-    A and B are 1, or with ``total_weight`` that over the number of a_n and of b_n that are not ``ignore_index``; where
-    there are none of either, every loss is NaN.
+    A and B are 1, or ``total_weight`` over the number of a_n and of b_n that are not ``ignore_index``; where either
+    number is 0, every loss is NaN.
 
     ``input`` (N,C) and, of its dtype, ``grad`` (N,C) or None: unit stride in C; targets (N,) int64, ``lam`` (N,) or ()
     and ``loss`` (N,) float32. A target out of range reads nothing and gives NaN, unless it is ignored or its weight is
@@ -243,7 +251,8 @@ def cross_entropy(
     if total_weight is not None and len(input):
         counts, block = torch.zeros(2, dtype=torch.int32, device=input.device), 2048
         arguments = (*targets, len(input), ignore_index, counts)
-        launch.run(launch.Launch(count_kernel, triton.cdiv(len(input), block), arguments, {"BLOCK": block}))
+        programs = triton.cdiv(len(input), block)
+        launch.run(launch.Launch(mixup_cross_entropy_count_kernel, programs, arguments, {"BLOCK": block}))
     stride_weight = lam.stride(0) if lam.dim() else 0
     _run(input, (*targets, lam, counts, total_weight, ignore_index), 0, stride_weight, label_smoothing, loss, grad)
 
@@ -251,7 +260,7 @@ def cross_entropy(
 def soft_target_cross_entropy(
     input: Tensor, target: Tensor, weight: float, label_smoothing: float, loss: Tensor, grad: Tensor | None
 ) -> None:
-    """Cross-entropy of probabilities t: ``loss_n = - weight sum_c ((1 - eps) t_nc + eps / C) log softmax(x_n)_c``.
+    """Compute ``loss_n = - weight sum_c ((1 - eps) t_nc + eps / C) log softmax(x_n)_c`` and its gradient.
 
     ``input``, ``target`` of any float dtype and, of input's, ``grad`` or None, (N,C) with unit stride in C; ``loss``
     (N,) float32.
@@ -270,45 +279,45 @@ def _run(
     grad: Tensor | None,
 ) -> None:
     if not input.numel():
-        loss.zero_()  # of no classes
+        loss.zero_()  # there are no classes
         return
     input, num_classes = launch.interpretable(input), input.shape[1]
     dense = targets[1] is None
     itemsize = max(input.itemsize, targets[0].itemsize) if dense else input.itemsize
     with nullcontext() if grad is None else launch.rounded(grad) as result:
         strides = (input.stride(0), stride_target, 0 if result is None else result.stride(0))
-        vector = launch.vector(itemsize, num_classes, *strides)
-        config = launch.cross_entropy_config(num_classes, itemsize, vector, dense)
+        vector = configs.vector_size(itemsize, num_classes, *strides)
+        config = configs.cross_entropy_config(num_classes, itemsize, vector, dense)
         numbers = (float(1 - label_smoothing), label_smoothing / num_classes)
         sizes = (*_in_vectors(input, vector, strides), stride_weight)
         arguments = (input, *targets, *sizes, *numbers, loss, result)
         constants = {"DENSE": dense, "SMOOTH": label_smoothing > 0, "WHOLE": config.holds(num_classes)}
-        _launch(cross_entropy_kernel, config, input, arguments, VECTOR=vector, **constants)
+        _launch(cross_entropy_forward_kernel, config, input, arguments, VECTOR=vector, **constants)
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:
-    """Multiply ``grad`` (N,C), of unit stride in C, by ``factor`` (N,) or () float32: nothing to do where that is 1."""
+    """Multiply ``grad`` (N,C), of unit stride in C, by ``factor`` (N,) or () float32; factors of 1 cost no traffic."""
     if not grad.numel():
         return
     with launch.rounded(grad) as result:
-        vector = launch.vector(result.itemsize, grad.shape[1], result.stride(0))
-        config = launch.cross_entropy_config(grad.shape[1], result.itemsize, vector, dense=False)
+        vector = configs.vector_size(result.itemsize, grad.shape[1], result.stride(0))
+        config = configs.cross_entropy_config(grad.shape[1], result.itemsize, vector, dense=False)
         stride_factor = factor.stride(0) if factor.dim() else 0
         arguments = (result, factor, *_in_vectors(result, vector, result.stride()[:1]), stride_factor)
-        _launch(scale_kernel, config, result, arguments, VECTOR=vector)
+        _launch(cross_entropy_backward_kernel, config, result, arguments, VECTOR=vector)
 
 
 def _in_vectors(rows: Tensor, vector: int, strides: Sequence[int]) -> tuple[int, ...]:
-    """N, and in vectors C and the strides."""
+    """Return N, then C and the strides in vectors."""
     num_samples, num_classes = rows.shape
     return num_samples, num_classes // vector, *(stride // vector for stride in strides)
 
 
 def _launch(
-    kernel: Any, config: launch.CrossEntropyConfig, rows: Tensor, arguments: tuple[Any, ...], **constants: Any
+    kernel: Any, config: configs.CrossEntropyConfig, rows: Tensor, arguments: tuple[Any, ...], **constants: Any
 ) -> None:
-    """A program for every few rows."""
-    block_n, block_c = config.tile(*rows.shape)
+    """Launch one program per tile of rows."""
+    block_n, block_c = config.tile(rows.shape[1])
     constants |= {"BLOCK_N": block_n, "BLOCK_C": block_c}
     options = {"num_warps": config.num_warps(rows.shape[1]), "max_registers": config.max_registers(rows.shape[1])}
     launch.run(launch.Launch(kernel, triton.cdiv(len(rows), block_n), arguments, constants, **options))

@@ -1,315 +1,31 @@
-"""How the Triton kernels are launched: the tile sizes that ship, which of them serves a problem, precision, device."""
+"""The launch of a Triton kernel: compiler options, device, matrix precision, and what the interpreter needs."""
 
 import contextlib
-import math
-import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = [
-    "CROSS_ENTROPY_CONFIGS", "MIXUP_CONFIG", "PAIRWISE_CONFIGS", "PATCH_CONV_TILES", "CrossEntropyConfig", "Direction",
-    "Launch", "MixupConfig", "PairwiseConfig", "PatchConvConfig", "PatchConvTiles", "cross_entropy_config",
-    "interpretable", "multiprocessors", "pairwise_config", "patch_conv_tiles", "precision", "record", "rounded", "run",
-    "vector",
-]  # fmt: skip
-
-Direction = Literal["forward", "backward_input", "backward_weight"]
-
-
-@dataclass(frozen=True)
-class PatchConvConfig:
-    """Tile sizes of one patch_conv kernel.
-
-    Attributes:
-        block_n: samples per tile.
-        block_q: filters per tile.
-        block_d: entries of a patch per tile. A patch that fits is read once per tile, a longer one in steps of block_d.
-        num_warps: warps per program, 32 (AMD: 64) threads each.
-        num_stages: depth of the pipeline of loads.
-        max_registers: cap per thread (NVIDIA, without a mix) that lets a multiprocessor hold several programs; None
-            where the assembler finds by itself how many it needs.
-    """
-
-    block_n: int
-    block_q: int
-    block_d: int
-    num_warps: int = 4
-    num_stages: int = 2
-    max_registers: int | None = 255
-
-    def holds(self, patch_dim: int) -> bool:
-        """Whether a tile holds patches of ``patch_dim`` entries."""
-        return patch_dim <= self.block_d
-
-
-@dataclass(frozen=True)
-class PatchConvTiles:
-    """The configurations for patches of up to ``patch_dim`` entries; ``mixes`` says whether these kernels can mix."""
-
-    patch_dim: int
-    forward: PatchConvConfig
-    forward_narrow: PatchConvConfig
-    backward_input: PatchConvConfig
-    backward_weight: PatchConvConfig
-    mixes: bool = False
-
-    def config(self, direction: Direction, num_classes: int, filters_per_class: int) -> PatchConvConfig:
-        """The configuration for a direction and, in forward, for the numbers of classes and filters."""
-        if direction != "forward":
-            return self.backward_input if direction == "backward_input" else self.backward_weight
-
-        def columns(config: PatchConvConfig) -> int:  # filters computed, with those that pad the tiles of whole classes
-            tiles_per_class = math.ceil(filters_per_class / config.block_q)
-            classes_per_tile = max(config.block_q // filters_per_class, 1)
-            return math.ceil(num_classes / classes_per_tile) * tiles_per_class * config.block_q
-
-        # Wide tiles read the input half as often, but not where they compute much more padding than narrow ones.
-        wide, narrow = self.forward, self.forward_narrow
-        return wide if columns(wide) <= 1.2 * columns(narrow) else narrow
-
-
-_Config, _ANY = PatchConvConfig, sys.maxsize
-
-# All configurations that ship, by the kind of product. Registers set the sizes: these tiles do not spill on any target.
-#
-# "half": bfloat16 and float16. The matrix units of sm_90 and later (wgmma, tcgen05) take 64 rows per 4 warps. Forward
-#   keeps two tiles, s and the sum of phi: 8 warps halve a thread's share of them. Backward keeps s, G and the gradient;
-#   it has 4 warps, for with 8 each pair of warps would need, and compute, the same activations. One program's products
-#   overlap with another's activations where a multiprocessor holds two or three: hence the caps on registers.
-# "tf32": float32 in TF32, with twice the bytes per operand.
-# "ieee": float32 without matrix units (AMD: with), whose operands pass through registers as well.
-PATCH_CONV_TILES: dict[str, list[PatchConvTiles]] = {
-    "half": [
-        PatchConvTiles(
-            patch_dim=32,
-            forward=_Config(64, 128, 32, num_warps=8, max_registers=128),
-            forward_narrow=_Config(64, 64, 32, max_registers=168),
-            backward_input=_Config(64, 64, 32, max_registers=None),
-            backward_weight=_Config(32, 64, 32),
-            mixes=True,
-        ),
-        PatchConvTiles(
-            patch_dim=64,
-            forward=_Config(64, 128, 64, num_warps=8, max_registers=128),
-            forward_narrow=_Config(64, 64, 64, max_registers=168),
-            backward_input=_Config(64, 64, 64),
-            backward_weight=_Config(32, 64, 64),
-            mixes=True,
-        ),
-        PatchConvTiles(
-            patch_dim=128,
-            forward=_Config(64, 128, 128, num_warps=8),
-            forward_narrow=_Config(64, 64, 128, num_warps=8),
-            backward_input=_Config(64, 32, 128),
-            backward_weight=_Config(32, 64, 128),
-        ),
-        PatchConvTiles(
-            patch_dim=_ANY,
-            forward=_Config(64, 128, 64, num_warps=8),
-            forward_narrow=_Config(64, 64, 64),
-            backward_input=_Config(64, 32, 128),
-            backward_weight=_Config(32, 64, 128, num_warps=8),
-        ),
-    ],
-    "tf32": [
-        PatchConvTiles(
-            patch_dim=32,
-            forward=_Config(64, 128, 32, num_warps=8),
-            forward_narrow=_Config(64, 64, 32),
-            backward_input=_Config(64, 32, 32),
-            backward_weight=_Config(32, 64, 32),
-            mixes=True,
-        ),
-        PatchConvTiles(
-            patch_dim=64,
-            forward=_Config(64, 128, 64, num_warps=8),
-            forward_narrow=_Config(64, 64, 64, num_warps=8),
-            backward_input=_Config(64, 32, 64),
-            backward_weight=_Config(32, 64, 64),
-        ),
-        PatchConvTiles(
-            patch_dim=_ANY,
-            forward=_Config(64, 128, 32, num_warps=8),
-            forward_narrow=_Config(64, 64, 32),
-            backward_input=_Config(64, 32, 64, num_stages=1),
-            backward_weight=_Config(32, 64, 64, num_warps=8),
-        ),
-    ],
-    "ieee": [
-        PatchConvTiles(
-            patch_dim=32,
-            forward=_Config(32, 64, 32),
-            forward_narrow=_Config(32, 32, 32),
-            backward_input=_Config(32, 32, 32, num_warps=8),
-            backward_weight=_Config(32, 32, 32, num_warps=8),
-            mixes=True,
-        ),
-        PatchConvTiles(
-            patch_dim=_ANY,
-            forward=_Config(64, 64, 16, num_warps=8),
-            forward_narrow=_Config(64, 32, 16),
-            backward_input=_Config(32, 32, 64, num_warps=8, num_stages=1),
-            backward_weight=_Config(32, 32, 64, num_warps=8, num_stages=1),
-        ),
-    ],
-}
-
-
-def patch_conv_tiles(dtype: torch.dtype, input_precision: str, patch_dim: int) -> PatchConvTiles:
-    """The configurations that serve patches of ``patch_dim`` entries."""
-    kind = input_precision if dtype == torch.float32 else "half"
-    return next(tiles for tiles in PATCH_CONV_TILES[kind] if patch_dim <= tiles.patch_dim)
-
-
-@dataclass(frozen=True)
-class PairwiseConfig:
-    """Tile sizes of the all-pairs Mixup loss.
-
-    Attributes:
-        block: samples on each side of a tile. A warp's threads lie along one side.
-        chunk: samples of the other side that a thread works on at once, each with a register per sample along it.
-        strip: the same in the softmax, which holds several numbers per pair.
-        programs_per_multiprocessor: warps that share the tiles; more only add workspace.
-        workspace_bytes: the most that the logits of the tiles in work may take; a smaller tile lets more be in work.
-    """
-
-    block: int
-    chunk: int
-    strip: int = 8
-    programs_per_multiprocessor: int = 16
-    workspace_bytes: int = 512 << 20
-
-
-# A thread with two rows has half the loads per evaluation of one with one row; but few samples would mostly be padding.
-PAIRWISE_CONFIGS = {"small": PairwiseConfig(block=32, chunk=32), "large": PairwiseConfig(block=64, chunk=32)}
-
-
-def pairwise_config(num_samples: int, num_classes: int) -> PairwiseConfig:
-    """The configuration for so many samples on the longer side."""
-    return PAIRWISE_CONFIGS["small" if num_samples <= 512 or num_classes > 16 else "large"]
-
-
-@dataclass(frozen=True)
-class MixupConfig:
-    """The tile of mixup.
-
-    Attributes:
-        vectors: how many vectors, of up to 16 bytes, of the output a program writes.
-        elements: the same in elements, at least.
-        num_warps: warps per program, 32 (AMD: 64) threads each.
-    """
-
-    vectors: int
-    elements: int
-    num_warps: int = 4
-
-    def tile(self, num_samples: int, width: int, vector: int) -> tuple[int, int]:
-        """Samples, and elements of each, that a program owns: as much of one sample as it can."""
-        return _tile(max(self.vectors * vector, self.elements), num_samples, width)
-
-
-# A thread loads 16 bytes four times from its sample and four times from the partner: few enough registers for 8 or more
-# programs on a multiprocessor, which then have 128 KiB on the way, where the memory's latency asks for some 20. Rows
-# that are not aligned load single elements, eight times.
-MIXUP_CONFIG = MixupConfig(vectors=512, elements=1024)
-
-
-@dataclass(frozen=True)
-class CrossEntropyConfig:
-    """The tile of the cross-entropies: whole rows, or a part of one row at a time.
-
-    Attributes:
-        elements: logits that a thread holds, if warps have 32 threads.
-        whole_registers: cap per thread (NVIDIA) where a program holds whole rows.
-        part_registers: cap per thread (NVIDIA) where it holds a part of a longer one.
-        min_warps: warps per program, 32 (AMD: 64) threads each: at least so many, which may share several rows,
-        max_warps: and at most.
-    """
-
-    elements: int
-    whole_registers: int
-    part_registers: int
-    min_warps: int = 1
-    max_warps: int = 8
-
-    def num_warps(self, num_classes: int) -> int:
-        """Warps of a program for such rows: one, or as many as a row needs."""
-        return min(max(_power_of_2(num_classes) // (32 * self.elements), self.min_warps), self.max_warps)
-
-    def tile(self, num_samples: int, num_classes: int) -> tuple[int, int]:
-        """Rows, and columns of each, that a program holds."""
-        elements = 32 * self.elements * self.num_warps(num_classes)
-        return _tile(elements, num_samples if self.min_warps > 1 else 1, num_classes)
-
-    def max_registers(self, num_classes: int) -> int:
-        """Cap per thread (NVIDIA) for such rows."""
-        return self.whole_registers if self.holds(num_classes) else self.part_registers
-
-    def holds(self, num_classes: int) -> bool:
-        """Whether a program holds whole rows."""
-        return num_classes <= self.tile(1, num_classes)[1]
-
-
-# A row is one warp's, which waits for no other to find its maximum, or, where that would be too much for a thread,
-# several warps'. The more logits the threads of a multiprocessor hold the more are on the way to it: the caps on
-# registers see to some 40 KiB, where the memory's latency asks for 20. Longer rows are read again from L2, which has to
-# hold all rows in work: so three programs are wanted on a multiprocessor, not more, and one for float32.
-CROSS_ENTROPY_CONFIGS = {
-    "short": CrossEntropyConfig(8, 128, 128, min_warps=4),
-    "half": CrossEntropyConfig(32, 112, 80),
-    "float32": CrossEntropyConfig(32, 128, 128, max_warps=16),
-    "other": CrossEntropyConfig(16, 96, 80),  # dense targets take as many registers again, single elements masks
-}
-
-
-def cross_entropy_config(num_classes: int, itemsize: int, vector: int, dense: bool) -> CrossEntropyConfig:
-    """The configuration for such rows, loaded ``vector`` logits at once; ``dense`` if targets are probabilities."""
-    if num_classes <= 128:
-        return CROSS_ENTROPY_CONFIGS["short"]
-    if dense or vector * itemsize < 16:
-        return CROSS_ENTROPY_CONFIGS["other"]
-    return CROSS_ENTROPY_CONFIGS["half" if itemsize == 2 else "float32"]
-
-
-def vector(itemsize: int, *sizes: int) -> int:
-    """How many elements may be loaded at once: up to 16 bytes, a divisor of all ``sizes``.
-
-    A kernel takes lengths of rows and their distances in vectors: so the compiler knows what divides them.
-    """
-    return math.gcd(16 // itemsize, *sizes)
-
-
-def _power_of_2(size: int) -> int:
-    """The smallest power of two that is no less."""
-    return 1 << (size - 1).bit_length()
-
-
-def _tile(elements: int, rows: int, columns: int) -> tuple[int, int]:
-    """Rows and columns, powers of two, of a tile of so many elements: as many columns as there are."""
-    columns = min(_power_of_2(columns), elements)
-    return min(_power_of_2(rows), elements // columns), columns
+__all__ = ["Launch", "interpretable", "multiprocessors", "precision", "record", "rounded", "run"]
 
 
 def precision(dtype: torch.dtype) -> str:
-    """``input_precision`` of tl.dot: torch.get_float32_matmul_precision(). AMD's matrix units take float32 as it is."""
-    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" or torch.version.hip:
-        return "ieee"
-    return "tf32"
+    """Return tl.dot's ``input_precision``, which follows PyTorch's. AMD's matrix units take float32 as it is."""
+    # torch.set_float32_matmul_precision sets this too, whereas its getter raises once this alone has been set.
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 and dtype == torch.float32 and not torch.version.hip else "ieee"
 
 
 def multiprocessors(tensor: Tensor) -> int:
-    """How many multiprocessors the tensor's device has; a few, where that means nothing."""
+    """Return how many multiprocessors the tensor's device has; 2 for the interpreter, to slice work there too."""
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 2
 
 
 def _capability(tensor: Tensor) -> int:
-    """Of the tensor's device, as its name in sm_90 has it; 0 where there is none."""
+    """Return the compute capability of the tensor's device, 90 for sm_90; 0 on a CPU."""
     if not tensor.is_cuda:
         return 0
     properties = torch.cuda.get_device_properties(tensor.device)
@@ -317,7 +33,7 @@ def _capability(tensor: Tensor) -> int:
 
 
 class Launch(NamedTuple):
-    """A kernel, the number of its programs, its arguments, its constants by name, and options for the compiler."""
+    """A launch of a kernel: number of programs, arguments, constants by name, and options for the compiler."""
 
     kernel: Any
     programs: int
@@ -328,10 +44,10 @@ class Launch(NamedTuple):
     max_registers: int | None = 255
 
     def options(self, backend: str, capability: int = 0) -> dict[str, Any]:
-        """What else a launch says to the compiler, for "cuda" of a capability such as 90, or for "hip"."""
-        # Versions of Triton differ in whether a * b + c may be one instruction: it may. NVIDIA's assembler spills a few
-        # registers to fit one more program on a multiprocessor, unless it is told how many a thread may have. On sm_12x
-        # a pipeline of loads takes so many registers that tiles would spill.
+        """Return the compiler's options for "hip", or for "cuda" with a compute capability such as 90."""
+        # Triton's default for contracting a * b + c into one instruction differs by version, so it is set here.
+        # NVIDIA's assembler may spill a few registers to fit one more program on a multiprocessor, unless it is told
+        # how many a thread may have. On sm_12x a pipeline of loads takes so many registers that tiles would spill.
         num_stages = 1 if capability // 10 == 12 else self.num_stages
         options = {"num_warps": self.num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
         capped = backend == "cuda" and self.max_registers is not None
@@ -343,7 +59,7 @@ _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None
 
 @contextlib.contextmanager
 def record() -> Iterator[list[Launch]]:
-    """Within, this thread's launches are listed but not made: on meta tensors, to compile them without a GPU."""
+    """List this thread's launches instead of making them: on meta tensors, they can be compiled without a GPU."""
     launches: list[Launch] = []
     token = _recorded.set(launches)
     try:
@@ -353,26 +69,26 @@ def record() -> Iterator[list[Launch]]:
 
 
 def run(launch: Launch) -> None:
-    """Launch, on the device of the first argument, whichever device is current."""
+    """Launch on the device of the first argument, whichever device is current."""
     launches = _recorded.get()
     if launches is not None:
         launches.append(launch)
         return
     tensor = launch.arguments[0]
     options = launch.options("hip") if torch.version.hip else launch.options("cuda", _capability(tensor))
-    # numbers that are not finite are numpy's to warn of in the interpreter, and nobody's on a GPU
+    # A GPU computes with infinities and NaN in silence; numpy, which interprets kernels on a CPU, would warn.
     with np.errstate(all="ignore") if tensor.is_cpu else torch.cuda.device_of(tensor):
         launch.kernel[launch.programs,](*launch.arguments, **launch.constants, **options)
 
 
 def interpretable(tensor: Tensor) -> Tensor:
-    """The tensor, or where Triton's interpreter would get bfloat16 wrong, on a CPU, a copy of it in float32."""
+    """Return the tensor, or a float32 copy of bfloat16 on a CPU, where Triton's interpreter gets bfloat16 wrong."""
     return tensor.float() if tensor.is_cpu and tensor.dtype == torch.bfloat16 else tensor
 
 
 @contextlib.contextmanager
 def rounded(result: Tensor) -> Iterator[Tensor]:
-    """Where a kernel is to write ``result``: the interpreter would truncate to bfloat16, and not round."""
+    """Yield the tensor for a kernel to write ``result`` to: the interpreter would truncate to bfloat16, not round."""
     exact = interpretable(result)
     yield exact
     if exact is not result:

@@ -3,12 +3,12 @@
     mixed_n = lam_n x_n + (1 - lam_n) x_{index_n}
     dL/dx_i = lam_i dL/dmixed_i + sum_{n: index_n = i} (1 - lam_n) dL/dmixed_n
 
-Both are computed in float32. A sample whose partner does not exist gets NaN, and nobody else a share of its gradient.
-No kernel uses atomic operations: results repeat bit for bit.
+Both are computed in float32. A sample whose partner is out of range gets NaN, and passes no gradient to a partner.
+No kernel uses atomic operations, so results repeat bit for bit.
 
-A program owns a tile of samples and of their elements. Programs next to each other own the same elements of other
-samples: what those that run at once read as partners is then mostly in the L2 cache, where someone has read it as a
-sample or is about to, so that memory is read once and not twice.
+A program owns a tile: some samples and some of their elements. Neighbouring programs own the same elements of other
+samples. A partner's elements are then mostly in the L2 cache, as programs that run at the same time read them as a
+sample's own, so memory is read once and not twice.
 """
 
 from typing import Any
@@ -18,19 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import configs, launch
 
 __all__ = ["mixup", "mixup_backward"]
 
-# Integers that must not give every batch size a compilation of its own. Those in vectors: K and the samples' strides.
+# Integers that must not cost a compilation per batch size. K and the strides of samples are in vectors.
 _SIZES = ["N", "K", "stride_lam", "stride_source", "stride_result"]
 
 
 @triton.jit
 def _tile(N, K, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The samples n, first element and further elements k of this program, and which of them exist.
+    """Return this program's samples n, its first element, the elements k after that, and the mask of elements.
 
-    Samples beyond the last are the last once more: they write again what has been written.
+    Samples beyond the last are clamped to it: they write the same result again.
     """
     blocks = tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
@@ -42,12 +42,12 @@ def _tile(N, K, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constex
 
 @triton.jit
 def _rows(tensor, n, stride, VECTOR: tl.constexpr):
-    """Pointers to samples n, (BLOCK_N, 1), of a tensor whose samples lie ``stride`` vectors apart."""
+    """Return pointers (BLOCK_N, 1) to samples n of a tensor whose samples lie ``stride`` vectors apart."""
     return (tensor + n * (stride.to(tl.int64) * VECTOR))[:, None]
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "stride_index"])
-def mixup_kernel(
+def mixup_forward_kernel(
     input, index, lam, output, N, K, stride_source, stride_index, stride_lam, stride_result,
     VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -82,16 +82,16 @@ def mixup_backward_kernel(
     own = tl.load(_rows(grad, i, stride_source, VECTOR) + k, mask=mask, other=0.0)
     partner = tl.load(index + i)
     ratio = tl.where((partner >= 0) & (partner < N), tl.load(lam + i * stride_lam), float("nan"))
-    total = ratio[:, None] * own.to(tl.float32)
+    accum = ratio[:, None] * own.to(tl.float32)
     begin = tl.load(first + i)
     count = (tl.load(first + i + 1) - begin).to(tl.int32)
     for j in range(tl.max(count, 0)):
         n = tl.load(order + begin + j, mask=j < count, other=0)
-        share = 1.0 - tl.load(lam + n * stride_lam)
-        given = mask & (j < count)[:, None]
-        other = tl.load(_rows(grad, n, stride_source, VECTOR) + k, mask=given, other=0.0)
-        total = tl.where(given, tl.fma(share[:, None], other.to(tl.float32), total), total)
-    tl.store(_rows(input_grad + start, i, stride_result, VECTOR) + k, total.to(input_grad.dtype.element_ty), mask=mask)
+        partner_ratio = 1.0 - tl.load(lam + n * stride_lam)
+        in_list = mask & (j < count)[:, None]
+        other = tl.load(_rows(grad, n, stride_source, VECTOR) + k, mask=in_list, other=0.0)
+        accum = tl.where(in_list, tl.fma(partner_ratio[:, None], other.to(tl.float32), accum), accum)
+    tl.store(_rows(input_grad + start, i, stride_result, VECTOR) + k, accum.to(input_grad.dtype.element_ty), mask=mask)
 
 
 def mixup(input: Tensor, index: Tensor, lam: Tensor, output: Tensor) -> None:
@@ -101,16 +101,16 @@ def mixup(input: Tensor, index: Tensor, lam: Tensor, output: Tensor) -> None:
     """
     input = launch.interpretable(input)
     with launch.rounded(output) as result:
-        _run(mixup_kernel, (input, index, lam, result), input, result, index.stride(0), _stride(lam))
+        _run(mixup_forward_kernel, (input, index, lam, result), input, result, index.stride(0), _stride(lam))
 
 
 def mixup_backward(grad: Tensor, index: Tensor, lam: Tensor, input_grad: Tensor) -> None:
-    """The gradient of :func:`mixup` in its input, given ``grad`` = dL/dmixed, both (N,K) with unit stride in K.
+    """Write the gradient of :func:`mixup` to ``input_grad``, given ``grad`` = dL/dmixed: (N,K) with unit stride in K.
 
-    A partner out of range gets no share, and its sample NaN.
+    A sample whose partner is out of range gets NaN.
     """
     grad, index = launch.interpretable(grad), index.contiguous()
-    # Whose partner i is, in ascending order: so that a sum's order is always the same.
+    # The samples whose partner is i come in ascending order, which fixes the order of each sum.
     partners, order = index.sort(stable=True)
     first = torch.searchsorted(partners, torch.arange(len(index) + 1, device=index.device))
     with launch.rounded(input_grad) as result:
@@ -126,9 +126,9 @@ def _run(kernel: Any, tensors: tuple[Tensor, ...], source: Tensor, result: Tenso
     num_samples, width = result.shape
     if not result.numel():
         return
-    vector = launch.vector(result.itemsize, width, source.stride(0), result.stride(0))
-    tile = launch.MIXUP_CONFIG.tile(num_samples, width, vector)
+    vector = configs.vector_size(result.itemsize, width, source.stride(0), result.stride(0))
+    tile = configs.MIXUP_CONFIG.tile(num_samples, width, vector)
     programs = triton.cdiv(num_samples, tile[0]) * triton.cdiv(width, tile[1])
     sizes = (num_samples, width // vector, source.stride(0) // vector, *strides, result.stride(0) // vector)
     constants = {"VECTOR": vector, "BLOCK_N": tile[0], "BLOCK_K": tile[1]}
-    launch.run(launch.Launch(kernel, programs, (*tensors, *sizes), constants, launch.MIXUP_CONFIG.num_warps))
+    launch.run(launch.Launch(kernel, programs, (*tensors, *sizes), constants, configs.MIXUP_CONFIG.num_warps))

@@ -14,7 +14,7 @@ partners' shares, follows torch.use_deterministic_algorithms.
 
 All kernels count their programs on one axis, as only a grid's first axis may be longer than 65535, and address memory
 with 64 bits. The rows of input and weight lie a multiple of 16 bytes apart, and their strides and D are passed in units
-of 16 bytes: so the compiler knows that it may load 16 bytes at once, whatever D is.
+of 16 bytes, from which the compiler knows that it may load 16 bytes at once, whatever D is.
 """
 
 import math
@@ -26,25 +26,25 @@ import triton.language as tl
 from torch import Tensor
 
 from ..polynomial import Polynomial
-from . import launch
-from .activation import add_phi, mul_slope, normal_form
+from . import configs, launch
+from .activation import add_phi, kind, mul_slope, normal_form
 
 __all__ = ["patch_conv", "patch_conv_backward"]
 
-# Integers that must not give every batch size a compilation of its own.
+# Integers that must not cost a compilation per batch size.
 _SIZES = ["N", "P", "C", "M", "D", "stride_xb", "stride_xn", "stride_xp", "stride_wb", "stride_wq", "stride_lam"]
 _GRAD_STRIDES = ["stride_gb", "stride_gn", "stride_gc"]
 
 
 @triton.jit
 def _wide(stride, VECTOR: tl.constexpr):
-    """A stride given in vectors, in elements with 64 bits."""
+    """Convert a stride in vectors to elements, in 64 bits."""
     return stride.to(tl.int64) * VECTOR
 
 
 @triton.jit
 def _samples(input, index, lam, b, n, N, stride_xb, stride_xn, stride_lam):
-    """Pointers to samples ``n`` and to their partners, and lam_n: NaN where the partner does not exist."""
+    """Return pointers to samples ``n`` and to their partners, and lam_n, NaN where the partner is out of range."""
     first = input + b * stride_xb
     samples = first + n * stride_xn
     if index is None:
@@ -64,29 +64,44 @@ def _mix(x, partner, lam):
 
 
 @triton.jit
-def _patch(samples, partners, lam, offset, in_samples, d, D, MIX: tl.constexpr):
-    """Tile z[n,d] of the patch at ``offset`` in each sample; 0 beyond the last sample and beyond D."""
+def _operand(x, PRECISION: tl.constexpr):
+    """Return x as an operand of tl.dot, which in TF32 is rounded to 10 bits of mantissa, to nearest.
+
+    Matrix units would cut the other 13 bits off, which makes every product too small.
+    """
+    if PRECISION == "tf32":
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        x = tl.where(tl.abs(x) < float("inf"), rounded, x)  # the carry would turn some NaN into zeros
+    return x
+
+
+@triton.jit
+def _patch(samples, partners, lam, offset, in_samples, d, D, MIX: tl.constexpr, PRECISION: tl.constexpr):
+    """Load the tile z[n,d] of the patch at ``offset`` in each sample; 0 beyond the last sample and beyond D."""
     mask = in_samples[:, None] & (d < D)[None, :]
     z = tl.load((samples + offset)[:, None] + d[None, :], mask=mask, other=0.0)
     if MIX:
         z = _mix(z, tl.load((partners + offset)[:, None] + d[None, :], mask=mask, other=0.0), lam[:, None])
-    return z
+    return _operand(z, PRECISION)
 
 
 @triton.jit
-def _filters(filters, in_filters, d, D):
-    """Tile w[q,d]; 0 beyond the last filter and beyond D."""
-    return tl.load(filters[:, None] + d[None, :], mask=in_filters[:, None] & (d < D)[None, :], other=0.0)
+def _filters(filters, in_filters, d, D, PRECISION: tl.constexpr):
+    """Load the tile w[q,d]; 0 beyond the last filter and beyond D."""
+    w = tl.load(filters[:, None] + d[None, :], mask=in_filters[:, None] & (d < D)[None, :], other=0.0)
+    return _operand(w, PRECISION)
 
 
 @triton.jit
-def _filters_t(filters, in_filters, d, D):
-    """The same tile, transposed."""
-    return tl.load(filters[None, :] + d[:, None], mask=in_filters[None, :] & (d < D)[:, None], other=0.0)
+def _filters_t(filters, in_filters, d, D, PRECISION: tl.constexpr):
+    """Load the same tile, transposed."""
+    w = tl.load(filters[None, :] + d[:, None], mask=in_filters[None, :] & (d < D)[:, None], other=0.0)
+    return _operand(w, PRECISION)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "stride_xd", "WIDTH"])
-def mix_kernel(
+def patch_conv_mix_kernel(
     input, index, lam, N, P, D, stride_xb, stride_xn, stride_xp, stride_xd, stride_lam, mixed, WIDTH,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -117,11 +132,11 @@ def mix_kernel(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def forward_kernel(
+def patch_conv_forward_kernel(
     input, weight, index, lam,
     N, P, C, M, D, stride_xb, stride_xn, stride_xp, stride_wb, stride_wq, stride_lam, inverse,
     scale, logits,
-    DEGREE: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr, PRECISION: tl.constexpr, WHOLE_D: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WHOLE_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``g[n,c] = sum_{p,m} phi(<w[c,m], z[n,p]>)``
@@ -146,39 +161,39 @@ def forward_kernel(
     samples, partners, ratio = _samples(input, index, lam, b, n, N, stride_xb, stride_xn, stride_lam)
     classes = tl.minimum(classes, C - first_class)
     d = tl.arange(0, BLOCK_D)
-    total = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
+    accum = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
     for start in range(0, classes * M, BLOCK_Q):
         q = start + tl.arange(0, BLOCK_Q)
         filters = weight + b * stride_wb + (first_class * M + q) * stride_wq
         in_filters = q < classes * M
         if WHOLE_D:
-            w = _filters_t(filters, in_filters, d, D)
+            w = _filters_t(filters, in_filters, d, D, PRECISION)
         for p in range(P):
             offset = p * stride_xp
             if WHOLE_D:
-                z = _patch(samples, partners, ratio, offset, n < N, d, D, index is not None)
+                z = _patch(samples, partners, ratio, offset, n < N, d, D, index is not None, PRECISION)
                 s = tl.dot(z, w, input_precision=PRECISION, out_dtype=tl.float32)
             else:
                 s = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
                 for k in range(0, D, BLOCK_D):
-                    z = _patch(samples, partners, ratio, offset, n < N, k + d, D, index is not None)
-                    w = _filters_t(filters, in_filters, k + d, D)
+                    z = _patch(samples, partners, ratio, offset, n < N, k + d, D, index is not None, PRECISION)
+                    w = _filters_t(filters, in_filters, k + d, D, PRECISION)
                     s = tl.dot(z, w, s, input_precision=PRECISION, out_dtype=tl.float32)
-            total = add_phi(total, s, inverse, DEGREE, LOWER, UPPER)
+            accum = add_phi(accum, s, inverse, ACTIVATION)
 
     owner = tl.arange(0, BLOCK_Q) // M
     logits += (b.to(tl.int64) * N + n) * C + first_class
     for c in range(classes):
-        g = tl.sum(tl.where((owner == c)[None, :], total, 0.0), axis=1)
+        g = tl.sum(tl.where((owner == c)[None, :], accum, 0.0), axis=1)
         tl.store(logits + c, (g * scale).to(logits.dtype.element_ty), mask=n < N)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, *_GRAD_STRIDES, "B", "sample_slices", "patch_slices"])
-def backward_weight_kernel(
+def patch_conv_backward_weight_kernel(
     input, weight, index, lam,
     N, P, C, M, D, stride_xb, stride_xn, stride_xp, stride_wb, stride_wq, stride_lam, inverse,
     scale, grad, stride_gb, stride_gn, stride_gc, weight_grad, B, sample_slices, patch_slices,
-    DEGREE: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr, PRECISION: tl.constexpr, WHOLE_D: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WHOLE_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``dL/dw[q] = sum_{n,p} E[n,p,q] z[n,p]``, a partial sum per slice of the samples and patches.
@@ -209,8 +224,8 @@ def backward_weight_kernel(
     filters = weight + b * stride_wb + q * stride_wq
     grad += b * stride_gb + q // M * stride_gc
     if WHOLE_D:
-        w = _filters(filters, in_filters, d, D)
-    total = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+        w = _filters(filters, in_filters, d, D, PRECISION)
+    accum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in range(part % sample_slices * BLOCK_N, N, sample_slices * BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         samples, partners, ratio = _samples(input, index, lam, b, n, N, stride_xb, stride_xn, stride_lam)
@@ -219,29 +234,29 @@ def backward_weight_kernel(
         for p in range(part // sample_slices, P, patch_slices):
             offset = p * stride_xp
             if WHOLE_D:
-                z = _patch(samples, partners, ratio, offset, n < N, d, D, index is not None)
+                z = _patch(samples, partners, ratio, offset, n < N, d, D, index is not None, PRECISION)
                 s = tl.dot(w, tl.trans(z), input_precision=PRECISION, out_dtype=tl.float32)
             else:
                 s = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
                 for k in range(0, D, BLOCK_D):
-                    z = _patch(samples, partners, ratio, offset, n < N, k + d, D, index is not None)
-                    w = _filters(filters, in_filters, k + d, D)
+                    z = _patch(samples, partners, ratio, offset, n < N, k + d, D, index is not None, PRECISION)
+                    w = _filters(filters, in_filters, k + d, D, PRECISION)
                     s = tl.dot(w, tl.trans(z), s, input_precision=PRECISION, out_dtype=tl.float32)
-                z = _patch(samples, partners, ratio, offset, n < N, d_own, D, index is not None)
-            e = mul_slope(g, s, inverse, DEGREE, LOWER, UPPER).to(z.dtype)
-            total = tl.dot(e, z, total, input_precision=PRECISION, out_dtype=tl.float32)
+                z = _patch(samples, partners, ratio, offset, n < N, d_own, D, index is not None, PRECISION)
+            e = _operand(mul_slope(g, s, inverse, ACTIVATION).to(z.dtype), PRECISION)
+            accum = tl.dot(e, z, accum, input_precision=PRECISION, out_dtype=tl.float32)
 
     weight_grad += ((part.to(tl.int64) * B + b) * C * M + q)[:, None] * D + d_own[None, :]
     mask = in_filters[:, None] & (d_own < D)[None, :]
-    tl.store(weight_grad, total.to(weight_grad.dtype.element_ty), mask=mask)
+    tl.store(weight_grad, accum.to(weight_grad.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, *_GRAD_STRIDES])
-def backward_input_kernel(
+def patch_conv_backward_input_kernel(
     input, weight, index, lam,
     N, P, C, M, D, stride_xb, stride_xn, stride_xp, stride_wb, stride_wq, stride_lam, inverse,
     scale, grad, stride_gb, stride_gn, stride_gc, mixed_grad,
-    DEGREE: tl.constexpr, LOWER: tl.constexpr, UPPER: tl.constexpr, PRECISION: tl.constexpr, WHOLE_D: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WHOLE_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``dL/dz[n,p] = sum_q E[n,p,q] w[q]``
@@ -272,8 +287,8 @@ def backward_input_kernel(
     weight += b * stride_wb
     grad += b * stride_gb + n * stride_gn
     if WHOLE_D:
-        z = _patch(samples, partners, ratio, offset, n < N, d, D, index is not None)
-    total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        z = _patch(samples, partners, ratio, offset, n < N, d, D, index is not None, PRECISION)
+    accum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(0, C * M, BLOCK_Q):
         q = start + tl.arange(0, BLOCK_Q)
         in_filters = q < C * M
@@ -286,30 +301,30 @@ def backward_input_kernel(
             c = start // M + tl.arange(0, BLOCK_C)
             g = tl.load(grad[:, None] + (c * stride_gc)[None, :], mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
             owned = (c[:, None] == owner[None, :]).to(g.dtype)
-            g = tl.dot(g, owned, input_precision=PRECISION, out_dtype=tl.float32)
+            g = tl.dot(_operand(g, PRECISION), owned, input_precision=PRECISION, out_dtype=tl.float32)
         if WHOLE_D:
-            w = _filters(filters, in_filters, d, D)
+            w = _filters(filters, in_filters, d, D, PRECISION)
             s = tl.dot(z, tl.trans(w), input_precision=PRECISION, out_dtype=tl.float32)
         else:
             s = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
             for k in range(0, D, BLOCK_D):
-                z = _patch(samples, partners, ratio, offset, n < N, k + d, D, index is not None)
-                w = _filters(filters, in_filters, k + d, D)
+                z = _patch(samples, partners, ratio, offset, n < N, k + d, D, index is not None, PRECISION)
+                w = _filters(filters, in_filters, k + d, D, PRECISION)
                 s = tl.dot(z, tl.trans(w), s, input_precision=PRECISION, out_dtype=tl.float32)
-            w = _filters(filters, in_filters, d_own, D)
-        e = mul_slope(g.to(tl.float32) * scale, s, inverse, DEGREE, LOWER, UPPER).to(w.dtype)
-        total = tl.dot(e, w, total, input_precision=PRECISION, out_dtype=tl.float32)
+            w = _filters(filters, in_filters, d_own, D, PRECISION)
+        e = _operand(mul_slope(g.to(tl.float32) * scale, s, inverse, ACTIVATION).to(w.dtype), PRECISION)
+        accum = tl.dot(e, w, accum, input_precision=PRECISION, out_dtype=tl.float32)
 
     mixed_grad += (((b.to(tl.int64) * N + n) * P + p) * D)[:, None] + d_own[None, :]
     mask = (n < N)[:, None] & (d_own < D)[None, :]
-    tl.store(mixed_grad, total.to(mixed_grad.dtype.element_ty), mask=mask)
+    tl.store(mixed_grad, accum.to(mixed_grad.dtype.element_ty), mask=mask)
 
 
 class _Problem:
-    """What the kernels have in common: their first arguments, their constants, and how to launch one.
+    """The first arguments and the constants that all kernels share, and how to launch one.
 
-    They mix in passing, unless patches are too long for that or their rows not a multiple of 16 bytes apart: then z is
-    written to memory first, once for all kernels, its rows padded with zeros to ``width``.
+    Kernels mix as they load, unless patches are too long for that or their rows are not a multiple of 16 bytes apart.
+    Then z is written to memory first, once for all kernels, its rows padded with zeros to ``width``.
     """
 
     def __init__(
@@ -333,7 +348,7 @@ class _Problem:
             weight = torch.nn.functional.pad(weight, (0, self.width - self.patch_dim)).contiguous()
         index = None if index is None else index.contiguous()
         stride_lam = 0 if lam is None or lam.dim() == 0 else lam.stride(0)
-        self.tiles = launch.patch_conv_tiles(self.dtype, self.precision, self.width)
+        self.tiles = configs.patch_conv_tiles(self.dtype, self.precision, self.width)
         if not _aligned(input, vector) or (index is not None and not self.tiles.mixes):
             input, index, lam = self._mix(input, index, lam, stride_lam), None, None
         strides = (*input.stride()[:3], *weight.stride()[:2])
@@ -344,31 +359,29 @@ class _Problem:
         )  # fmt: skip
 
     def _mix(self, input: Tensor, index: Tensor | None, lam: Tensor | None, stride_lam: int) -> Tensor:
-        """z, or where nothing is to be mixed a copy of the input, (B,N,P,width)."""
+        """Return z, or without a mix a copy of the input, (B,N,P,width)."""
         mixed = torch.empty([*input.shape[:3], self.width], dtype=self.dtype, device=input.device)
         blocks = {"BLOCK_N": 32, "BLOCK_D": 64}
         tiles = triton.cdiv(self.num_samples, blocks["BLOCK_N"]) * triton.cdiv(self.width, blocks["BLOCK_D"])
         arguments = (input, index, lam, *input.shape[1:], *input.stride(), stride_lam, mixed, self.width)
-        launch.run(launch.Launch(mix_kernel, self.runs * self.num_patches * tiles, arguments, blocks))
+        launch.run(launch.Launch(patch_conv_mix_kernel, self.runs * self.num_patches * tiles, arguments, blocks))
         return mixed
 
-    def config(self, direction: launch.Direction) -> launch.PatchConvConfig:
+    def config(self, direction: configs.Direction) -> configs.PatchConvConfig:
         return self.tiles.config(direction, self.num_classes, self.filters_per_class)
 
     def launch(
-        self, kernel: Any, config: launch.PatchConvConfig, programs: int, *arguments: Any, **constants: Any
+        self, kernel: Any, config: configs.PatchConvConfig, programs: int, *arguments: Any, **constants: Any
     ) -> None:
         constants |= {
-            "DEGREE": self.activation.degree,
-            "LOWER": self.activation.lower,
-            "UPPER": self.activation.upper,
+            "ACTIVATION": kind(self.activation),
             "PRECISION": self.precision,
             "WHOLE_D": config.holds(self.width),
             "BLOCK_N": config.block_n,
             "BLOCK_Q": config.block_q,
             "BLOCK_D": config.block_d,
         }
-        # Mixing takes registers for the partners' addresses and values: then there is no cap on them.
+        # Mixing takes registers for the partners' addresses and values, so there is no tighter cap then.
         max_registers = config.max_registers if self.arguments[2] is None else 255
         options = (config.num_warps, config.num_stages, max_registers)
         launch.run(launch.Launch(kernel, programs, (*self.arguments, *arguments), constants, *options))
@@ -382,7 +395,7 @@ def _aligned(rows: Tensor, vector: int) -> bool:
 def patch_conv(
     input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, activation: Polynomial
 ) -> Tensor:
-    """Logits (B,N,C) of B independent networks, whose samples ``index`` and ``lam`` mix, or None both.
+    """Return the logits (B,N,C) of B independent networks, whose samples ``index`` and ``lam`` mix unless None.
 
     ``input`` (B,N,P,D) and ``weight`` (B,C,M,D) of one dtype, also the result's; ``index`` (N,) int64; ``lam`` (N,) or
     () float32. A sample whose partner is out of range gets NaN.
@@ -396,7 +409,7 @@ def patch_conv(
     tiles = triton.cdiv(problem.num_classes, max(config.block_q // problem.filters_per_class, 1))
     programs = problem.runs * triton.cdiv(problem.num_samples, config.block_n) * tiles
     scale = problem.activation.scale / problem.activation.degree
-    problem.launch(forward_kernel, config, programs, scale, logits)
+    problem.launch(patch_conv_forward_kernel, config, programs, scale, logits)
     return logits.to(input.dtype)
 
 
@@ -411,7 +424,7 @@ def patch_conv_backward(
     input_grad: bool,
     weight_grad: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of :func:`patch_conv` in input and weight, contiguous, those asked for; ``grad`` (B,N,C)."""
+    """Return those gradients of :func:`patch_conv` that are asked for, contiguous; ``grad`` (B,N,C)."""
     problem = _Problem(input, weight, index, lam, activation)
     if problem.empty:
         input, weight = input.new_zeros(input.shape), weight.new_zeros(weight.shape)
@@ -433,13 +446,13 @@ def _input_grad(problem: _Problem, grad: Tensor, index: Tensor | None, lam: Tens
     matrix_units = problem.dtype != torch.float32 or problem.precision != "ieee"
     classes = (config.block_q + problem.filters_per_class - 2) // problem.filters_per_class + 1
     problem.launch(
-        backward_input_kernel, config, programs, problem.slope_scale, grad, *grad.stride(), mixed_grad,
+        patch_conv_backward_input_kernel, config, programs, problem.slope_scale, grad, *grad.stride(), mixed_grad,
         BLOCK_C=max(16, triton.next_power_of_2(classes)) if matrix_units else 0,
     )  # fmt: skip
     mixed_grad = mixed_grad[..., : problem.patch_dim]
     if index is None or lam is None:
         return mixed_grad.contiguous()
-    # Every sample gets its own share, and adds its partner's to the partner; one without a partner has NaN to itself.
+    # A sample adds the partner's share to the partner. Where the partner is out of range, the sample itself gets NaN.
     exists = (index >= 0) & (index < problem.num_samples)
     lam = lam.where(exists, torch.nan)[:, None, None]
     partner_grad = ((1 - lam) * mixed_grad).where(exists[:, None, None], 0)
@@ -461,7 +474,7 @@ def _weight_grad(problem: _Problem, grad: Tensor) -> Tensor:
         device=grad.device,
     )
     problem.launch(
-        backward_weight_kernel, config, problem.runs * tiles * parts,
+        patch_conv_backward_weight_kernel, config, problem.runs * tiles * parts,
         problem.slope_scale, grad, *grad.stride(), partial, problem.runs, sample_slices, patch_slices,
     )  # fmt: skip
     partial = partial[..., : problem.patch_dim]

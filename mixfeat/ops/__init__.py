@@ -2,7 +2,3 @@
 
 A module declares its operator (:mod:`mixfeat.ops.registration`), and chooses the kernel of the backend that serves.
 """
-
-from mixfeat.ops import cross_entropy, fallback, gradient_descent, mixup, pairwise_mixup_loss, patch_conv, sharding
-
-__all__ = ["cross_entropy", "fallback", "gradient_descent", "mixup", "pairwise_mixup_loss", "patch_conv", "sharding"]

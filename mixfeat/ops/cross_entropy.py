@@ -4,14 +4,15 @@ Each is one pass over the logits, which also yields the gradient; backward only 
 gradient, and where that is 1, as in the usual training step, has nothing left to do.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mixfeat import _checks, backends
+from mixfeat import _checks, backends, reference
 from mixfeat.ops import fallback
-from mixfeat.ops.registration import Operator, graph_is_kept, saved_tensors_are_hooked
+from mixfeat.ops.registration import Operator, graph_is_kept, is_batched, saved_tensors_are_hooked
 
 __all__ = ["mixup_cross_entropy", "soft_target_cross_entropy"]
 
@@ -76,9 +77,7 @@ def _mixup_forward(
 
         launch(_rows(input), *arguments, loss, grad if need_grad else None)
     else:
-        label, none = fallback.mixup_labels(input, *arguments)
-        _fill(loss, grad, fallback.cross_entropy_rows(input.to(loss.dtype), label, need_grad, sparse=True))
-        loss.masked_fill_(none, torch.nan)
+        _fill(loss, grad, fallback.mixup_cross_entropy_rows(input.to(loss.dtype), *arguments, need_grad))
     return _reduce(loss, reduction, fold), grad
 
 
@@ -104,7 +103,7 @@ def _soft_target_forward(
             launch(_rows(input), _rows(target), weight, label_smoothing, loss, grad if need_grad else None)
         else:
             label = (target.to(loss.dtype) * (1 - label_smoothing) + label_smoothing / num_classes) * weight
-            _fill(loss, grad, fallback.cross_entropy_rows(input.to(loss.dtype), label, need_grad))
+            _fill(loss, grad, fallback.soft_target_cross_entropy_rows(input.to(loss.dtype), label, need_grad))
         loss = _reduce(loss, reduction, fold)
     return (loss if num_samples or not mean else loss * torch.nan), grad
 
@@ -153,43 +152,85 @@ def _scaled_in_place(grad: Tensor, factor: Tensor) -> Tensor:
     return grad.mul_(factor if factor.dim() == 0 else factor[:, None])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input, *_, reduction, _ = inputs
-    ctx.save_for_backward(output[1])
-    ctx.divisor = input.shape[0] if reduction == "mean" and not _folds_mean(input.dtype) else 1
-    ctx.is_alone = ctx.direct and not saved_tensors_are_hooked()  # nobody else holds the gradient
-
-
-def _backward(ctx: Any, grad: Tensor, needs: Any) -> tuple[Tensor]:
-    (input_grad,) = ctx.saved_tensors
-    factor = grad if ctx.divisor == 1 else grad / ctx.divisor
-    scaled = _scaled_in_place if ctx.is_alone and not graph_is_kept() else _scaled
-    return (scaled(input_grad, factor),)
-
-
 def _fake(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     *_, reduction, need_grad = rest
     loss, grad = _empty(input, need_grad)
     return (loss if reduction == "none" else loss.new_empty(())), grad
 
 
-_mixup_cross_entropy = Operator(
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    input, reduction = inputs[0], inputs[-2]
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    ctx.options = inputs[len(tensors) : -1]
+    ctx.save_for_backward(output[1], *tensors)
+    ctx.divisor = input.shape[0] if reduction == "mean" and not _folds_mean(input.dtype) else 1
+    ctx.is_alone = ctx.direct and not saved_tensors_are_hooked()  # nobody else holds the gradient
+
+
+def _backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor]:
+    input_grad, *_ = ctx.saved_tensors
+    factor = grad if ctx.divisor == 1 else grad / ctx.divisor
+    may_overwrite = ctx.is_alone and not graph_is_kept() and not is_batched(grad)
+    return ((_scaled_in_place if may_overwrite else _scaled)(input_grad, factor),)
+
+
+def _mixup_recorded_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor]:
+    _, input, target_a, target_b, lam = ctx.saved_tensors
+    label_smoothing, ignore_index, reduction = ctx.options
+    arguments = (target_a, target_b, lam, label_smoothing, ignore_index, 1.0 if reduction == "mean" else None)
+    _, rows = fallback.mixup_cross_entropy_rows(input.to(lam.dtype), *arguments, True)
+    assert rows is not None
+    return (_scaled(rows, grad).to(input.dtype),)
+
+
+def _soft_target_recorded_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor]:
+    _, input, target = ctx.saved_tensors
+    label_smoothing, reduction = ctx.options
+    dtype, weight = _checks.accumulation(input.dtype), 1 / max(1, input.shape[0]) if reduction == "mean" else 1.0
+    label = (target.to(dtype) * (1 - label_smoothing) + label_smoothing / input.shape[1]) * weight
+    _, rows = fallback.soft_target_cross_entropy_rows(input.to(dtype), label, True)
+    assert rows is not None
+    return (_scaled(rows, grad).to(input.dtype),)
+
+
+def _mixup_definition(input: Tensor, target_a: Tensor, target_b: Tensor, lam: Tensor, *options: Any) -> Tensor:
+    label_smoothing, ignore_index, reduction, _ = options
+    return reference.mixup_cross_entropy(
+        input.to(lam.dtype), target_a, target_b, lam,
+        label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
+    )  # fmt: skip
+
+
+def _soft_target_definition(
+    input: Tensor, target: Tensor, label_smoothing: float, reduction: str, need_grad: bool
+) -> Tensor:
+    x, t = (tensor.to(_checks.accumulation(input.dtype)) for tensor in (input, target))
+    return reference.soft_target_cross_entropy(x, t, label_smoothing=label_smoothing, reduction=reduction)
+
+
+def _operator(schema: str, **functions: Any) -> Operator:
+    return Operator(
+        schema,
+        fake=_fake,
+        differentiable=("input",),
+        request=lambda args: (*args[:-1], True),
+        setup_context=_setup_context,
+        backward=_backward,
+        **functions,
+    )
+
+
+_mixup_cross_entropy = _operator(
     "mixup_cross_entropy(Tensor input, Tensor target_a, Tensor target_b, Tensor lam, float label_smoothing, "
     "int ignore_index, str reduction, bool need_grad) -> (Tensor, Tensor)",
     forward=_mixup_forward,
-    fake=_fake,
-    differentiable=("input",),
-    request=lambda args: (*args[:-1], True),
-    setup_context=_setup_context,
-    backward=_backward,
+    recorded_backward=_mixup_recorded_backward,
+    definition=_mixup_definition,
 )
-_soft_target_cross_entropy = Operator(
+_soft_target_cross_entropy = _operator(
     "soft_target_cross_entropy(Tensor input, Tensor target, float label_smoothing, str reduction, bool need_grad) "
     "-> (Tensor, Tensor)",
     forward=_soft_target_forward,
-    fake=_fake,
-    differentiable=("input",),
-    request=lambda args: (*args[:-1], True),
-    setup_context=_setup_context,
-    backward=_backward,
+    recorded_backward=_soft_target_recorded_backward,
+    definition=_soft_target_definition,
 )

@@ -9,14 +9,15 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mixfeat import reference
 from mixfeat._checks import accumulation
 from mixfeat.kernels.polynomial import Polynomial
 
 __all__ = [
-    "cross_entropy_rows", "mixup", "mixup_backward", "mixup_labels", "pairwise_mixup_block", "patch_conv",
-    "patch_conv_backward",
+    "mixup", "mixup_backward", "mixup_cross_entropy_rows", "pairwise_mixup_block", "pairwise_mixup_loss", "patch_conv",
+    "patch_conv_backward", "soft_target_cross_entropy_rows",
 ]  # fmt: skip
 
 
@@ -132,7 +133,46 @@ def pairwise_mixup_block(
     return loss, row_grad, None if column is None else column_grad
 
 
-def mixup_labels(
+def pairwise_mixup_loss(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lam: Sequence[float],
+    lam_weight: Sequence[float],
+    polynomial: Polynomial,
+    *,
+    linear_memory: bool,
+) -> Tensor:
+    """The loss (R,) over all pairs of samples, differentiable any number of times.
+
+    With ``linear_memory`` autograd computes a few rows' activations again instead of keeping those of all pairs.
+    """
+    dtype, num_samples = accumulation(input.dtype), input.shape[-3]
+    s = torch.einsum("...npd,...cmd->...npcm", input.to(dtype), weight.to(dtype))
+    s = s if s.dim() == 5 else s[None]
+    classes = torch.arange(s.shape[3], device=target.device)
+    label = (target[..., None] == classes).to(dtype).expand(s.shape[0], num_samples, -1)
+
+    def part_loss(rows: Tensor, columns: Tensor, row_label: Tensor, node: float, factor: float) -> Tensor:
+        t = node * rows[:, :, None] + (1 - node) * columns[:, None]
+        log_p = polynomial(t).sum(dim=(3, 5)).log_softmax(-1)
+        shares = node * row_label[:, :, None] + (1 - node) * label[:, None]
+        return -factor * (shares * log_p).sum(dim=(1, 2, 3))
+
+    loss = s.new_zeros(s.shape[0])
+    step = max(1, 2**24 // max(1, s[0].numel() * s.shape[0]))
+    for node, node_weight in zip(lam, lam_weight, strict=True):
+        factor = node_weight / max(1, num_samples**2)
+        for rows, row_label in zip(s.split(step, 1), label.split(step, 1), strict=True):
+            if linear_memory:
+                part = checkpoint(part_loss, rows, s, row_label, node, factor, use_reentrant=False)
+            else:
+                part = part_loss(rows, s, row_label, node, factor)
+            loss = loss + part
+    return loss
+
+
+def mixup_cross_entropy_rows(
     input: Tensor,
     target_a: Tensor,
     target_b: Tensor,
@@ -140,42 +180,47 @@ def mixup_labels(
     label_smoothing: float,
     ignore_index: int,
     total_weight: float | None,
-) -> tuple[Tensor, Tensor]:
-    """What each class of each row counts for, (N,C), and whether no target counts at all, ().
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Loss (N,) of each row, and its gradient (N,C) to ``input``, of lam's dtype::
 
-    ``total_weight`` is what the targets that count make up together; None gives each a weight of 1. A row is NaN where
-    a target that counts is out of range.
+        loss_n   = sum over both targets y of w_n CE(x_n, y_n),  w = lam or 1 - lam, or 0 where y is ignored
+        label_nc = sum over both of w_n ((1 - eps) [c = y_n] + eps / C)
+        grad_nc  = softmax(x_n)_c sum_k label_nk - label_nc
+
+    ``total_weight`` is what the targets that count make up together, and the mean over no targets NaN; None gives each
+    a weight of 1. A target that counts and is out of range makes its row NaN, one of weight 0 adds nothing, whatever
+    the logits.
     """
     num_classes = input.shape[1]
-    label = lam.new_zeros(input.shape)
-    none = torch.zeros((), dtype=torch.bool, device=input.device)
-    for target, weight in ((target_a, lam), (target_b, 1 - lam)):
+    loss, label = lam.new_zeros(input.shape[0]), lam.new_zeros(input.shape)
+    for target, share in ((target_a, lam), (target_b, 1 - lam)):
         counts = target != ignore_index
-        if total_weight is not None:
-            count = counts.sum()
-            weight, none = weight * total_weight / count, none | (count == 0)
+        exists = (target >= 0) & (target < num_classes)
+        weight = share if total_weight is None else share * total_weight / counts.sum()
         weight = torch.where(counts, weight, 0.0)
-        valid = (target >= 0) & (target < num_classes)
-        weight = torch.where(valid | (weight == 0), weight, torch.nan)[:, None]
-        label += weight * label_smoothing / num_classes
-        label.scatter_add_(1, target.where(valid, 0)[:, None], weight * (1 - label_smoothing))
-    return label, none
+        weight = torch.where(exists | (weight == 0), weight, torch.nan)
+        target = target.where(exists, 0)
+        rows = weight * F.cross_entropy(input, target, label_smoothing=label_smoothing, reduction="none")
+        loss = loss + rows.where(weight != 0, 0)
+        if total_weight is not None:
+            loss = loss.where(counts.any(), torch.nan)
+        label = label + weight[:, None] * label_smoothing / num_classes
+        label = label.scatter_add(1, target[:, None], weight[:, None] * (1 - label_smoothing))
+    return loss, _cross_entropy_grad(input, label, (label != 0).any(1, keepdim=True)) if need_grad else None
 
 
-def cross_entropy_rows(
-    input: Tensor, label: Tensor, need_grad: bool, *, sparse: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """Loss (N,) of each row, and its gradient to ``input``, given what each class counts for::
+def soft_target_cross_entropy_rows(input: Tensor, label: Tensor, need_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Loss (N,) of each row, and its gradient (N,C) to ``input``, given the weight of each class::
 
-        loss_n  = - sum_c label_nc log softmax(x_n)_c
-        grad_nc = softmax(x_n)_c sum_k label_nk - label_nc
-
-    ``input`` and ``label`` (N,C). A row whose label is 0 throughout has loss 0 and gradient 0, whatever its logits.
-    With ``sparse`` a class whose label is 0 adds nothing to the loss, even where its logit is minus infinity.
+    loss_n  = - sum_c label_nc log softmax(x_n)_c
+    grad_nc = softmax(x_n)_c sum_k label_nk - label_nc
     """
-    log_p = input.log_softmax(1)
-    total = label.sum(1, keepdim=True)
-    counts = total != 0
-    terms = (label * log_p).where(label != 0, 0) if sparse else label * log_p
-    loss = -terms.where(counts, 0).sum(1)
-    return loss, (total * log_p.exp() - label).where(counts, 0) if need_grad else None
+    loss = -(label * input.log_softmax(1)).sum(1)
+    return loss, _cross_entropy_grad(input, label) if need_grad else None
+
+
+def _cross_entropy_grad(input: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
+    """The gradient of rows of cross-entropies, 0 in those that do not count."""
+    grad = input.softmax(1) * label.sum(1, keepdim=True) - label
+    return grad if counts is None else grad.where(counts, 0)

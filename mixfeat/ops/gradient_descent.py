@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mixfeat import _checks, backends
 from mixfeat.kernels.polynomial import Polynomial
-from mixfeat.ops.pairwise_mixup_loss import _merged, _num_runs
+from mixfeat.ops.pairwise_mixup_loss import count_runs, merged_nodes
 from mixfeat.ops.registration import Operator, forbid_backward
 
 __all__ = ["gradient_descent"]
@@ -78,7 +78,7 @@ def _forward(
         _checks.node_values(lam, lam_weight)
     _checks.class_values(target, weight.shape[-3])
     _checks.lr_values(lr)
-    shape = (_num_runs(input, weight), *weight.shape[-3:])
+    shape = (count_runs(input, weight), *weight.shape[-3:])
     weight = weight.expand(shape).clone(memory_format=torch.contiguous_format)
     if momentum == 0:
         buffer = weight.new_empty(0)
@@ -86,7 +86,7 @@ def _forward(
         buffer = torch.zeros_like(weight) if momentum_buffer is None else momentum_buffer.expand(shape).clone()
 
     if backends.serving(input.device.type, input.dtype) == "cpu":
-        nodes = {} if lam is None or lam_weight is None else _merged(lam, lam_weight, input.dtype)
+        nodes = {} if lam is None or lam_weight is None else merged_nodes(lam, lam_weight, input.dtype)
         loss = torch.ops.mixfeat_cpu.gradient_descent.default(
             input, weight, target.contiguous(), list(nodes), list(nodes.values()), tuple(fields), lr, steps, momentum,
             weight_decay, buffer,
@@ -102,7 +102,7 @@ def _forward(
         return loss, grad
 
     device = input.device.type
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
+    with torch.autocast(device, enabled=False) if _checks.autocast_is_enabled(device) else contextlib.nullcontext():
         loss = _loop(objective, weight, buffer, lr, steps, momentum, weight_decay)
     return weight, loss, buffer
 
@@ -177,7 +177,7 @@ def _repeat(step: Callable[[], None], count: int, device: torch.device) -> None:
 
 def _fake(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, steps, momentum, _, _ = rest
-    trained = weight.new_empty((_num_runs(input, weight), *weight.shape[-3:]))
+    trained = weight.new_empty((count_runs(input, weight), *weight.shape[-3:]))
     buffer = torch.empty_like(trained) if momentum else trained.new_empty(0)
     return trained, trained.new_empty(trained.shape[0], steps), buffer
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixfeat import _checks, backends
+from mixfeat import _checks, backends, reference
 from mixfeat.ops import fallback
 from mixfeat.ops.registration import Operator
 
@@ -99,5 +99,7 @@ _mixup = Operator(
     fake=lambda input, index, lam, dtype: _like(input, dtype),
     differentiable=("input",),
     setup_context=_setup_context,
-    backward=lambda ctx, grad, needs: (_mixup_backward(grad, *ctx.saved_tensors),),
+    backward=lambda ctx, grad, needs: (_mixup_backward.outputs(grad, *ctx.saved_tensors),),
+    recorded_backward=lambda ctx, grad, needs: (fallback.mixup_backward(grad, *ctx.saved_tensors),),
+    definition=lambda input, index, lam, dtype: reference.mixup(input.to(lam.dtype), index, lam, dtype=dtype),
 )

@@ -86,7 +86,7 @@ def pairwise_mixup_block(
     return loss, row_grad, column_grad
 
 
-def _merged(lam: Tensor, lam_weight: Tensor, dtype: torch.dtype) -> dict[float, float]:
+def merged_nodes(lam: Tensor, lam_weight: Tensor, dtype: torch.dtype) -> dict[float, float]:
     """Weights by node. With pairs (i, j) go pairs (j, i): lam and 1 - lam are one node, where dtype says so."""
     merged: dict[float, float] = {}
     for node, weight in zip(lam.tolist(), lam_weight.tolist(), strict=True):
@@ -96,7 +96,7 @@ def _merged(lam: Tensor, lam_weight: Tensor, dtype: torch.dtype) -> dict[float, 
     return merged
 
 
-def _num_runs(input: Tensor, weight: Tensor) -> int:
+def count_runs(input: Tensor, weight: Tensor) -> int:
     return input.shape[0] if input.dim() == 4 else weight.shape[0] if weight.dim() == 4 else 1
 
 
@@ -114,7 +114,7 @@ def _forward(
     device = input.device.type
     *_, num_samples, num_patches, patch_dim = input.shape
     num_classes, filters = weight.shape[-3:-1]
-    num_runs, dtype = _num_runs(input, weight), _checks.accumulation(input.dtype)
+    num_runs, dtype = count_runs(input, weight), _checks.accumulation(input.dtype)
     need_grad = need_input or need_weight
     sizes: tuple[int, ...] = (num_samples,)
     if group:
@@ -132,9 +132,9 @@ def _forward(
     x, w = input.flatten(-3, -2), weight.flatten(-3, -2)  # (..., N*P, D), (..., C*M, D)
     if backends.serving(device, input.dtype) != "triton":
         x, w = x.to(dtype), w.to(dtype)
-    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext():
+    with torch.autocast(device, enabled=False) if _checks.autocast_is_enabled(device) else contextlib.nullcontext():
         s = (x @ w.mT).view(num_runs, num_samples, num_patches, num_classes, filters)
-        nodes, polynomial = _merged(lam, lam_weight, dtype), Polynomial.of(fields)
+        nodes, polynomial = merged_nodes(lam, lam_weight, dtype), Polynomial.of(fields)
         if group:
             block = functools.partial(pairwise_mixup_block, polynomial=polynomial, need_grad=need_grad)
             loss, grad = sharding.all_pairs(block, s, target, nodes, sizes, group)
@@ -158,24 +158,54 @@ def _check_values(target: Tensor, num_classes: int, lam: Tensor, lam_weight: Ten
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, weight, *_ = inputs
-    ctx.save_for_backward(*output[1:])
-    ctx.shapes, ctx.dtype = (input.shape, weight.shape), input.dtype
+    ctx.save_for_backward(*output[1:], *inputs[:5])
+    ctx.fields, ctx.group = inputs[5:7]
 
 
-def _backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
     factor = grad[:, None, None, None]
-    return tuple(  # what all runs share gets the sum over them
-        (factor * saved).sum_to_size(shape if len(shape) == 4 else (1, *shape)).view(shape).to(ctx.dtype)
-        if need
-        else None
-        for saved, shape, need in zip(ctx.saved_tensors, ctx.shapes, needs, strict=True)
+    grads: list[Tensor | None] = []
+    for saved, tensor, need in zip(ctx.saved_tensors[:2], ctx.saved_tensors[2:4], needs, strict=True):
+        shape = tensor.shape if tensor.dim() == 4 else (1, *tensor.shape)  # what all runs share gets the sum over them
+        grads.append((factor * saved).sum_to_size(shape).view(tensor.shape).to(tensor.dtype) if need else None)
+    return grads
+
+
+def _recorded_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
+    _forbid_group(ctx.group, "differentiated twice")
+    _, _, input, weight, target, lam, lam_weight = ctx.saved_tensors
+    loss = _plain(input, weight, target, lam, lam_weight, ctx.fields, linear_memory=True)
+    wanted = [tensor for tensor, need in zip((input, weight), needs, strict=True) if need]
+    found = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
+    return [next(found) if need else None for need in needs]
+
+
+def _definition(
+    input: Tensor, weight: Tensor, target: Tensor, lam: Tensor, lam_weight: Tensor, fields: Sequence[float],
+    group: str, *needs: bool,
+) -> Tensor:  # fmt: skip
+    _forbid_group(group, "transformed by torch.func or differentiated forward")
+    return _plain(input, weight, target, lam, lam_weight, fields, linear_memory=False)
+
+
+def _plain(
+    input: Tensor, weight: Tensor, target: Tensor, lam: Tensor, lam_weight: Tensor, fields: Sequence[float],
+    *, linear_memory: bool,
+) -> Tensor:  # fmt: skip
+    nodes = merged_nodes(lam, lam_weight, _checks.accumulation(input.dtype))
+    return fallback.pairwise_mixup_loss(
+        input, weight, target, list(nodes), list(nodes.values()), Polynomial.of(fields), linear_memory=linear_memory
     )
+
+
+def _forbid_group(group: str, what: str) -> None:
+    if group:
+        raise NotImplementedError(f"pairwise_mixup_loss with a group cannot be {what}")
 
 
 def _fake(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, need_input, need_weight = rest
-    num_runs = _num_runs(input, weight)
+    num_runs = count_runs(input, weight)
     loss = input.new_empty(num_runs, dtype=_checks.accumulation(input.dtype))
     input_grad, weight_grad = (
         loss.new_empty((num_runs, *t.shape[-3:]) if need else (0,))
@@ -193,4 +223,6 @@ _pairwise_mixup_loss = Operator(
     request=lambda args: (*args[:-2], args[0].requires_grad, args[1].requires_grad),
     setup_context=_setup_context,
     backward=_backward,
+    recorded_backward=_recorded_backward,
+    definition=_definition,
 )

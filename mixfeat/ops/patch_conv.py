@@ -33,7 +33,7 @@ def patch_conv(
 def _samples_to_save(input: Tensor, weight: Tensor) -> int:
     """For how many samples forward keeps the activation's slopes, where gradients will be asked for."""
     if input.device.type != "cpu":
-        return 0  # there, computing them again is cheaper than the memory traffic
+        return 0  # a GPU computes them again faster than it reads them
     *_, samples, patches, features = input.shape
     slopes = weight.numel() // max(1, features) * patches  # of one sample
     if input.dim() == 4 and weight.dim() == 3:
@@ -145,7 +145,8 @@ def _slope(
         return x.new_empty(_slope_shape(input, weight, 0))
     if index is not None and lam is not None:
         x = reference.mixup(x, index, lam, dim=-3)
-    return polynomial.slope(torch.einsum("bnpd,bqd->bnpq", x[:, :saved], w.flatten(1, 2)))
+    with torch.autocast(input.device.type, enabled=False):
+        return polynomial.slope(torch.einsum("bnpd,bqd->bnpq", x[:, :saved], w.flatten(1, 2)))
 
 
 def _fake(
@@ -169,6 +170,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(output[1], input, weight, index, lam)
 
 
+def _recorded_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    slope, input, weight, index, lam = ctx.saved_tensors
+    g, x, w = (t.to(slope.dtype) for t in (grad, input, weight))
+    input_grad, weight_grad = fallback.patch_conv_backward(g, x, w, index, lam, Polynomial.of(ctx.fields))
+    return input_grad.to(input.dtype), weight_grad.to(weight.dtype)
+
+
+def _definition(
+    input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, fields: Sequence[float], saved: int
+) -> Tensor:
+    x, w = (t.to(_checks.accumulation(input.dtype)) for t in (input, weight))
+    return reference.patch_conv(x, w, Polynomial.of(fields), index=index, lam=lam).to(input.dtype)
+
+
 _patch_conv_backward = Operator(
     "patch_conv_backward(Tensor grad, Tensor slope, Tensor input, Tensor weight, Tensor? index, Tensor? lam, "
     "float[] polynomial, bool need_input, bool need_weight) -> (Tensor, Tensor)",
@@ -184,4 +199,6 @@ _patch_conv = Operator(
     request=lambda args: (*args[:-1], _samples_to_save(args[0], args[1])),
     setup_context=_setup_context,
     backward=lambda ctx, grad, needs: _patch_conv_backward.outputs(grad, *ctx.saved_tensors, ctx.fields, *needs),
+    recorded_backward=_recorded_backward,
+    definition=_definition,
 )

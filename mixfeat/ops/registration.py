@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 
 from mixfeat import backends
 
-__all__ = ["Operator", "forbid_backward", "graph_is_kept", "saved_tensors_are_hooked"]
+__all__ = ["Operator", "forbid_backward", "graph_is_kept", "is_batched", "saved_tensors_are_hooked"]
 
 
 class Operator:
@@ -42,11 +42,14 @@ class Operator:
         differentiable: names of the arguments that have a gradient.
         request: ``request(args)`` returns the arguments with which ``forward`` also forms what ``backward`` needs, for
             those tensors that require grad. Callers pass the arguments for no gradient.
-        setup_context: ``setup_context(ctx, inputs, output)`` saves what ``backward`` needs, as that of a
+        setup_context: ``setup_context(ctx, inputs, output)`` saves what the backward pass needs, as that of a
             :class:`torch.autograd.Function`. ``ctx.direct`` tells that only the operator holds its further outputs.
         backward: ``backward(ctx, grad, needs)`` returns the gradients of the differentiable arguments, given that of
             the result; ``needs`` tells which of them are wanted. It runs without recording and on the backend that
             served the forward call.
+        recorded_backward: the same in plain PyTorch, for gradients that are to be differentiated again.
+        definition: ``definition(*args)`` returns the result in plain PyTorch. It serves the transforms of
+            :mod:`torch.func` and forward-mode differentiation.
     """
 
     def __init__(
@@ -58,14 +61,17 @@ class Operator:
         differentiable: Sequence[str] = (),
         request: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None,
         setup_context: Callable[..., None] | None = None,
-        backward: Callable[..., tuple[Tensor | None, ...]] | None = None,
+        backward: Callable[..., Sequence[Tensor | None]] | None = None,
+        recorded_backward: Callable[..., Sequence[Tensor | None]] | None = None,
+        definition: Callable[..., Tensor] | None = None,
     ) -> None:
         self.name = schema[: schema.index("(")]
         qualified = f"mixfeat::{self.name}"
         torch.library.define(qualified, schema[len(self.name) :], tags=torch.Tag.pt2_compliant_tag)
         self.overload = getattr(torch.ops.mixfeat, self.name).default
         self.forward = forward
-        self._request, self._setup_context, self._backward = request, setup_context, backward
+        self._request, self._setup_context, self._definition = request, setup_context, definition
+        self._backward, self._recorded_backward = backward, recorded_backward
         arguments = [argument.name for argument in self.overload._schema.arguments]
         self._num_arguments = len(arguments)
         self._tensors = [i for i, a in enumerate(self.overload._schema.arguments) if "Tensor" in str(a.type)]
@@ -86,6 +92,8 @@ class Operator:
                     if args[place].requires_grad:
                         return self._apply(True, *args)
             output = self.forward(*args)
+        elif self._definition is not None and _is_transformed(args):
+            return self._definition(*args)
         else:
             if self._apply is None and self._request is not None and torch.is_grad_enabled():
                 args = self._request(args)
@@ -93,19 +101,25 @@ class Operator:
         return output[0] if self._several else output
 
     def outputs(self, *args: Any) -> Any:
-        """Return all outputs, without a derivative."""
-        return self.forward(*args) if can_bypass_dispatcher(args, self._tensors) else self.overload(*args)
+        """Return all outputs, without a derivative; the first argument may be a batch of gradients."""
+        if can_bypass_dispatcher(args, self._tensors) and not is_batched(args[0]):
+            return self.forward(*args)
+        if self._definition is None and _has_tangent(args):
+            raise NotImplementedError(f"{self.name} has no forward-mode derivative (jvp, jacfwd)")
+        return self.overload(*args)
 
     def backward(self, ctx: Any, grad: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
         """Return a gradient, or None, for each argument."""
         grads: list[Tensor | None] = [None] * self._num_arguments
-        if grad is not None and self._backward is not None:
-            recording = torch.is_grad_enabled()
-            with backends.as_chosen(ctx.chosen), torch.set_grad_enabled(False):
+        if grad is None or self._backward is None:
+            return grads
+        if self._recorded_backward is not None and (torch.is_grad_enabled() or _is_transformed((grad,))):
+            found = self._recorded_backward(ctx, grad, needs)
+        else:
+            with backends.as_chosen(ctx.chosen):
                 found = self._backward(ctx, grad.resolve_neg(), needs)
-            for place, need, value in zip(self._places, needs, found, strict=True):
-                if need and value is not None:
-                    grads[place] = _forbid_double_backward(self.name, value) if recording else value
+        for place, need, value in zip(self._places, needs, found, strict=True):
+            grads[place] = value if need else None
         return grads
 
     def _register_derivative(self, qualified: str) -> None:
@@ -142,7 +156,6 @@ class Operator:
 
         # torch.library.register_autograd does the same at three times the cost of a call.
         def autograd(*args: Any) -> Any:
-            _forbid_forward_mode(operator.name, args)
             if torch.is_grad_enabled() and any(args[place].requires_grad for place in operator._places):
                 return function.apply(False, *args)
             with below_autograd():
@@ -188,18 +201,6 @@ def forbid_backward(message: str, tensor: Tensor) -> Tensor:
     return _Forbidden.apply(message, tensor.detach().requires_grad_())
 
 
-def _forbid_double_backward(name: str, grad: Tensor) -> Tensor:
-    return forbid_backward(f"{name} cannot be differentiated twice: its gradient has no derivative", grad)
-
-
-def _forbid_forward_mode(name: str, args: Sequence[Any]) -> None:
-    """Refuse dual numbers: the operator would drop their tangents."""
-    if _forward_mode_is_off():
-        return
-    if any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args):
-        raise NotImplementedError(f"{name} has no forward-mode derivative (jvp, jacfwd): differentiate it backward")
-
-
 # PyTorch's private names
 
 
@@ -213,6 +214,7 @@ _num_dispatch_modes = _private(torch._C, "_len_torch_dispatch_stack")
 _transforms_are_active = _private(torch._C, "_are_functorch_transforms_active")
 _keep_graph = _private(_private(torch._C, "_autograd"), "_get_current_graph_task_keep_graph")
 _default_hooks = _private(_private(torch._C, "_autograd"), "_top_saved_tensors_default_hooks")
+_is_legacy_batch = _private(_private(torch._C, "_functorch"), "is_legacy_batchedtensor")
 _knows_forward_mode = _private(forward_ad, "_current_level") is not None
 _knows_the_state = (
     _below_autograd is not None
@@ -223,8 +225,22 @@ _knows_the_state = (
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _forward_mode_is_off() -> bool:
-    return _knows_forward_mode and forward_ad._current_level < 0
+def _is_transformed(args: Sequence[Any]) -> bool:
+    """Whether a transform of :mod:`torch.func`, or forward-mode differentiation of one of the arguments, is active."""
+    if torch.compiler.is_compiling():
+        return False
+    return (_transforms_are_active is not None and _transforms_are_active()) or _has_tangent(args)
+
+
+def _has_tangent(args: Sequence[Any]) -> bool:
+    if torch.compiler.is_compiling() or (_knows_forward_mode and forward_ad._current_level < 0):
+        return False
+    return any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args)
+
+
+def is_batched(grad: Tensor) -> bool:
+    """Whether ``torch.autograd.grad(..., is_grads_batched=True)`` hands over several gradients at once."""
+    return _is_legacy_batch is not None and _is_legacy_batch(grad)
 
 
 def can_bypass_dispatcher(args: Sequence[Any], tensors: Sequence[int]) -> bool:

@@ -41,7 +41,7 @@ T max_logit(const E* x, int64_t classes) {
 // Sums over the classes, with x the logit less the largest one.
 template <typename T>
 struct Sums {
-  Vec<T> exponential{}, logit{}, target{}, product{};  // of e^x, x, target, target * x
+  Vec<T> exponential{}, logit{}, target{}, product{};  // of e^x, x, target, label * x
 
   void operator+=(const Sums& other) {
     exponential += other.exponential;
@@ -63,10 +63,11 @@ double cross_entropy_of(const void* logits, int64_t classes, const Label& label,
   Sums<T> sums[kUnroll];
   const auto add = [&](Sums<T>& to, Vec<T> logit, Vec<T> e, Vec<T> t) {
     to.exponential += e;
-    if (label.base != 0) to.logit += logit;
     if (kDense) {
       to.target += t;
-      to.product += t * logit;
+      to.product += (broadcast(T(label.scale)) * t + broadcast(T(label.base))) * logit;  // one product: 0 * inf is NaN
+    } else if (label.base != 0) {
+      to.logit += logit;
     }
   };
   int64_t c = 0;
@@ -90,13 +91,13 @@ double cross_entropy_of(const void* logits, int64_t classes, const Label& label,
   for (int j = 1; j < kUnroll; ++j) sums[0] += sums[j];
   const double sum = sum_of_lanes<T>(sums[0].exponential);
   double total = classes * label.base, loss = 0;
-  if (label.base != 0) loss -= label.base * sum_of_lanes<T>(sums[0].logit);
   if (kDense) {
     total += label.scale * sum_of_lanes<T>(sums[0].target);
-    loss -= label.scale * sum_of_lanes<T>(sums[0].product);
+    loss -= sum_of_lanes<T>(sums[0].product);
   } else {
+    if (label.base != 0) loss -= label.base * sum_of_lanes<T>(sums[0].logit);
     for (int j = 0; j < 2; ++j) {
-      if (label.values[j] == 0) continue;
+      if (label.classes[j] < 0) continue;
       total += label.values[j];
       loss -= label.values[j] * (load_first<T>(x + label.classes[j], 1, T(0))[0] - max);
     }
@@ -106,7 +107,7 @@ double cross_entropy_of(const void* logits, int64_t classes, const Label& label,
 
   const T ratio = total / sum;
   T of_label[2];  // exponentials of the label's classes, which the gradient may overwrite
-  for (int j = 0; !kDense && j < 2; ++j) of_label[j] = label.values[j] == 0 ? 0 : exponentials[label.classes[j]];
+  for (int j = 0; !kDense && j < 2; ++j) of_label[j] = label.classes[j] < 0 ? 0 : exponentials[label.classes[j]];
   const auto gradient = [&](Vec<T> e, Vec<T> t) {
     const Vec<T> smooth = e * broadcast(ratio) - broadcast(T(label.base));
     return kDense ? smooth - broadcast(T(label.scale)) * t : smooth;
@@ -120,7 +121,7 @@ double cross_entropy_of(const void* logits, int64_t classes, const Label& label,
     store_first<T>(grad + c, count, gradient(load_first<T>(exponentials + c, count, T(0)), t));
   }
   for (int j = 0; !kDense && j < 2; ++j) {
-    if (label.values[j] == 0) continue;
+    if (label.classes[j] < 0) continue;
     const bool same_class = label.classes[0] == label.classes[1];
     const T value = same_class ? label.values[0] + label.values[1] : label.values[j];
     store_first<T>(grad + label.classes[j], 1, gradient(broadcast(of_label[j]), Vec<T>{}) - broadcast(value));

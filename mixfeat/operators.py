@@ -1,0 +1,508 @@
+"""The table of the public operators, over which ``mixfeat check`` and the tests run.
+
+An entry names an operator's function and its definition, draws arguments for both, and lists the sizes and options at
+which they are compared. A new operator is one more entry.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixfeat import functional, reference
+from mixfeat.activations import Activation, Identity, PolyReLU, Power, PowerReLU, ReLU
+
+__all__ = ["DTYPES", "OPERATORS", "Case", "Draw", "Operator", "deterministic", "relative_error", "same_bits"]
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Arguments = dict[str, Any]
+Results = dict[str, Tensor]  # "value", and "<argument> grad" for each differentiated argument
+
+# The relative error of a few numbers, any of which may cancel, says little. So arguments are drawn until there are
+# this many numbers or samples.
+_ENOUGH, _MOST_DRAWS = 64, 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a call's arguments, by the letters of their dimensions, and its options."""
+
+    sizes: tuple[int, ...]
+    dims: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        sizes = "x".join(f"{name}{size}" for name, size in itertools.zip_longest(self.dims, self.sizes, fillvalue=""))
+        options = (repr(v) if isinstance(v, Activation) else f"{k}={v}" for k, v in self.options.items())
+        return "-".join([sizes, *options])
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Arguments of one call, the upstream gradient of its value, and what the definition makes of them."""
+
+    operator: "Operator"
+    arguments: Arguments
+    upstream: Tensor
+
+    @cached_property
+    def truth(self) -> Results:
+        """The results in float64."""
+        exact = {name: _cast(value, torch.float64) for name, value in self.arguments.items()}
+        return self.operator.results(self.operator.formula, exact, self.upstream)
+
+    @cached_property
+    def plain(self) -> Results:
+        """The results of plain PyTorch in the arguments' own dtype."""
+        return self.operator.results(self.operator.formula, self.arguments, self.upstream)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A public operator.
+
+    Attributes:
+        function: the operator.
+        formula: its definition, which takes the same arguments and is differentiated by autograd.
+        draw: arguments on the CPU for a case's sizes and options, drawn by a generator. Those in float64 get the dtype
+            under test, except those in ``on_cpu``.
+        differentiated: the arguments to which there are gradients.
+        main: a small case of each way through the code, with at least 2 samples. The first has no options.
+        variants: every option, at small sizes.
+        degrees: every degree of every family of activations, at small sizes.
+        wide: sizes beyond a kernel's block, dimension by dimension.
+        large: enough work for several threads, and memory for many allocations.
+        empty: sizes of which one is 0.
+        quick, full, interpreted: what ``mixfeat check`` runs: small, larger, and in Triton's interpreter, in which
+            every operation takes long.
+        on_cpu: arguments that stay on the CPU.
+        accumulates: whether the value of half-precision arguments is float32.
+        autocasts: whether autocast casts the differentiated arguments.
+        linear: whether the value is linear in them, and so has no second derivative.
+        budgets: largest relative error by dtype. Half precision may have twice the error of plain PyTorch.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    formula: Callable[..., Tensor]
+    draw: Callable[..., Arguments]
+    differentiated: tuple[str, ...]
+    main: tuple[Case, ...]
+    quick: tuple[Case, ...]
+    full: tuple[Case, ...]
+    interpreted: tuple[Case, ...]
+    variants: tuple[Case, ...] = ()
+    degrees: tuple[Case, ...] = ()
+    wide: tuple[Case, ...] = ()
+    large: tuple[Case, ...] = ()
+    empty: tuple[Case, ...] = ()
+    on_cpu: tuple[str, ...] = ()
+    accumulates: bool = False
+    autocasts: bool = False
+    linear: bool = False
+    budgets: Mapping[torch.dtype, float] = field(default_factory=lambda: {torch.float32: 1e-5, torch.float64: 1e-13})
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the results."""
+        return ["value", *(f"{name} grad" for name in self.differentiated)]
+
+    def arguments(self, case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> Arguments:
+        """Draw arguments for a case."""
+
+        def placed(name: str, value: Any) -> Any:
+            if not isinstance(value, Tensor) or name in self.on_cpu:
+                return value
+            return value.to(device, dtype if value.dtype == torch.float64 else None)
+
+        drawn = self.draw(generator, *case.sizes, **case.options)
+        return {name: placed(name, value) for name, value in drawn.items()}
+
+    def draws(
+        self,
+        case: Case,
+        dtype: torch.dtype,
+        device: str,
+        generator: torch.Generator,
+        lay_out: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> Iterator[Draw]:
+        """Draw arguments and upstream gradients until there are enough numbers for their error to mean something.
+
+        ``lay_out`` places each argument in memory. It may change the numbers, except those of ``on_cpu``.
+        """
+        for count in itertools.count(1):
+            arguments = self.arguments(case, dtype, device, generator)
+            arguments = {
+                name: lay_out(value) if isinstance(value, Tensor) and name not in self.on_cpu else value
+                for name, value in arguments.items()
+            }
+            with torch.no_grad():
+                shape = self.formula(**arguments).shape
+            upstream = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+            yield Draw(self, arguments, upstream)
+            numbers = max(upstream.numel(), count * case.sizes[0])
+            if count == _MOST_DRAWS or numbers >= _ENOUGH or upstream.numel() == 0:
+                return
+
+    def results(
+        self,
+        function: Callable[..., Tensor],
+        arguments: Arguments,
+        upstream: Tensor | None = None,
+        wanted: tuple[str, ...] | None = None,
+    ) -> Results:
+        """The value of a function and its gradients to the wanted arguments, by default to all differentiated ones."""
+        names = self.differentiated if wanted is None else wanted
+        leaves = {name: arguments[name].detach().requires_grad_() for name in names}
+        value = function(**arguments | leaves)
+        upstream = torch.ones_like(value) if upstream is None else upstream.to(value.dtype)
+        grads = torch.autograd.grad(value, list(leaves.values()), upstream)
+        return {"value": value.detach()} | {f"{name} grad": grad for name, grad in zip(leaves, grads, strict=True)}
+
+    def result_dtype(self, output: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a result of arguments of this dtype."""
+        return torch.promote_types(dtype, torch.float32) if output == "value" and self.accumulates else dtype
+
+    def budget(self, dtype: torch.dtype, plain_error: float) -> float:
+        """The largest relative error allowed, given that of plain PyTorch."""
+        return self.budgets.get(dtype, 2 * plain_error)
+
+
+def relative_error(results: list[Tensor], truths: list[Tensor]) -> float:
+    """The error of several results in the 2-norm; infinite where a number is finite in one and not in the other."""
+    square = scale = 0.0
+    for result, truth in zip(results, truths, strict=True):
+        if result.shape != truth.shape or not torch.equal(result.isnan(), truth.isnan()):
+            return math.inf
+        truth = truth.nan_to_num(0.0, torch.inf, -torch.inf)
+        square += (result.double().nan_to_num(0.0, torch.inf, -torch.inf) - truth).square().sum().item()
+        scale += truth.square().sum().item()
+    return math.sqrt(square / max(scale, 1e-300)) if math.isfinite(square) else math.inf
+
+
+def same_bits(a: Results, b: Results) -> bool:
+    """Whether two results are equal in every bit, or not a number in the same places."""
+    return a.keys() == b.keys() and all(
+        torch.equal(a[key].isnan(), b[key].isnan()) and torch.equal(a[key].nan_to_num(), b[key].nan_to_num())
+        for key in a
+    )
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Use PyTorch's deterministic algorithms: results repeat on a GPU too, and new memory starts as NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _normal(generator: torch.Generator, *size: int) -> Tensor:
+    return torch.randn(size, generator=generator, dtype=torch.float64)
+
+
+def _draw_lam(generator: torch.Generator, samples: int, kind: str) -> float | Tensor:
+    if kind == "number":
+        return 0.3
+    return torch.rand((samples,) if kind == "per sample" else (), generator=generator, dtype=torch.float32)
+
+
+# networks
+
+_POLY = PolyReLU(8, 0.1)
+_ACTIVATIONS = (
+    PolyReLU(1, 0.3), PolyReLU(5, 0.2, clamp=False), PolyReLU(16, 0.5), PowerReLU(3), Power(2), Power(7), ReLU(),
+    Identity(),
+)  # fmt: skip
+
+
+def _network(*sizes: int, **options: Any) -> Case:
+    return Case(sizes, "NPDCM", options)
+
+
+def _degrees(*sizes: int) -> tuple[Case, ...]:
+    kinds: tuple[Callable[[int], Activation], ...] = (
+        lambda q: PolyReLU(q, 0.2), lambda q: PolyReLU(q, 0.2, clamp=False), PowerReLU, Power
+    )  # fmt: skip
+    return tuple(_network(*sizes, activation=kind(degree)) for kind in kinds for degree in range(1, 17))
+
+
+def _draw_network(
+    generator: torch.Generator, sizes: tuple[int, ...], activation: Activation = _POLY, runs: str = ""
+) -> Arguments:
+    """Pre-activations of the order of the threshold. ``runs`` names the arguments that have R = 3."""
+    samples, patches, dim, classes, filters = sizes
+    input = _normal(generator, *[3] * ("input" in runs), samples, patches, dim)
+    weight = _normal(generator, *[3] * ("weight" in runs), classes, filters, dim)
+    scale = getattr(activation, "rho", 0.5) / math.sqrt(max(1, dim))
+    return {"input": input, "weight": weight * scale, "activation": activation}
+
+
+def _draw_patch_conv(generator: torch.Generator, *sizes: int, lam: str | None = None, **options: Any) -> Arguments:
+    network = _draw_network(generator, sizes, **options)
+    if lam is None:
+        return network
+    index = torch.randint(max(1, sizes[0]), sizes[:1], generator=generator)
+    return network | {"index": index, "lam": _draw_lam(generator, sizes[0], lam)}
+
+
+def _draw_pairwise(
+    generator: torch.Generator, *sizes: int, lam: float | None = None, nodes: int | str = 0, runs: str = "",
+    **options: Any,
+) -> Arguments:  # fmt: skip
+    """``lam`` is a number, ``nodes`` a quadrature's number of nodes or "any"; without them lam is left out."""
+    drawn = _draw_network(generator, sizes, runs=runs, **options)
+    drawn["target"] = torch.randint(sizes[3], (*[3] * ("target" in runs), sizes[0]), generator=generator)
+    if lam is not None:
+        drawn["lam"] = lam
+    elif nodes == "any":
+        drawn["lam"] = torch.tensor([0.1, 0.5, 0.7], dtype=torch.float64)
+        drawn["lam_weight"] = torch.tensor([0.25, 0.25, 0.5], dtype=torch.float64)
+    elif nodes:
+        drawn["lam"], drawn["lam_weight"] = functional.beta_quadrature(1.0, int(nodes))
+    return drawn
+
+
+def _pairwise_formula(lam: float | Tensor = 0.5, lam_weight: Tensor | None = None, **arguments: Any) -> Tensor:
+    """The reference, which takes nodes as numbers; without samples the loss is 0."""
+    nodes = lam.tolist() if isinstance(lam, Tensor) else lam
+    weights = None if lam_weight is None else lam_weight.tolist()
+    loss = reference.pairwise_mixup_loss(**arguments, lam=nodes, lam_weight=weights)
+    return loss if arguments["input"].shape[-3] else loss.nan_to_num()
+
+
+_RUNS = ("input", "weight", "input weight")
+
+_PATCH_CONV = Operator(
+    "patch_conv", functional.patch_conv, reference.patch_conv, _draw_patch_conv, ("input", "weight"),
+    main=(_network(6, 4, 10, 3, 4), _network(6, 4, 10, 3, 4, lam="per sample")),
+    variants=(
+        _network(9, 3, 12, 10, 5, lam="number"),
+        _network(9, 3, 12, 10, 5, lam="one for all"),
+        *(_network(9, 4, 10, 3, 5, runs=runs) for runs in _RUNS),
+        *(_network(9, 4, 10, 3, 5, runs=runs, lam="per sample") for runs in _RUNS),
+        *(_network(7, 3, 12, 10, 5, lam="per sample", activation=activation) for activation in _ACTIVATIONS),
+    ),
+    degrees=_degrees(8, 2, 6, 8, 3),
+    wide=tuple(
+        _network(*sizes, **options)
+        for sizes in (
+            (8, 4, 16, 8, 4), (7, 3, 5, 11, 5), (1, 1, 1, 1, 1), (33, 12, 20, 10, 10), (2, 1, 70, 33, 1),
+            (65, 2, 3, 1, 150), (3, 50, 9, 40, 1), (13, 3, 150, 5, 7),
+        )
+        for options in ({}, {"lam": "per sample"})
+    ),
+    large=tuple(
+        _network(*sizes, **options)
+        for sizes in ((64, 300, 33, 3, 17), (300, 2, 257, 2, 3), (200, 12, 20, 10, 10))
+        for options in ({}, {"lam": "per sample"})
+    ),
+    empty=tuple(
+        _network(*(0 if d == empty else size for d, size in enumerate((4, 3, 5, 2, 3))), **options)
+        for empty in range(5)
+        for options in ({}, {"lam": "per sample"})
+    ),
+    quick=(
+        _network(33, 12, 20, 10, 10), _network(7, 3, 5, 3, 5, lam="per sample"),
+        _network(1, 1, 1, 1, 1, lam="per sample"), _network(0, 2, 3, 4, 5, lam="per sample"),
+        _network(5, 2, 3, 1, 150, activation=PowerReLU(3)), _network(17, 3, 12, 4, 5, activation=Power(2)),
+        _network(40, 4, 33, 7, 3, lam="per sample", activation=PolyReLU(5, 0.2, clamp=False)),
+        _network(9, 2, 64, 3, 4, activation=Identity()),
+    ),
+    full=(_network(300, 16, 64, 10, 16, lam="per sample"), _network(64, 49, 257, 10, 3)),
+    interpreted=(
+        _network(9, 2, 20, 3, 4), _network(5, 3, 7, 2, 3, lam="per sample", activation=PowerReLU(3)),
+        _network(1, 1, 1, 1, 1, lam="per sample"),
+    ),
+    autocasts=True,
+)  # fmt: skip
+
+_PAIRWISE_MIXUP_LOSS = Operator(
+    "pairwise_mixup_loss", functional.pairwise_mixup_loss, _pairwise_formula, _draw_pairwise, ("input", "weight"),
+    main=(_network(6, 4, 10, 3, 4), _network(6, 4, 10, 3, 4, nodes="any")),
+    variants=(
+        *(_network(7, 3, 6, 3, 4, lam=lam) for lam in (0.0, 0.3, 1.0)),
+        *(_network(7, 3, 6, 3, 4, nodes=nodes) for nodes in (1, 2, 3)),
+        *(
+            _network(7, 3, 6, 3, 4, runs=runs, **options)
+            for runs in (*_RUNS, "input target", "weight target", "input weight target")
+            for options in ({}, {"nodes": "any"})
+        ),
+        *(_network(7, 3, 12, 3, 5, activation=activation) for activation in _ACTIVATIONS),
+        *(_network(7, 3, 12, 3, 5, lam=0.3, activation=activation) for activation in _ACTIVATIONS),
+    ),
+    degrees=_degrees(6, 3, 8, 3, 4),
+    wide=tuple(
+        _network(*sizes, **options)
+        for sizes in (
+            (8, 4, 16, 3, 4), (7, 3, 5, 3, 5), (1, 1, 1, 2, 1), (2, 1, 20, 2, 20), (35, 1, 4, 2, 3), (45, 3, 10, 10, 5),
+            (5, 2, 6, 300, 1),
+        )
+        for options in ({}, {"nodes": "any"})
+    ),
+    large=tuple(
+        _network(*sizes, **options)
+        for sizes in ((80, 12, 20, 10, 10), (40, 1, 5, 4096, 1), (41, 40, 9, 3, 17))
+        for options in ({}, {"nodes": "any"})
+    ),
+    empty=tuple(
+        _network(*(0 if d == empty else size for d, size in enumerate((5, 2, 4, 3, 2))), **options)
+        for empty in (0, 1, 2, 4)  # a cross-entropy needs classes
+        for options in ({}, {"nodes": "any"}, {"runs": "weight"}, {"runs": "input weight"})
+    ),
+    quick=(
+        _network(17, 4, 6, 5, 3, nodes=1), _network(9, 3, 5, 3, 5, nodes=3),
+        _network(12, 2, 7, 4, 1, nodes=2, activation=PowerReLU(3)),
+        _network(33, 5, 20, 10, 4, nodes=1, activation=PolyReLU(4, 0.1)),
+        _network(10, 1, 9, 40, 2, nodes=1, activation=Power(2)), _network(1, 1, 1, 2, 1, nodes=1),
+    ),
+    full=(
+        _network(67, 3, 8, 5, 4, nodes=1), _network(40, 4, 6, 10, 5, nodes=4), _network(12, 2, 10, 300, 1, nodes=1)
+    ),
+    interpreted=(_network(9, 2, 5, 3, 2, nodes=1), _network(6, 2, 3, 2, 1, nodes=2)),
+    on_cpu=("lam", "lam_weight"),
+    accumulates=True,
+    autocasts=True,
+)  # fmt: skip
+
+
+# batches
+
+
+def _batch(*sizes: int, **options: Any) -> Case:
+    return Case(sizes, "N", options)
+
+
+def _draw_mixup(generator: torch.Generator, *sizes: int, lam: str = "per sample") -> Arguments:
+    index = torch.randint(max(1, sizes[0]), sizes[:1], generator=generator)  # any map: some samples serve twice
+    return {"input": _normal(generator, *sizes), "index": index, "lam": _draw_lam(generator, sizes[0], lam)}
+
+
+_MIXUP = Operator(
+    "mixup", functional.mixup, reference.mixup, _draw_mixup, ("input",),
+    main=(_batch(6, 4, 5, 3), _batch(6, 4, 5, 3, lam="number")),
+    variants=tuple(_batch(8, 3, 6, 5, lam=lam) for lam in ("number", "one for all", "per sample")),
+    wide=tuple(_batch(*sizes) for sizes in ((1, 7), (9,), (33, 1), (5, 65), (3, 2, 1, 1, 17), (2, 70000))),
+    large=(_batch(16, 3, 100, 100), _batch(2**16, 4)),
+    empty=tuple(_batch(*sizes) for sizes in ((0,), (0, 3), (4, 0), (4, 0, 3))),
+    quick=tuple(_batch(*sizes) for sizes in ((33, 3, 8, 8), (7, 5), (128, 1), (3, 70001), (0, 4), (1, 3))),
+    full=tuple(_batch(*sizes) for sizes in ((256, 3, 32, 32), (9,), (2, 2**20 + 3))),
+    interpreted=tuple(_batch(*sizes) for sizes in ((9, 3, 4), (64, 1), (2, 1030))),
+    linear=True,
+    budgets={torch.float32: 1e-6, torch.float64: 1e-15},
+)  # fmt: skip
+
+
+# logits
+
+
+def _logits(*sizes: int, **options: Any) -> Case:
+    return Case(sizes, "NC", options)
+
+
+def _draw_logits(generator: torch.Generator, samples: int, classes: int, **options: Any) -> Arguments:
+    return {"input": 3 * _normal(generator, samples, classes), **options}
+
+
+def _draw_mixup_cross_entropy(
+    generator: torch.Generator, samples: int, classes: int, lam: str = "per sample", ignore_index: int = -100,
+    **options: Any,
+) -> Arguments:  # fmt: skip
+    """Some pairs are of one class, and some targets are ignored."""
+    target_a, target_b = torch.randint(classes, (2, samples), generator=generator)
+    target_b[::3], target_a[1::5] = target_a[::3], ignore_index
+    drawn = _draw_logits(generator, samples, classes, ignore_index=ignore_index, **options)
+    return drawn | {"target_a": target_a, "target_b": target_b, "lam": _draw_lam(generator, samples, lam)}
+
+
+def _draw_soft_target(
+    generator: torch.Generator, samples: int, classes: int, target_sum: float = 1.0,
+    target_dtype: torch.dtype = torch.float64, **options: Any,
+) -> Arguments:  # fmt: skip
+    """Some classes have no probability."""
+    target = torch.rand(samples, classes, generator=generator, dtype=torch.float64).square()
+    target[:, max(2, classes // 2) :] = 0
+    target /= target.sum(1, keepdim=True) / target_sum
+    return _draw_logits(generator, samples, classes, **options) | {"target": target.to(target_dtype)}
+
+
+def _soft_target_formula(input: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """The reference, which takes a target of input's dtype."""
+    return reference.soft_target_cross_entropy(input, target.to(input.dtype), **options)
+
+
+_REDUCTIONS = ("mean", "sum", "none")
+_LOSS_OPTIONS = tuple(
+    {"label_smoothing": smoothing, "reduction": reduction} for smoothing in (0.0, 0.1, 1.0) for reduction in _REDUCTIONS
+)
+_QUICK_LOGITS = (
+    _logits(64, 10, label_smoothing=0.0, reduction="mean"), _logits(33, 65, label_smoothing=0.1, reduction="none"),
+    _logits(17, 1000, label_smoothing=0.0, reduction="sum"), _logits(5, 2, label_smoothing=0.0, reduction="mean"),
+)  # fmt: skip
+_FULL_LOGITS = (
+    _logits(1024, 1000, label_smoothing=0.1, reduction="mean"),
+    _logits(3, 50257, label_smoothing=0.0, reduction="none"),
+)
+_INTERPRETED_LOGITS = (
+    _logits(9, 10, label_smoothing=0.0, reduction="mean"), _logits(6, 33, label_smoothing=0.1, reduction="none")
+)  # fmt: skip
+_WIDE_LOGITS = tuple(_logits(*sizes) for sizes in ((7, 10), (1, 2), (3, 1), (33, 65), (5, 1000), (2, 50257), (64, 16)))
+
+_MIXUP_CROSS_ENTROPY = Operator(
+    "mixup_cross_entropy", functional.mixup_cross_entropy, reference.mixup_cross_entropy, _draw_mixup_cross_entropy,
+    ("input",),
+    main=(_logits(6, 9), _logits(6, 9, lam="number", label_smoothing=0.1, reduction="none")),
+    variants=(
+        *(_logits(20, 7, lam=lam, **options) for lam in ("number", "per sample") for options in _LOSS_OPTIONS),
+        *(
+            _logits(20, 7, lam="one for all", ignore_index=ignored, reduction=reduction)
+            for ignored in (3, -1)
+            for reduction in _REDUCTIONS
+        ),
+    ),
+    wide=_WIDE_LOGITS,
+    large=(_logits(300, 1000), _logits(2**16, 4)),
+    empty=tuple(_logits(0, 9, reduction=reduction) for reduction in _REDUCTIONS),
+    quick=_QUICK_LOGITS,
+    full=(*_FULL_LOGITS, _logits(2, 2**18, label_smoothing=0.0, reduction="mean")),
+    interpreted=_INTERPRETED_LOGITS,
+    accumulates=True,
+)  # fmt: skip
+
+_SOFT_TARGET_CROSS_ENTROPY = Operator(
+    "soft_target_cross_entropy", functional.soft_target_cross_entropy, _soft_target_formula, _draw_soft_target,
+    ("input",),
+    main=(_logits(6, 9), _logits(6, 9, label_smoothing=0.1, reduction="none")),
+    variants=(
+        *(_logits(20, 37, target_sum=total, **options) for total in (1.0, 0.25) for options in _LOSS_OPTIONS),
+        *(_logits(20, 37, target_dtype=dtype) for dtype in (torch.float32, torch.bfloat16)),
+    ),
+    wide=_WIDE_LOGITS,
+    large=(_logits(300, 1000), _logits(2**16, 4, reduction="none")),
+    empty=tuple(_logits(0, 9, reduction=reduction) for reduction in _REDUCTIONS),
+    quick=_QUICK_LOGITS,
+    full=_FULL_LOGITS,
+    interpreted=_INTERPRETED_LOGITS,
+    accumulates=True,
+)  # fmt: skip
+
+OPERATORS = {
+    operator.name: operator
+    for operator in (_PATCH_CONV, _PAIRWISE_MIXUP_LOSS, _MIXUP, _MIXUP_CROSS_ENTROPY, _SOFT_TARGET_CROSS_ENTROPY)
+}

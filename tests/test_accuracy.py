@@ -1,0 +1,107 @@
+"""Values and gradients of every operator, held to the definition in float64 within the budget of the dtype."""
+
+import pytest
+import torch
+from conftest import SEED, interpreted
+from table import LAYOUTS, over, problems
+
+import mixfeat as mf
+from mixfeat.operators import DTYPES, OPERATORS, deterministic, same_bits
+
+
+@over("quick full wide variants", DTYPES, interpreted="interpreted variants")
+def test_accuracy(problem):
+    problem.hold(problem.draws())
+
+
+@over("degrees", interpreted="main")
+def test_accuracy_of_degrees(problem):
+    problem.hold(problem.draws())
+
+
+@over("large", ("float32", "float64"), ["cpu"])
+def test_accuracy_of_large_shapes(problem):
+    problem.hold([problem.draw()])
+
+
+@over("empty")
+def test_empty_dimensions(problem):
+    """Sums over nothing are 0, and the mean of nothing is not a number."""
+    problem.hold(problem.draws())
+    problem.hold(problem.draws(LAYOUTS["gaps"]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@over("main")
+def test_layouts(problem, layout):
+    """Arguments in any layout give the results of contiguous ones, for upstream gradients in any layout too."""
+    draw = problem.draw(LAYOUTS[layout])
+    contiguous = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in draw.arguments.items()}
+    others = (torch.clone, lambda upstream: upstream.new_ones(()).expand_as(upstream))
+    for lay_out in (LAYOUTS[layout], *([] if interpreted(problem.backend) else others)):
+        upstream = lay_out(draw.upstream)
+        found = problem.results(draw.arguments, upstream)
+        expected = problem.results(contiguous, upstream.contiguous())
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@over("main interpreted quick wide", interpreted="main interpreted")
+def test_poisoned_scratch(problem):
+    """Nothing is read that was not written: all new memory starts as NaN."""
+    with deterministic():
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        problem.hold(problem.draws())
+
+
+@over("main variants", interpreted="main")
+def test_nothing_is_mutated(problem):
+    draw = problem.draw()
+    tensors = {"upstream": draw.upstream} | {k: v for k, v in draw.arguments.items() if isinstance(v, torch.Tensor)}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    problem.results(draw.arguments, draw.upstream)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.gpu
+@over("full", backends=["triton"])
+def test_repeats_on_cuda_under_deterministic_algorithms(problem):
+    draw = problem.draw()
+    with deterministic():
+        assert same_bits(*(problem.results(draw.arguments, draw.upstream) for _ in range(2)))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.triton
+def test_triton_refuses_float64(operator):
+    entry = OPERATORS[operator]
+    arguments = entry.arguments(entry.main[0], torch.float64, "cpu", torch.Generator())
+    with (
+        mf.backend("triton"),
+        pytest.raises(ValueError, match=r"'triton' does not serve torch\.float64; use 'cpu' or 'reference'"),
+    ):
+        entry.function(**arguments)
+
+
+def check_instruction_set():
+    """Hold every operator on the CPU, in any dtype."""
+    for problem in (
+        *problems("quick wide", DTYPES, ["cpu"], seed=SEED),
+        *problems("variants degrees large", backends=["cpu"], seed=SEED),
+    ):
+        try:
+            problem.hold(problem.draws())
+        except AssertionError as error:
+            raise AssertionError(str(problem)) from error
+
+
+@pytest.mark.parametrize("capability", ["generic", "avx2", "avx512"])
+def test_accuracy_of_each_instruction_set(capability, run_python):
+    """In a process of its own, as the choice is made once. A processor that lacks a set runs its best one."""
+    run_python(
+        "import sys; sys.path.insert(0, 'tests'); from mixfeat.kernels import cpu\n"
+        f"assert cpu.capability() in ('{capability}', 'avx2', 'generic'), cpu.capability()\n"
+        "import test_accuracy, test_mixup, test_pairwise_mixup_loss\n"
+        "for module in (test_accuracy, test_mixup, test_pairwise_mixup_loss): module.check_instruction_set()\n",
+        MIXFEAT_CPU_CAPABILITY=capability,
+    )

@@ -1,0 +1,147 @@
+"""Derivatives of every kind: twice, forward, batched, and by the transforms of torch.func."""
+
+import pytest
+import torch
+from conftest import error
+from torch.autograd import gradcheck, gradgradcheck
+
+import mixfeat as mf
+from mixfeat import reference
+
+PHI = mf.PolyReLU(4, 1.3)
+NODES = torch.tensor([0.2, 0.9]), torch.tensor([0.25, 0.75])
+INDEX, LAM = torch.tensor([1, 1, 0, 3]), torch.tensor([0.3, 0.0, 1.0, 0.6], dtype=torch.float64)
+TARGET, PARTNER = torch.tensor([0, 1, 2, 1]), torch.tensor([1, 4, 2, 0])
+SOFT = torch.tensor([[0.2, 0.5, 0.0, 0.0, 0.3]] * 4, dtype=torch.float64)
+
+#: by name: the call, from a module of operators and its differentiated tensors, and which of these it takes
+CASES = {
+    "patch_conv": (lambda f, x, w: f.patch_conv(x, w, PHI), "xw"),
+    "patch_conv-mixed": (lambda f, x, w: f.patch_conv(x, w, PHI, index=INDEX, lam=LAM), "xw"),
+    "patch_conv-runs": (lambda f, x, w: f.patch_conv(x, w[None].expand(2, -1, -1, -1), PHI), "xw"),
+    "pairwise_mixup_loss": (lambda f, x, w: f.pairwise_mixup_loss(x, w, TARGET, PHI), "xw"),
+    "pairwise_mixup_loss-nodes": (
+        lambda f, x, w: f.pairwise_mixup_loss(x, w, TARGET, PHI, **nodes(f)), "xw"
+    ),
+    "mixup": (lambda f, x: f.mixup(x, INDEX, LAM), "x"),
+    "mixup_cross_entropy": (
+        lambda f, g: f.mixup_cross_entropy(g, TARGET, PARTNER, LAM, label_smoothing=0.1), "g"
+    ),
+    "mixup_cross_entropy-none": (
+        lambda f, g: f.mixup_cross_entropy(g, TARGET, PARTNER, LAM, ignore_index=1, reduction="none"), "g"
+    ),
+    "soft_target_cross_entropy": (lambda f, g: f.soft_target_cross_entropy(g, SOFT, label_smoothing=0.1), "g"),
+}  # fmt: skip
+
+
+def nodes(f):
+    return dict(zip(("lam", "lam_weight"), (t.tolist() if f is reference else t for t in NODES), strict=True))
+
+
+def inputs(letters):
+    shapes = {"x": (4, 2, 3), "w": (3, 2, 3), "g": (4, 5)}
+    return tuple(torch.randn(shapes[letter], dtype=torch.float64, requires_grad=True) for letter in letters)
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    call, letters = CASES[request.param]
+    return call, inputs(letters)
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request):
+    """Triton has no float64; what it differentiates twice is the same plain PyTorch."""
+    with mf.backend(request.param):
+        yield request.param
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # a batch of gradients is a loop
+def test_gradcheck(backend, case):
+    """Backward, forward, batched and twice, against finite differences."""
+    call, tensors = case
+    assert gradcheck(lambda *t: call(mf, *t), tensors, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(lambda *t: call(mf, *t), tensors)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jacrev", "jacfwd", "hessian", "jvp", "vjp"])
+def test_transforms(backend, case, transform):
+    """The transforms of torch.func, against the same ones of the definition."""
+    call, tensors = case
+    tensors = tuple(t.detach() for t in tensors)
+    upstream = torch.randn_like(call(reference, *tensors))
+
+    def result(f):
+        def scalar(*t):
+            return (call(f, *t) * upstream).sum()
+
+        match transform:
+            case "grad" | "hessian":
+                return getattr(torch.func, transform)(scalar, tuple(range(len(tensors))))(*tensors)
+            case "jvp":
+                return torch.func.jvp(lambda *t: call(f, *t), tensors, tuple(torch.ones_like(t) for t in tensors))
+            case "vjp":
+                return torch.func.vjp(lambda *t: call(f, *t), *tensors)[1](upstream)
+            case _:
+                return getattr(torch.func, transform)(lambda *t: call(f, *t))(*tensors)
+
+    torch.testing.assert_close(result(mf), result(reference))
+
+
+def test_vmap_over_weights_is_the_run_dimension(backend):
+    x, _ = inputs("xw")
+    weights = torch.randn(3, 3, 2, 3, dtype=torch.float64)
+    for call, _ in (CASES["patch_conv"], CASES["pairwise_mixup_loss"]):
+        torch.testing.assert_close(torch.func.vmap(lambda w: call(mf, x.detach(), w))(weights), call(mf, x, weights))  # noqa: B023
+
+
+def test_gradients_of_each_sample(backend):
+    x, w = (t.detach() for t in inputs("xw"))
+
+    def loss(f, w, x, y):
+        return f.mixup_cross_entropy(f.patch_conv(x[None], w, PHI), y[None], y[None], 0.4)
+
+    def each(f):
+        return torch.func.vmap(torch.func.grad(lambda w, x, y: loss(f, w, x, y)), (None, 0, 0))(w, x, TARGET)
+
+    torch.testing.assert_close(each(mf), each(reference))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_hessian_vector_products(name, dtype):
+    """In float32 within the budget of a gradient, in bfloat16 within twice the error of plain PyTorch."""
+    call, letters = CASES[name]
+
+    def product(f, tensors):
+        grads = torch.autograd.grad(call(f, *tensors).double().square().sum(), tensors, create_graph=True)
+        inner = sum((g.double() * t.detach().double()).sum() for g, t in zip(grads, tensors, strict=True))
+        return torch.autograd.grad(inner, tensors)
+
+    draws = [tuple(t.detach().to(dtype).requires_grad_() for t in inputs(letters)) for _ in range(16)]
+    mine = [product(mf, tensors) for tensors in draws]
+    plain = [product(reference, tensors) for tensors in draws]
+    truth = [product(reference, tuple(t.detach().double().requires_grad_() for t in tensors)) for tensors in draws]
+    for ours, theirs, true in zip(*(zip(*products, strict=True) for products in (mine, plain, truth)), strict=True):
+        assert all(t.dtype == dtype for t in ours)
+        assert error(ours, true) <= (1e-5 if dtype == torch.float32 else 2 * error(theirs, true))
+
+
+def test_memory_of_a_second_derivative_is_linear_in_the_samples():
+    """The pairs' activations are computed again, a few rows at a time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    n, p, c, m = 512, 4, 3, 4
+    x, w = torch.randn(n, p, 5), torch.randn(c, m, 5, requires_grad=True)
+    y = torch.randint(c, (n,))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        loss = mf.pairwise_mixup_loss(x, w, y, PHI)
+        (grad,) = torch.autograd.grad(loss, w, create_graph=True)
+        grad.square().sum().backward()
+    held = most = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    pairs = 4 * n * n * p * c * m
+    assert most < 12 * min(pairs, 4 * 2**24)
