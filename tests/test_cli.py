@@ -15,12 +15,12 @@ from conftest import ROOT
 
 import mixfeat as mf
 from mixfeat import cli
-from mixfeat.experiments import datasets, images, theory
+from mixfeat.experiments import datasets, engine, images, theory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = [
     "--num-classes=3", "--filters-per-class=2", "--num-patches=4", "--num-samples=12", "--steps=300", "--seeds=2",
-    "--test-samples=30", "--evaluations=5", "--lr=4", "--device=cpu",
+    "--test-samples=30", "--evaluations=5", "--lr=4", "--device=cpu", "--jobs=1",
 ]  # fmt: skip
 
 
@@ -55,11 +55,11 @@ def test_reproduce_theory(reproduce, tmp_path):
     assert all(column in lines[2] for column in columns)
     for name in theory.METHODS.values():
         assert sum(line.startswith(name) and line.count(" ± ") == 6 for line in lines) == 1
-        assert f" of 3: {name}: " in err
+        assert f" of 6: {name}, seed 5: " in err
     assert "mean ± standard deviation over 2 seeds" in out
     assert str(tmp_path / "out" / "theory.png") in out
     assert (tmp_path / "out" / "theory.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["theory.png", "theory.sqlite"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["runs", "theory.png"]
 
     document = json.loads(target.read_text())
     settings = document["settings"]
@@ -82,12 +82,11 @@ def test_reproduce_theory(reproduce, tmp_path):
             del result["seconds"]
     assert numbers[0] == numbers[1] != numbers[2]
 
-    before = (tmp_path / "out" / "theory.sqlite").read_bytes()
-    assert_refused(
-        reproduce("--seed", 4), "theory.sqlite already holds results: go on with --resume, or choose another"
-    )
-    assert_refused(reproduce("--seed", 5, "--resume"), "holds a run with other settings (seed 4 there and 5 asked)")
-    assert (tmp_path / "out" / "theory.sqlite").read_bytes() == before
+    runs = tmp_path / "out" / "runs"
+    before = {path: path.read_bytes() for path in runs.iterdir()}
+    assert_refused(reproduce("--seed", 4), f"{runs} already has results: pass --resume to continue, or choose another")
+    assert_refused(reproduce("--seed", 5, "--resume"), "has results with other settings (seed 4 there and 5 asked)")
+    assert {path: path.read_bytes() for path in runs.iterdir()} == before
     status, repeated, _ = reproduce("--seed", 4, "--resume")
     assert (status, repeated) == (0, out)
 
@@ -121,6 +120,8 @@ def test_methods_can_follow_one_another(reproduce):
         (["--methods", "magic"], "argument --methods: invalid choice: 'magic'"),
         (["--device", "abacus"], "device must be a torch device of this machine, got 'abacus'"),
         (["--dtype", "int8"], "dtype must be float32 or float64, got 'int8'"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--jobs", "all"], "argument --jobs: invalid int value: 'all'"),
     ],
 )
 def test_bad_settings(reproduce, options, message, tmp_path):
@@ -129,7 +130,7 @@ def test_bad_settings(reproduce, options, message, tmp_path):
 
 
 def test_unwritable_targets_are_found_before_training(reproduce, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(engine, "train", lambda *_: pytest.fail("trained"))
     (tmp_path / "file").write_text("")
     assert_refused(reproduce(out=tmp_path / "file"), "file cannot be written: File exists")
     assert_refused(reproduce(out=tmp_path / "file" / "out"), "out cannot be written: Not a directory")
@@ -138,18 +139,15 @@ def test_unwritable_targets_are_found_before_training(reproduce, tmp_path, monke
     if os.getuid():  # root may write anywhere
         (tmp_path / "closed").mkdir(mode=0o500)
         assert_refused(reproduce(out=tmp_path / "closed"), "closed cannot be written: Permission denied")
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / "theory.sqlite").write_text("my notes")
-    assert_refused(
-        reproduce(out=foreign), "theory.sqlite is not a mixfeat store: move it away, or choose another folder"
-    )
-    assert (foreign / "theory.sqlite").read_text() == "my notes"
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "runs").write_text("my notes")
+    assert_refused(reproduce(out=tmp_path / "foreign"), "runs cannot be used: File exists")
+    assert (tmp_path / "foreign" / "runs").read_text() == "my notes"
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "tqdm"])
+@pytest.mark.parametrize("package", ["matplotlib", "tqdm", "joblib"])
 def test_missing_extras_are_found_before_training(reproduce, package, monkeypatch):
-    monkeypatch.setattr(cli, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(engine, "train", lambda *_: pytest.fail("trained"))
     monkeypatch.delitem(sys.modules, "mixfeat.experiments.plots", raising=False)
     monkeypatch.delattr("mixfeat.experiments.plots", raising=False)
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
@@ -158,12 +156,58 @@ def test_missing_extras_are_found_before_training(reproduce, package, monkeypatc
     assert_refused(reproduce(), f"{package} is missing: pip install 'mixfeat[experiments]'")
 
 
-def test_divergence_is_one_line(reproduce, monkeypatch):
-    def diverge(*_):
-        raise theory.DivergedError("midpoint left the finite numbers")
+def test_missing_dask_is_found_before_training(reproduce, monkeypatch):
+    monkeypatch.setattr(engine, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    assert_refused(reproduce("--scheduler", "tcp://x:1"), "distributed is missing: pip install 'mixfeat[cluster]'")
 
-    monkeypatch.setattr(cli, "train", diverge)
-    assert reproduce() == (1, "", "mixfeat reproduce theory: error: midpoint left the finite numbers\n")
+
+def test_divergence_is_one_line(reproduce, monkeypatch):
+    draw = theory._draw
+
+    def poisoned(settings):
+        data, tests, weight = draw(settings)
+        return data, tests, weight * torch.nan
+
+    monkeypatch.setattr(theory, "_draw", poisoned)
+    status, out, err = reproduce("--methods", "erm")
+    assert (status, out) == (1, "")
+    assert err.splitlines() == [
+        "1 of 2: ERM, seed 0: diverged", "2 of 2: ERM, seed 1: diverged",
+        "mixfeat reproduce theory: error: erm left the finite numbers before step 0: try a smaller lr than 4.0",
+    ]  # fmt: skip
+
+
+def test_a_run_whose_workers_die_is_one_line(reproduce, monkeypatch):
+    def die(*_):
+        raise engine.WorkerDiedError("ERM, seed 0: every worker that tried it died: pass --resume to try again")
+
+    monkeypatch.setattr(engine, "train", die)
+    message = "ERM, seed 0: every worker that tried it died: pass --resume to try again"
+    assert reproduce() == (1, "", f"mixfeat reproduce theory: error: {message}\n")
+
+
+def test_workers_change_no_number(reproduce, tmp_path, monkeypatch):
+    """Two processes resume what one began, in the middle of a run."""
+    monkeypatch.setattr(engine, "CHUNK_SECONDS", 0)
+    save = engine.Results.save
+
+    def interrupted(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.Results, "save", interrupted)
+    assert reproduce("--methods", "erm", "midpoint")[0] == 130
+    monkeypatch.undo()
+    paths = tmp_path / "resumed.json", tmp_path / "unbroken.json"
+    options = ["--methods", "erm", "midpoint", "--json"]
+    assert reproduce(*options, paths[0], "--resume", "--jobs", 2)[0] == 0
+    assert reproduce(*options, paths[1], out=tmp_path / "unbroken")[0] == 0
+    resumed, unbroken = (json.loads(path.read_text())["results"] for path in paths)
+    for results in (resumed, unbroken):
+        for result in results.values():
+            assert result.pop("seconds") > 0
+    assert resumed == unbroken
 
 
 def test_ctrl_c_and_resume(tmp_path):
@@ -173,15 +217,15 @@ import signal, sys, torch
 from mixfeat import cli
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 torch.set_num_threads(1)
-from mixfeat.experiments import store, theory
-theory._CHECKPOINT_SECONDS = 0
-save, saves = store.Store.save, []
+from mixfeat.experiments import engine
+engine.CHUNK_SECONDS = 0
+save, saves = engine.Results.save, []
 def interrupted(*args):
     save(*args)
     saves.append(args)
     if len(saves) == 3:
         signal.raise_signal(signal.SIGINT)
-store.Store.save = interrupted
+engine.Results.save = interrupted
 sys.exit(cli.main(sys.argv[1:]))
 """
     command = ["reproduce", "theory", *SMALL, "--methods", "uniform", "--out", str(tmp_path / "a b")]
@@ -204,13 +248,21 @@ def test_progress_bar_on_a_terminal(reproduce, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     status, _, err = reproduce("--methods", "erm")
     assert status == 0
-    assert "ERM: 100%" in err
-    assert "300/300" in err
+    assert "ERM, seed 1: 100%" in err
+    assert "600/600" in err
 
 
 # images
 
-DIGITS = ["--epochs=2", "--seeds=2", "--batch-size=200", "--device=cpu"]
+DIGITS = ["--epochs=2", "--seeds=2", "--batch-size=200", "--device=cpu", "--jobs=1"]
+
+
+@pytest.fixture(autouse=True)
+def _read_again():
+    """Data that a test replaces are not another's."""
+    images.load.cache_clear()
+    yield
+    images.load.cache_clear()
 
 
 @pytest.fixture
@@ -246,14 +298,15 @@ def test_reproduce_images(reproduce_images, tmp_path):
         assert len(result["curves"]["test_error_view_0"]) == 2
         for seed in (0, 1):
             assert f" of 6: {theory.METHODS[method]}, seed {seed}: " in err
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["images.png", "images.sqlite"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["images.png", "runs"]
     assert (tmp_path / "out" / "images.png").read_bytes().startswith(b"\x89PNG")
-    before = (tmp_path / "out" / "images.sqlite").read_bytes()
+    runs = tmp_path / "out" / "runs"
+    before = {path: path.read_bytes() for path in runs.iterdir()}
     assert_refused(
-        reproduce_images("--lr", 0.003), "already holds results: go on with --resume", command="reproduce images"
+        reproduce_images("--lr", 0.003), "already has results: pass --resume to continue", command="reproduce images"
     )
     assert reproduce_images("--lr", 0.003, "--resume")[:2] == (0, out)
-    assert (tmp_path / "out" / "images.sqlite").read_bytes() == before
+    assert {path: path.read_bytes() for path in runs.iterdir()} == before
 
 
 def test_reproduce_images_from_files(reproduce_images, tmp_path, monkeypatch):
@@ -314,7 +367,7 @@ def test_bad_image_settings(reproduce_images, options, message, tmp_path):
 
 def test_images_find_what_is_missing_before_training(reproduce_images, tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
-    monkeypatch.setattr(images, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(engine, "train", lambda *_: pytest.fail("trained"))
     (tmp_path / "file").write_text("")
     for result, message in (
         (reproduce_images(out=tmp_path / "file"), "file cannot be written: File exists"),
@@ -331,12 +384,14 @@ def test_images_find_what_is_missing_before_training(reproduce_images, tmp_path,
 def test_diverged_images_are_one_line(reproduce_images, monkeypatch):
     pytest.importorskip("sklearn")
 
-    def diverge(*_):
-        raise theory.DivergedError("erm, seed 0 left the finite numbers")
-
-    monkeypatch.setattr(images, "train", diverge)
-    message = "mixfeat reproduce images: error: erm, seed 0 left the finite numbers\n"
-    assert reproduce_images() == (1, "", message)
+    objective = images.objective
+    monkeypatch.setattr(images, "objective", lambda *args: objective(*args) * torch.inf)
+    status, out, err = reproduce_images("--methods", "erm", "--seeds", 1)
+    assert (status, out) == (1, "")
+    assert err.splitlines() == [
+        "1 of 1: ERM, seed 0: diverged",
+        "mixfeat reproduce images: error: erm, seed 0 left the finite numbers in epoch 1: try a smaller lr than 0.003",
+    ]
 
 
 def test_help_of_images(capsys):
@@ -393,12 +448,28 @@ def test_module_and_imports(run_python):
 import sys, torch
 before = set(sys.modules)
 import mixfeat
-print({"mixfeat.experiments", "mixfeat.cli", "matplotlib", "tqdm", "sqlite3"} & (set(sys.modules) - before))
+print({"mixfeat.experiments", "mixfeat.cli", "matplotlib", "tqdm", "joblib"} & (set(sys.modules) - before))
 import runpy
 sys.argv = ["mixfeat", "--version"]
 runpy.run_module("mixfeat", run_name="__main__")
 """
     assert run_python(code).splitlines() == ["set()", f"mixfeat {mf.__version__}"]
+
+
+@pytest.mark.parametrize(("chosen", "found"), [(None, "passive"), ("active", "active")])
+def test_threads_that_wait_do_not_spin(chosen, found, tmp_path):
+    """Unless the user says so; flags of the interpreter are kept."""
+    command = ["check", "--quick", "--operator", "mixup", "--backend", "reference", "--dtype", "float64", "--json"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    environment |= {"OMP_WAIT_POLICY": chosen} if chosen else {}
+    process = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "mixfeat", *command, str(tmp_path / "check.json")],
+        cwd=ROOT, capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.splitlines()[-1].startswith("import time:")
+    variables = json.loads((tmp_path / "check.json").read_text())["environment"]["environment variables"]
+    assert variables["OMP_WAIT_POLICY"] == found
 
 
 def test_output_that_nobody_reads(tmp_path):

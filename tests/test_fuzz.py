@@ -10,8 +10,9 @@ import test_datasets
 import torch
 
 from mixfeat import cli
-from mixfeat.experiments import datasets
-from mixfeat.experiments.store import Record, Store, StoreError
+from mixfeat.cli import bench, check, info
+from mixfeat.experiments import datasets, engine
+from mixfeat.experiments.engine import Record, Results, ResultsError
 
 pytest.importorskip("hypothesis")
 from hypothesis import example, given
@@ -35,8 +36,8 @@ def _idle(tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("fuzz"))
         patch.setenv("TRITON_INTERPRET", "0")  # `check` sets it
         for place, name in (
-            (cli, "train"), (cli.images, "train"), (cli.sweep, "run_cell"), (cli.validate, "check"),
-            (cli.report, "compile_report"), (cli, "_run_benchmarks"), (cli, "environment"),
+            (engine, "train"), (engine, "Cluster"), (check.validate, "check"), (check.report, "compile_report"),
+            (bench, "_run_benchmarks"), (info, "environment"),
         ):  # fmt: skip
             patch.setattr(place, name, reached)
         yield
@@ -148,20 +149,20 @@ SETTINGS = {"lr": 0.5, "signal": [0.25, 0.5], "device": "cpu"}
 
 
 class Stored:
-    """A store's content and its records; its text is short."""
+    """The files of a results folder and their records; its text is short."""
 
-    def __init__(self, content, records):
-        self.content, self.records = content, records
+    def __init__(self, files, records):
+        self.files, self.records = files, records
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    path = tmp_path_factory.mktemp("store") / "good"
-    records = {f"erm, seed {i}": Record(i < 2, 10 * i + 1, i / 7, {"weight": torch.randn(9 * i)}) for i in range(4)}
-    with Store(path, "theory", SETTINGS) as opened:
+def stored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    records = {f"erm-seed-{i}": Record(i < 2, 10 * i + 1, i / 7, {"weight": torch.randn(9 * i)}) for i in range(4)}
+    with Results(folder, "theory", SETTINGS) as results:
         for name, record in records.items():
-            opened.save(name, record)
-    return Stored(path.read_bytes(), records)
+            results.save(name, record)
+    return Stored({path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}, records)
 
 
 def same_record(a, b):
@@ -173,43 +174,25 @@ def same_record(a, b):
     )
 
 
-@given(damage=damages())
-def test_damaged_stores(store, damage, tmp_path):
+@given(damage=damages(), data=st.data())
+def test_damaged_results(stored, damage, data, tmp_path):
     """Refused in one line that names the file, which is left as it was; or no record is lost or changed."""
-    content, records = store.content, store.records
-    path = tmp_path / "store"
-    for file in tmp_path.iterdir():
-        file.unlink()
-    damaged = damage(content)
-    path.write_bytes(damaged)
+    victim = data.draw(st.sampled_from(sorted(stored.files)))
+    files = stored.files | {victim: damage(stored.files[victim])}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
     message = None
     try:
-        with Store(path, "theory", SETTINGS, resume=True) as opened:
-            found = {name: opened.get(name) for name in opened.names()}
-    except StoreError as error:
+        with Results(tmp_path, "theory", SETTINGS, resume=True) as results:
+            found = {name: results.get(name) for name in stored.records}
+    except ResultsError as error:
         message = str(error)
-    if message is not None:
-        assert str(path) in message
-        assert "\n" not in message
-        assert path.read_bytes() == damaged
-        assert [file.name for file in tmp_path.iterdir()] == ["store"]
-    elif damaged:
-        assert found.keys() == records.keys()
-        assert all(same_record(found[name], record) for name, record in records.items())
+    assert {name: (tmp_path / name).read_bytes() for name in files} == files
+    if message is None:
+        assert all(same_record(found[name], record) for name, record in stored.records.items())
     else:
-        assert not found  # an empty file is a new store
-
-
-@given(damage=damages(), name=st.sampled_from(["store-journal", "store-wal", "store-shm"]))
-def test_good_stores_beside_damaged_files_of_sqlite(store, damage, name, tmp_path):
-    content, records = store.content, store.records
-    path = tmp_path / "store"
-    for file in tmp_path.iterdir():
-        file.unlink()
-    path.write_bytes(content)
-    (tmp_path / name).write_bytes(damage(content))
-    with Store(path, "theory", SETTINGS, resume=True) as opened:
-        assert all(same_record(opened.get(name), record) for name, record in records.items())
+        assert str(tmp_path) in message
+        assert "\n" not in message
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,8 @@ from torch import nn
 
 import mixfeat as mf
 from mixfeat import cli
-from mixfeat.experiments import common, datasets, images, plots
+from mixfeat.experiments import common, datasets, engine, images, plots
 from mixfeat.experiments.datasets import Split
-from mixfeat.experiments.images import name_of
-from mixfeat.experiments.store import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,9 +37,17 @@ def random_data(num=40, test=20, seed=0):
     return split(num), split(test)
 
 
-def run(path, settings, method, seed=0, **options):
-    with Store(path, "images", common.identity(settings), **options) as store:
-        return images.train(settings, method, seed, random_data(), store)
+@pytest.fixture(autouse=True)
+def data(monkeypatch):
+    """Random data in place of the data set; a test may replace ``data[0]``."""
+    data = [random_data()]
+    monkeypatch.setattr(images, "load", lambda dataset, folder: data[0])
+    return data
+
+
+def run(settings, method, seed=0):
+    (run,) = (run for run in images.runs_of(settings, [method], None) if run.seed == seed)
+    return images.join([run], engine.train([run]))[seed]
 
 
 def assert_same(a, b):
@@ -180,11 +186,10 @@ def restated(settings, data, method, seed):
 
 @pytest.mark.parametrize("weight", [(0, 1), (0.5, 0.75)])
 @pytest.mark.parametrize("method", common.METHODS)
-def test_a_run_is_its_formulas(method, weight, tmp_path):
-    settings = settings_of(dtype="float64", degree=3, rho=0.3, lr=0.05, epochs=5, weight=weight)
-    data = random_data()
-    record = run(tmp_path / "s", settings, method, seed=3)
-    losses, errors, _ = restated(settings, data, method, 3)
+def test_a_run_is_its_formulas(method, weight):
+    settings = settings_of(dtype="float64", degree=3, rho=0.3, lr=0.05, epochs=5, weight=weight, seeds=4)
+    record = run(settings, method, seed=3)
+    losses, errors, _ = restated(settings, random_data(), method, 3)
     assert losses[-1] < losses[0] - 0.05
     torch.testing.assert_close(record.state["loss"], torch.tensor(losses, dtype=torch.float64))
     torch.testing.assert_close(record.state["test_error"], torch.tensor(errors, dtype=torch.float64))
@@ -204,33 +209,31 @@ def test_patches_hold_both_halves():
     torch.testing.assert_close(model(input), expected)
 
 
-def test_all_methods_learn_digits(tmp_path):
+def test_all_methods_learn_digits(data, tmp_path):
     pytest.importorskip("sklearn")
     settings = images.Settings(device="cpu", epochs=15)
-    data = datasets.load("digits", tmp_path)
-    with Store(tmp_path / "s", "images", common.identity(settings)) as store:
-        for method in common.METHODS:
-            summary = images.summarise({0: images.train(settings, method, 0, data, store)})
-            assert summary["train_accuracy"][0] > 0.9
-            assert summary["test_error_view_0"][0] < 0.15
-            assert summary["test_error_view_1"][0] < 0.15
+    data[0] = datasets.load("digits", tmp_path)
+    for method in common.METHODS:
+        summary = images.summarise({0: run(settings, method)})
+        assert summary["train_accuracy"][0] > 0.9
+        assert summary["test_error_view_0"][0] < 0.15
+        assert summary["test_error_view_1"][0] < 0.15
 
 
-def test_midpoint_mixup_learns_more_of_a_weak_second_feature(tmp_path):
+def test_midpoint_mixup_learns_more_of_a_weak_second_feature(data, tmp_path):
     """In seconds; the figures are those of ``mixfeat reproduce images --weight 0.75 1``."""
     pytest.importorskip("sklearn")
     settings = images.Settings(device="cpu", weight=(0.75, 1), epochs=30)
-    data, errors = datasets.load("digits", tmp_path), {}
-    with Store(tmp_path / "s", "images", common.identity(settings)) as store:
-        for method in ("erm", "midpoint"):
-            records = {seed: images.train(settings, method, seed, data, store) for seed in range(3)}
-            errors[method] = sum(images.summarise(records)["test_error_view_1"]) / 3
+    data[0], errors = datasets.load("digits", tmp_path), {}
+    for method in ("erm", "midpoint"):
+        records = {seed: run(settings, method, seed) for seed in range(3)}
+        errors[method] = sum(images.summarise(records)["test_error_view_1"]) / 3
     assert errors["midpoint"] < errors["erm"] - 0.01
 
 
-def test_summary(tmp_path):
+def test_summary():
     settings = settings_of()
-    records = {seed: run(tmp_path / str(seed), settings, "erm", seed) for seed in (0, 1)}
+    records = {seed: run(settings, "erm", seed) for seed in (0, 1)}
     summary = images.summarise(records)
     for seed, record in records.items():
         assert record.state.keys() == {"test_error", "loss", "train_accuracy"}
@@ -251,21 +254,29 @@ def test_figure_of_no_error(tmp_path):
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_divergence_is_found(tmp_path, monkeypatch):
+def test_divergence_is_found(monkeypatch):
     objective = images.objective
     monkeypatch.setattr(images, "objective", lambda *args: objective(*args) * torch.inf)
     message = r"erm, seed 0 left the finite numbers in epoch 1: try a smaller lr than 0.003"
     with pytest.raises(common.DivergedError, match=message):
-        run(tmp_path / "s", settings_of(), "erm")
+        run(settings_of(), "erm")
 
 
-def test_classes_that_cannot_be_paired(tmp_path):
-    (x, y), test = random_data()
-    with (
-        Store(tmp_path / "s", "images", {}) as store,
-        pytest.raises(ValueError, match="target must have images of every class, got none of class 4"),
-    ):
-        images.train(settings_of(), "erm", 0, (Split(x[y != 4], y[y != 4]), test), store)
+def test_classes_that_cannot_be_paired(data):
+    (x, y), test = data[0]
+    data[0] = Split(x[y != 4], y[y != 4]), test
+    with pytest.raises(ValueError, match="target must have images of every class, got none of class 4"):
+        run(settings_of(), "erm")
+
+
+def test_data_are_read_once_in_a_process(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    calls = []
+    monkeypatch.setattr(datasets, "load", lambda *args: calls.append(args) or random_data())
+    images.load.cache_clear()
+    assert images.load("digits", tmp_path) is images.load("digits", tmp_path)
+    images.load.cache_clear()
+    assert calls == [("digits", tmp_path)]
 
 
 # other models
@@ -352,26 +363,15 @@ def test_torchvision_that_cannot_be_imported(broken, message, monkeypatch):
 
 @pytest.mark.parametrize("model", ["patch", "resnet18"])
 @pytest.mark.usefixtures("stand_in")
-def test_interrupted_run_goes_on_to_the_same_numbers(model, tmp_path):
-    """At every checkpoint that there is: each attempt is stopped after one more of them."""
-    settings = settings_of(model=model, epochs=4)
-
-    class Interrupted(Store):
-        def save(self, name, record):
-            super().save(name, record)
-            if not record.finished:
-                raise KeyboardInterrupt
-
-    steps = []
-    while True:
-        with Interrupted(tmp_path / "s", "images", common.identity(settings), resume=True) as store:
-            try:
-                record = images.train(settings, "uniform", 1, random_data(), store)
-                break
-            except KeyboardInterrupt:
-                steps.append(store.get(name_of("uniform", 1)).step)
-    assert steps == [3, 6, 9]
-    assert_same(record, run(tmp_path / "unbroken", settings, "uniform", 1))
+def test_chunks_change_no_number(model, monkeypatch):
+    """Here a chunk is an epoch."""
+    settings, steps = settings_of(model=model, epochs=4), []
+    whole = run(settings, "uniform", 1)
+    monkeypatch.setattr(engine, "CHUNK_SECONDS", 0)
+    (one,) = (run for run in images.runs_of(settings, ["uniform"], None) if run.seed == 1)
+    records = engine.train([one], report=lambda run, before, after: steps.append(after.step))
+    assert steps == [3, 6, 9, 12]
+    assert_same(records[one.name], whole)
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -384,7 +384,7 @@ def test_checkpoint_holds_all_that_changes():
         if kept:
             images._restore(kept[0], model, optimizer, problem.generator)
         else:
-            images._train_epoch(settings, "uniform", problem, model, optimizer, lambda steps: None)
+            images._train_epoch(settings, "uniform", problem, model, optimizer)
         kept.append({name: value.clone() for name, value in images._state(model, optimizer, problem.generator).items()})
     names = {f"model {name}" for name in model.state_dict()} | {"generator"}
     names |= {f"optimizer {p} {key}" for p, _ in model.named_parameters() for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -393,14 +393,15 @@ def test_checkpoint_holds_all_that_changes():
         assert torch.equal(value, kept[1][name]), name
 
 
-def test_killed_command_goes_on_to_the_same_numbers(tmp_path):
+def test_killed_command_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
     """SIGKILL in a real process, in the middle of the second run's second epoch."""
     pytest.importorskip("sklearn")
     code = """
 import os, signal, sys, torch
 from mixfeat import cli
-from mixfeat.experiments import images
+from mixfeat.experiments import engine, images
 torch.set_num_threads(1)
+engine.CHUNK_SECONDS = 0
 objective, calls = images.objective, []
 def counted(*args):
     calls.append(args)
@@ -411,12 +412,13 @@ images.objective = counted
 sys.exit(cli.main(sys.argv[1:]))
 """
     command = [
-        "reproduce", "images", "--epochs=3", "--seeds=2", "--batch-size=200", "--device=cpu", "--methods", "uniform",
-        "--out",
+        "reproduce", "images", "--epochs=3", "--seeds=2", "--batch-size=200", "--device=cpu", "--jobs=1", "--methods",
+        "uniform", "--out",
     ]  # fmt: skip
     out = str(tmp_path / "killed")
     process = subprocess.run([sys.executable, "-c", code, *command, out], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr
+    monkeypatch.undo()  # the child had the data set itself
     paths = tmp_path / "resumed.json", tmp_path / "unbroken.json"
     assert cli.main([*command, out, "--resume", "--json", str(paths[0])]) == 0
     assert cli.main([*command, str(tmp_path / "b"), "--json", str(paths[1])]) == 0

@@ -2,7 +2,7 @@
 
 import json
 import math
-import os
+import re
 import subprocess
 import sys
 
@@ -12,8 +12,8 @@ from conftest import ROOT
 
 import mixfeat as mf
 from mixfeat import cli
-from mixfeat.experiments import sweep, theory
-from mixfeat.experiments.store import Store
+from mixfeat.experiments import engine, sweep, theory
+from mixfeat.experiments.engine import Results
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FIXED = {
@@ -30,7 +30,7 @@ def run(tmp_path, capsys):
 
     def run(*options, out=tmp_path / "out", grid=GRID):
         try:
-            status = cli.main(["sweep", *grid, *SMALL, "--out", str(out), *map(str, options)])
+            status = cli.main(["sweep", *grid, *SMALL, "--jobs=1", "--out", str(out), *map(str, options)])
         except SystemExit as stop:  # argparse
             status = stop.code
         return status, *capsys.readouterr()
@@ -58,11 +58,12 @@ def test_cells_are_runs_of_the_theory_experiment(run, tmp_path):
     target = tmp_path / "deep" / "sweep.json"
     status, out, err = run("--json", target)
     assert status == 0, err
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["sweep.png", "sweep.sqlite"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["runs", "sweep.png"]
     assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert f"figure: {tmp_path / 'out' / 'sweep.png'}" in out
     assert out.count("init_scale \\ degree") == 3
-    assert "12 of 12: midpoint: degree 4, init_scale 1.5: " in err
+    assert "24 of 24: erm: degree 4, init_scale 1.5, seed 1: " in err
+    assert len(list((tmp_path / "out" / "runs").glob("*.run"))) == 24
 
     document = json.loads(target.read_text())
     assert document["x"] == {"name": "degree", "values": [2, 4]}
@@ -71,8 +72,7 @@ def test_cells_are_runs_of_the_theory_experiment(run, tmp_path):
     assert len(document["cells"]) == 12
     for cell in document["cells"]:
         settings = theory.Settings(**{**FIXED, "degree": cell["degree"], "init_scale": cell["init_scale"]})
-        with Store(tmp_path / str(len(os.listdir(tmp_path))), "theory", {}) as store:
-            expected = theory.summarise(settings, theory.train(settings, cell["method"], store))
+        expected = theory.summarise(settings, theory.train(settings, cell["method"]))
         assert not cell["diverged"]
         for key in ("train_accuracy", "classes_with_both", "alignment_ratio", "loss"):
             assert cell[key] == expected[key]
@@ -82,24 +82,40 @@ def test_cells_are_runs_of_the_theory_experiment(run, tmp_path):
             assert document["tables"][cell["method"]][quantity][row][column] == pytest.approx(mean)
 
 
-def test_grid_can_grow(run, tmp_path, monkeypatch):
+def test_grid_can_grow(run, monkeypatch):
     assert run("--methods", "erm")[0] == 0
-    trained, train = [], theory._train
-    monkeypatch.setattr(theory, "_train", lambda *args: trained.append(args[4]) or train(*args))
+    trained, advance = set(), theory._advance
+    monkeypatch.setattr(theory, "_advance", lambda runs, *args: trained.add(runs[0].name) or advance(runs, *args))
     wider = ["--x", "degree", "4", "3", "2", "--y", "init_scale", "1.5", "0.5"]
     status, out, _ = run("--methods", "midpoint", "erm", "--resume", grid=wider)
     assert status == 0
-    assert trained == [
-        f"{method}: degree {x}, init_scale {y}"
-        for y in (1.5, 0.5) for x in (4, 3, 2) for method in ("erm", "midpoint")
+    assert trained == {
+        f"{method}-degree-{x}-init_scale-{y}-seed-{seed}"
+        for y in (1.5, 0.5) for x in (4, 3, 2) for method in ("erm", "midpoint") for seed in (0, 1)
         if method == "midpoint" or x == 3
-    ]  # fmt: skip
+    }  # fmt: skip
     assert out.index("ERM") < out.index("Midpoint")
+
+
+def test_the_fine_grid():
+    """Every file of its 3600 runs has a name of its own."""
+    preset = sweep.PRESETS["fine"]
+    grid = sweep.Sweep(sweep.Axis.of("--x", *preset.x), sweep.Axis.of("--y", *preset.y), {"seeds": preset.seeds})
+    assert (grid.x.values, len(grid.y.values)) == (tuple(range(2, 12)), 12)
+    names = [run.name for cell in grid.cells() for run in cell.runs]
+    assert len({name.casefold() for name in names}) == len(names) == 3600
+    assert all(re.fullmatch(r"[\w.-]+", name) and len(name) < 100 for name in names)
+
+
+def test_a_preset_gives_way_to_options(run, tmp_path):
+    assert run("--preset", "fine", "--methods", "erm", "--json", tmp_path / "a.json")[0] == 0
+    document = json.loads((tmp_path / "a.json").read_text())
+    assert (document["settings"]["seeds"], len(document["cells"])) == (2, 4)
 
 
 def test_any_two_numeric_settings():
     """Also those on which defaults of others depend, and those that the sweep has defaults for."""
-    points = sweep.Sweep(sweep.Axis.of("x", "num_classes", [2, "4"]), sweep.Axis.of("y", "steps", ["10", 20])).points
+    points = sweep.Sweep(sweep.Axis.of("x", "num_classes", 2, "4"), sweep.Axis.of("y", "steps", "10", 20)).points
     assert [(s.num_classes, s.patch_dim, s.rho, s.steps) for s in points.values()] == [
         (2, 4, 0.5, 10), (4, 8, 0.25, 10), (2, 4, 0.5, 20), (4, 8, 0.25, 20),
     ]  # fmt: skip
@@ -133,33 +149,31 @@ def test_bad_requests(run, options, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_stores_that_cannot_be_used_stay_as_they_were(run, tmp_path):
-    path = tmp_path / "out" / "sweep.sqlite"
+def test_results_that_cannot_be_used_stay_as_they_were(run, tmp_path):
+    runs = tmp_path / "out" / "runs"
     assert run("--methods", "erm")[0] == 0
-    content = path.read_bytes()
-    assert_refused(run("--methods", "erm"), "sweep.sqlite already holds results: go on with --resume")
-    assert_refused(run("--resume", "--seed", 5), "holds a run with other settings (seed 0 there and 5 asked)")
+    content = {path: path.read_bytes() for path in runs.iterdir()}
+    assert_refused(run("--methods", "erm"), "runs already has results: pass --resume to continue")
+    assert_refused(run("--resume", "--seed", 5), "has results with other settings (seed 0 there and 5 asked)")
     swapped = ["--x", "init_scale", "0.5", "--y", "degree", "2"]
     assert_refused(run("--resume", grid=swapped), "(x degree there and init_scale asked, y init_scale there and degree")
     with mf.backend("reference"):
         assert_refused(run("--resume"), "(backend cpu there and reference asked)")
-    assert path.read_bytes() == content
-    with Store(tmp_path / "theory", "theory", {}) as store:
-        store.save("erm", theory.Record(False, 1, 0.0, {}))
-    files = {
-        "is not a mixfeat store": b"my notes",
-        "belongs to the experiment 'theory', not 'sweep'": (tmp_path / "theory").read_bytes(),
-        "is damaged": content[: len(content) // 2],
-    }
-    for message, damaged in files.items():
-        path.write_bytes(damaged)
-        assert_refused(run("--resume"), message)
-        assert path.read_bytes() == damaged
+    assert {path: path.read_bytes() for path in runs.iterdir()} == content
+    with Results(tmp_path / "theory" / "runs", "theory", {}) as results:
+        results.save("erm", engine.Record(False, 1, 0.0, {}))
+    assert_refused(run("--resume", out=tmp_path / "theory"), "belongs to the experiment 'theory', not 'sweep'")
+    damaged = next(runs.glob("*.run"))
+    damaged.write_bytes(content[damaged][:-1])
+    assert_refused(run("--resume"), f"{damaged} is damaged")
+    assert damaged.read_bytes() == content[damaged][:-1]
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "sweep.sqlite").touch()
+    assert_refused(run("--resume", out=tmp_path / "old"), "sweep.sqlite has results of an older mixfeat: move it away")
 
 
 def test_one_sweep_at_a_time(tmp_path):
-    (tmp_path / "out").mkdir()
-    with Store(tmp_path / "out" / "sweep.sqlite", "sweep", {}):
+    with Results(tmp_path / "out" / "runs", "sweep", {}):
         command = ["sweep", *SMALL, "--out", str(tmp_path / "out")]
         code = f"import sys; from mixfeat import cli; sys.exit(cli.main({command}))"
         process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -170,24 +184,25 @@ def test_one_sweep_at_a_time(tmp_path):
 def test_divergence_is_recorded_and_the_sweep_goes_on(run, tmp_path, monkeypatch):
     grid = ["--x", "degree", "2", "4", "--y", "rho", "0.1", "1e-30"]
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    evaluate = theory._evaluate
+    draw = theory._draw
 
-    def diverge(weight, data, curves, point, settings, method, step):
-        if (settings.degree, settings.rho, method, step) == (4, 1e-30, "midpoint", 40):
-            raise theory.DivergedError("midpoint left the finite numbers")
-        evaluate(weight, data, curves, point, settings, method, step)
+    def diverge(settings):
+        data, tests, weight = draw(settings)
+        if (settings.degree, settings.rho, settings.seed) == (4, 1e-30, 1):
+            weight[0, 0, 0] = torch.inf
+        return data, tests, weight
 
-    monkeypatch.setattr(theory, "_evaluate", diverge)
+    monkeypatch.setattr(theory, "_draw", diverge)
     status, out, err = run("--json", tmp_path / "a.json", "--methods", "erm", "midpoint", grid=grid)
     assert status == 0, err
     assert "nan (nan)" in out
-    assert "480/480" in err
+    assert "960/960" in err
     document = json.loads((tmp_path / "a.json").read_text())
     diverged = [(c["method"], c["degree"], c["rho"]) for c in document["cells"] if c["diverged"]]
-    assert diverged == [("midpoint", 4, 1e-30)]
+    assert diverged == [("midpoint", 4, 1e-30), ("erm", 4, 1e-30)]
     assert document["cells"][-1]["classes_with_both"] is None
     assert document["tables"]["midpoint"]["alignment_ratio"][1][1] is None
-    assert math.isfinite(document["tables"]["erm"]["alignment_ratio"][1][1])
+    assert math.isfinite(document["tables"]["erm"]["alignment_ratio"][1][0])
     monkeypatch.undo()
     status, again, _ = run("--json", tmp_path / "b.json", "--methods", "erm", "midpoint", "--resume", grid=grid)
     assert (status, again) == (0, out)

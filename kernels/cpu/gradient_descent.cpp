@@ -112,10 +112,7 @@ struct Network {
   // Returns the loss before the step.
   double step(T lr, const Team& team) {
     const Problem<T>& p = problem;
-    const int64_t panels = (p.columns + p.kernel.panel - 1) / p.kernel.panel, rows = 4 * 3;  // filters of a task
-    team(panels, p.product_work(), [&](int64_t k, void*) {
-      p.kernel.convolve(view, k * p.kernel.panel, std::min((k + 1) * p.kernel.panel, p.columns));
-    });
+    const int64_t rows = 4 * 3;  // filters of a task
     const double loss = p.plain() ? cross_entropy(team) : all_pairs(team);
     team((p.filters + rows - 1) / rows, p.product_work(), [&](int64_t k, void*) {
       p.kernel.weight_gradient(view, k * rows, std::min((k + 1) * rows, p.filters));
@@ -124,7 +121,15 @@ struct Network {
     return loss;
   }
 
+  void convolve(const Team& team) {
+    const int64_t panel = problem.kernel.panel;
+    team((problem.columns + panel - 1) / panel, problem.product_work(), [&](int64_t k, void*) {
+      problem.kernel.convolve(view, k * panel, std::min((k + 1) * panel, problem.columns));
+    });
+  }
+
   double cross_entropy(const Team& team) {
+    convolve(team);
     team(problem.blocks(), problem.columns * problem.filters * 16,
          [&](int64_t block, void* scratch) { losses[block] = problem.kernel.cross_entropy(view, block, scratch); });
     return std::accumulate(losses, losses + problem.blocks(), 0.0);
@@ -137,9 +142,15 @@ struct Network {
         f(block, block * p.pairs.block, std::min((block + 1) * p.pairs.block, p.padded_samples));
       });
     };
+    const bool alone = team.threads == 1;  // then a block is convolved when it is packed, and stays in the first-level cache
+    if (!alone) convolve(team);
     PairwiseMixup<T> a = p.pair_sizes();
-    const auto pack = [&](int side, double weight) {
+    const auto pack = [&](int side, double weight, bool convolves) {
       for_each_block([&](int64_t block, int64_t begin, int64_t end) {
+        if (convolves) {
+          const int64_t lanes = p.kernel.lanes, first = begin * p.patches / lanes * lanes;
+          p.kernel.convolve(view, first, round_up(end * p.patches, lanes));
+        }
         T* first = t[side] + begin * p.sample_size();
         p.kernel.pack(view, T(weight / p.activation.threshold), begin, end, t[side]);
         p.pair_kernel.bounds(first, std::min(end, p.samples) - begin, p.classes, a.length, p.padded_length,
@@ -152,8 +163,8 @@ struct Network {
     });
     std::fill_n(losses, p.pairs.schedule.rows, 0.0);
     for (size_t k = 0; k < p.lam.size(); ++k) {
-      a.row = pack(0, p.lam[k]);
-      a.column = p.one_side ? a.row : pack(1, 1 - p.lam[k]);
+      a.row = pack(0, p.lam[k], alone && k == 0);
+      a.column = p.one_side ? a.row : pack(1, 1 - p.lam[k], false);
       p.pairs.add(a, p.lam_weight[k], losses, team);
     }
     for_each_block([&](int64_t, int64_t begin, int64_t end) {
@@ -238,7 +249,7 @@ Tensor descend(const Tensor& input, Tensor& weight, const Tensor& target, const 
   }
   // A thread takes one network for a turn of many steps, some 10 ms, and then the one that has waited longest. So all threads
   // end within a turn of each other, also if some networks take longer, or some threads are held up.
-  const int64_t turn = std::max<int64_t>(1, std::min(steps / 8, (int64_t(1) << 28) / std::max<int64_t>(1, problem.work())));
+  const int64_t turn = std::max<int64_t>(1, (int64_t(1) << 28) / std::max<int64_t>(1, problem.work()));
   const int64_t workers = std::min(runs, threads);
   const Tensor memory = empty({workers, workspace_bytes + scratch_bytes}, ScalarType::Byte);
   std::vector<int64_t> done(runs, 0);

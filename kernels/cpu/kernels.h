@@ -137,16 +137,16 @@ struct GradientDescent {
   T* s;                   // (C*M in groups of 4, columns): pre-activations, then their gradient
 };
 
-// Functions over a range write nothing outside it. Their results do not depend on how a whole is divided into ranges.
+// Functions over a range write nothing outside it, and their results do not depend on how a whole is divided into ranges.
 template <typename T>
 struct GradientDescentKernels {
   int64_t lanes, panel;
-  // s = weight input, for a range of columns that starts at a multiple of `panel`
+  // s = weight input, for a range of columns whose size is in whole vectors. `panel` columns at a time are fastest.
   void (*convolve)(const GradientDescent<T>&, int64_t begin, int64_t end);
   // grad = s input^T, for a range of filters that starts at a multiple of 4
   void (*weight_gradient)(const GradientDescent<T>&, int64_t begin, int64_t end);
-  // For a range of samples: t = factor * s, as MixupSide has it, and s = factor * the gradient to t. Both may read one vector
-  // beyond the end.
+  // For a range of samples: t = factor * s, as MixupSide has it, but without the padding; and s = factor * the gradient to t. Both
+  // may read half a vector beyond the end.
   void (*pack)(const GradientDescent<T>&, T factor, int64_t begin, int64_t end, T* t);
   void (*unpack)(const GradientDescent<T>&, T factor, int64_t begin, int64_t end, const T* t_grad);
   // Returns what a block of samples adds to the mean cross-entropy and replaces its s by the gradient.

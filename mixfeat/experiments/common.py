@@ -1,4 +1,4 @@
-"""What the experiments share: the methods, settings that determine every number, and randomness by key."""
+"""Shared by the experiments: the methods, settings that determine every number, and randomness by key."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ def _setting(default: Any, help: str) -> Any:
 
 
 class BaseSettings:
-    """What the frozen dataclasses of settings have in common. They check and resolve their fields on creation."""
+    """Base of the frozen dataclasses of settings, which check and resolve their fields on creation."""
 
     device: str
     dtype: str
@@ -69,7 +69,7 @@ class BaseSettings:
 
 
 def identity(settings: BaseSettings) -> dict[str, Any]:
-    """What a store's records depend on, to the last bit: the settings and the software that computes.
+    """Return all that records depend on, to the last bit: the settings and the software that computes.
 
     Raises:
         ValueError: the backend that was chosen does not serve the settings' device and dtype.

@@ -8,9 +8,12 @@ with the first half zero: whether the second feature has been learned.
 A run is a method and a seed. Runs of one seed share the classes' pairing, the images paired and the initial weights.
 """
 
+import functools
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mixfeat as mf
-from mixfeat.experiments.common import BaseSettings, DivergedError, _deterministic, _generator, _setting
+from mixfeat.experiments import datasets
+from mixfeat.experiments.common import METHODS, BaseSettings, DivergedError, _deterministic, _generator, _setting
 from mixfeat.experiments.datasets import DATASETS, Split
-from mixfeat.experiments.store import Record, Store
+from mixfeat.experiments.engine import Record
 
-__all__ = ["MODELS", "Problem", "Settings", "make_model", "make_problem", "name_of", "summarise", "train"]
+__all__ = ["MODELS", "Problem", "Run", "Settings", "load", "make_model", "make_problem", "runs_of", "summarise"]
 
 MODELS = ("patch", "resnet18")
 
@@ -135,13 +139,16 @@ def make_model(settings: Settings, seed: int, images: Tensor) -> nn.Module:
             generator=generator, dtype=getattr(torch, settings.dtype),
         )  # fmt: skip
         return _PatchModel(network, settings.patch_size).to(settings.device)
-    with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
+    with _default_generator, torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
         torch.manual_seed(generator.initial_seed())
         model = _resnet18()(num_classes=dataset.num_classes)
         model.conv1 = nn.Conv2d(channels, model.conv1.out_channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as its other convolutions
     model.maxpool = nn.Identity()
     return model.to(settings.device, getattr(torch, settings.dtype))
+
+
+_default_generator = threading.Lock()  # a Dask worker may train several runs at a time, in threads
 
 
 def _resnet18() -> Callable[..., Any]:
@@ -172,90 +179,114 @@ def objective(model: nn.Module, data: mf.data.TwoFeatureImages, index: Tensor, m
     return mf.mixup_cross_entropy(model(torch.lerp(other, input, lam)), target, other_target, lam)
 
 
-def name_of(method: str, seed: int) -> str:
-    """The name of a run's record."""
-    return f"{method}, seed {seed}"
+@functools.lru_cache(maxsize=1)  # of a worker, for all chunks
+def load(dataset: str, folder: Path) -> tuple[Split, Split]:
+    """Return training and test data of :func:`mixfeat.experiments.datasets.load`, read once in each process."""
+    return datasets.load(dataset, folder)
 
 
-def train(
-    settings: Settings, method: str, seed: int, data: tuple[Split, Split], store: Store,
-    progress: Callable[[int], Any] = lambda steps: None,
-) -> Record:  # fmt: skip
-    """Train one run, going on from the store's record, and leave the finished record there.
+@dataclass(frozen=True)
+class Run:
+    """One method on one seed, a task of :mod:`mixfeat.experiments.engine`.
 
-    The state of a record holds, for E epochs, the curves ``test_error`` (E, 2), of view 0 and view 1 after each epoch,
-    and ``loss`` (E,), the mean of the epoch's objective. An unfinished one has in addition what it takes to go on; a
-    finished one ``train_accuracy`` (), on the training images with both halves and new weights w.
+    The state of its record holds, for E epochs, the curves ``test_error`` (E, 2), of view 0 and view 1 after each
+    epoch, and ``loss`` (E,), the mean of the epoch's objective. An unfinished one also holds the model, the optimizer
+    and the generator; a finished one ``train_accuracy`` (), on the training images with both halves and new weights w.
+    """
 
-    Args:
-        settings: of the experiment.
-        method: a key of ``METHODS``.
-        seed: of the run.
-        data: training and test data, as :func:`mixfeat.experiments.datasets.load` gives them.
-        store: where records are kept; a checkpoint is saved after every epoch.
-        progress: called with the number of steps just done.
+    settings: Settings
+    method: str
+    seed: int
+    folder: Path  # of the data set
+    steps: int
+
+    group = None  # it is trained alone
+
+    @property
+    def name(self) -> str:
+        """The name of its record."""
+        return f"{self.method}-seed-{self.seed}"
+
+    @property
+    def label(self) -> str:
+        """Its name on the screen."""
+        return f"{METHODS[self.method]}, seed {self.seed}"
+
+    @staticmethod
+    def advance(runs: "Sequence[Run]", records: Sequence[Record | None], seconds: float) -> list[Record]:
+        """Train for some seconds, at least an epoch, as :class:`mixfeat.experiments.engine.Run` says."""
+        with _deterministic(runs[0].settings.device):
+            return [_advance(run, record, seconds) for run, record in zip(runs, records, strict=True)]
+
+
+def runs_of(settings: Settings, methods: Iterable[str], folder: Path) -> list[Run]:
+    """List the runs of the experiment on the data in ``folder``.
 
     Raises:
-        ValueError: data that cannot be paired, such as a class without images.
-        DivergedError: when the loss is no longer finite.
-        StoreError: when the store cannot be written.
+        DatasetError: the data cannot be read.
     """
-    record = store.get(name_of(method, seed))
-    if record is not None and record.finished:
-        return record
-    with _deterministic(settings.device):
-        return _train(settings, method, seed, data, store, progress, record)
+    steps = settings.epochs * steps_of_epoch(settings, load(settings.dataset, folder))
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    return [Run(settings, method, seed, folder, steps) for method in methods for seed in seeds]
 
 
-def _train(
-    settings: Settings, method: str, seed: int, data: tuple[Split, Split], store: Store,
-    progress: Callable[[int], Any], record: Record | None,
-) -> Record:  # fmt: skip
-    problem, model = make_problem(settings, data, seed), make_model(settings, seed, data[0].images)
+def join(runs: Sequence[Run], records: Mapping[str, Record]) -> dict[int, Record]:
+    """Return the finished records of one method's runs, by seed.
+
+    Raises:
+        DivergedError: one of them has left the finite numbers.
+    """
+    for run in runs:
+        if records[run.name].diverged:
+            epoch = records[run.name].step // (run.steps // run.settings.epochs)
+            raise DivergedError(
+                f"{run.method}, seed {run.seed} left the finite numbers in epoch {epoch}: "
+                f"try a smaller lr than {run.settings.lr}"
+            )
+    return {run.seed: records[run.name] for run in runs}
+
+
+def _advance(run: Run, record: Record | None, seconds: float) -> Record:
+    started = time.monotonic()
+    settings, method, data = run.settings, run.method, load(run.settings.dataset, run.folder)
+    problem, model = make_problem(settings, data, run.seed), make_model(settings, run.seed, data[0].images)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
     steps = steps_of_epoch(settings, data)
-    first, seconds = 0, 0.0
     curves = {
         "test_error": torch.zeros(settings.epochs, 2, dtype=torch.float64),
         "loss": torch.zeros(settings.epochs, dtype=torch.float64),
     }
+    first = 0
     if record is not None:
-        first, seconds = record.step // steps, record.seconds
-        curves = {name: record.state[name] for name in curves}
+        first = record.step // steps
+        curves = {name: record.state[name].clone() for name in curves}
         _restore(record.state, model, optimizer, problem.generator)
-    started = time.monotonic()
 
-    def reached(epochs: int, **more: Tensor) -> Record:
-        spent = seconds + time.monotonic() - started
-        return Record(epochs == settings.epochs, epochs * steps, spent, {**curves, **more})
+    def reached(epochs: int, state: dict[str, Tensor], *, finished: bool = False) -> Record:
+        spent = (record.seconds if record else 0.0) + time.monotonic() - started
+        return Record(finished, epochs * steps, spent, state)
 
     for epoch in range(first, settings.epochs):
-        loss = _train_epoch(settings, method, problem, model, optimizer, progress)
+        loss = _train_epoch(settings, method, problem, model, optimizer)
         if not loss.isfinite():
-            raise DivergedError(
-                f"{name_of(method, seed)} left the finite numbers in epoch {epoch + 1}: "
-                f"try a smaller lr than {settings.lr}"
-            )
+            return reached(epoch + 1, {}, finished=True)
         curves["loss"][epoch] = loss
         curves["test_error"][epoch] = torch.stack([1 - _accuracy(model, test, settings) for test in problem.tests])
-        if epoch + 1 < settings.epochs:
-            store.save(name_of(method, seed), reached(epoch + 1, **_state(model, optimizer, problem.generator)))
-
-    record = reached(settings.epochs, train_accuracy=_accuracy(model, problem.train, settings).cpu())
-    store.save(name_of(method, seed), record)
-    return record
+        if epoch + 1 < settings.epochs and time.monotonic() - started >= seconds:
+            return reached(epoch + 1, {**curves, **_state(model, optimizer, problem.generator)})
+    accuracy = _accuracy(model, problem.train, settings).cpu()
+    return reached(settings.epochs, {**curves, "train_accuracy": accuracy}, finished=True)
 
 
 def steps_of_epoch(settings: Settings, data: tuple[Split, Split]) -> int:
-    """The batches of an epoch, the last one perhaps smaller."""
+    """Return the number of batches of an epoch, the last of which may be smaller."""
     return -(-len(data[0].target) // settings.batch_size)
 
 
 def _train_epoch(
-    settings: Settings, method: str, problem: Problem, model: nn.Module,
-    optimizer: torch.optim.Optimizer, progress: Callable[[int], Any],
+    settings: Settings, method: str, problem: Problem, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Tensor:  # fmt: skip
-    """The mean over the epoch's samples of the objective, still on the device: nothing waits for it before the end."""
+    """Return the mean of the objective over the epoch's samples, without waiting for the device."""
     model.train()
     num_samples = len(problem.train)
     total = torch.zeros((), dtype=torch.float64, device=settings.device)
@@ -266,7 +297,6 @@ def _train_epoch(
         loss.backward()
         optimizer.step()
         total += loss.detach() * len(index)
-        progress(1)
     return total / num_samples
 
 
@@ -304,9 +334,10 @@ def _restore(
 
 
 def summarise(records: Mapping[int, Record]) -> dict[str, Any]:
-    """A method's finished records, by seed, as numbers for a table or JSON: lists over seeds, the curves over epochs.
+    """Turn a method's finished records, by seed, into numbers for a table or JSON.
 
-    Errors and accuracies are fractions; ``test_error_view_1`` is that of the second feature.
+    Each is a list over the seeds, and each of the ``curves`` a list over the epochs of such lists. Errors and
+    accuracies are fractions; ``test_error_view_1`` is that of the second feature.
     """
     errors, loss = (
         torch.stack([record.state[name] for record in records.values()], -1) for name in ("test_error", "loss")

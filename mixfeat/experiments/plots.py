@@ -11,7 +11,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator
 
 from mixfeat.experiments import images, sweep, theory
-from mixfeat.experiments.store import Record
+from mixfeat.experiments.engine import Record
 from mixfeat.plotting import INK, MUTED, plain
 
 __all__ = ["plot_images", "plot_sweep", "plot_theory", "save"]

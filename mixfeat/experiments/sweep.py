@@ -1,22 +1,37 @@
 """A phase diagram: what each method learns over a grid of two of the theory experiment's settings.
 
-Every cell, a point of the grid and a method, is a run of :func:`mixfeat.experiments.theory.train` with all its seeds at
-once. A cell that leaves the finite numbers is recorded as diverged, and the sweep goes on.
+A cell is a point of the grid and a method; its runs are those of :mod:`mixfeat.experiments.theory`, one for each seed.
+A cell in which a run leaves the finite numbers counts as diverged, and the sweep goes on.
 """
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from mixfeat.experiments import theory
-from mixfeat.experiments.store import Record, Store
-from mixfeat.experiments.theory import METHODS, DivergedError, Settings
+from mixfeat.experiments.common import DivergedError, identity
+from mixfeat.experiments.engine import Record
+from mixfeat.experiments.theory import METHODS, Run, Settings
 
-__all__ = ["DEFAULTS", "QUANTITIES", "Axis", "Cell", "Sweep", "run_cell", "summarise", "tables"]
+__all__ = ["DEFAULTS", "PRESETS", "QUANTITIES", "Axis", "Cell", "Sweep", "join", "summarise", "tables"]
 
 DEFAULTS = {"steps": 3000, "seeds": 3, "evaluations": 10}  # where they differ from those of Settings
+
+
+class Preset(NamedTuple):
+    """A grid and its number of seeds."""
+
+    x: tuple[Any, ...]  # a setting and its values
+    y: tuple[Any, ...]
+    seeds: int
+
+
+PRESETS = {
+    "coarse": Preset(("degree", 2, 4, 6, 8), ("init_scale", 0.3, 0.5, 0.7), 3),
+    "fine": Preset(("degree", *range(2, 12)), ("init_scale", *(i / 10 for i in range(1, 13))), 10),
+}
 QUANTITIES = {
     "classes_with_both": "classes with both features",
     "alignment_ratio": "alignment, weaker / stronger",
@@ -32,8 +47,8 @@ class Axis(NamedTuple):
     values: tuple[float, ...]
 
     @classmethod
-    def of(cls, axis: str, name: str, values: Sequence[Any]) -> "Axis":
-        """The ``axis``, x or y, from numbers or their texts.
+    def of(cls, axis: str, name: str, *values: Any) -> "Axis":
+        """Make the ``axis``, x or y, from numbers or their texts.
 
         Raises:
             ValueError: no numeric setting of that name, a value that is no number of its type, values that repeat.
@@ -65,7 +80,7 @@ class Cell(NamedTuple):
     y: float
     method: str
     settings: Settings
-    name: str  # of its record
+    runs: tuple[Run, ...]  # one for each seed
 
 
 @dataclass(frozen=True)
@@ -103,46 +118,43 @@ class Sweep:
         object.__setattr__(self, "points", points)
 
     def identity(self) -> dict[str, Any]:
-        """What a store's records have in common: :func:`theory.identity` but for the grid, which may grow."""
-        first = theory.identity(next(iter(self.points.values())))
+        """Return what all records depend on: :func:`identity` without the values of the grid, which may grow."""
+        first = identity(next(iter(self.points.values())))
         defaults = {setting.name: setting.default for setting in fields(Settings)}
         asked = {**defaults, **DEFAULTS, **self.others, "x": self.x.name, "y": self.y.name}
         del asked[self.x.name], asked[self.y.name]
         return {**asked, **{name: first[name] for name in ("device", "backend", "mixfeat", "torch")}}
 
     def cells(self, methods: Iterable[str] = METHODS) -> list[Cell]:
-        """All cells, in the order in which they are run: method by method at one point after the other."""
+        """List all cells, the longest first."""
         return [
-            Cell(x, y, method, settings, f"{method}: {self._point(x, y)}")
+            Cell(x, y, method, settings, self._runs(x, y, method, settings))
+            for method in sorted(methods, key=theory.LONGEST_FIRST.index)
             for (x, y), settings in self.points.items()
-            for method in methods
         ]
+
+    def _runs(self, x: float, y: float, method: str, settings: Settings) -> tuple[Run, ...]:
+        name, label = f"{method}-{self.x.name}-{x!r}-{self.y.name}-{y!r}-", f"{method}: {self._point(x, y)}, "
+        return tuple(
+            replace(run, name=f"{name}seed-{run.settings.seed}", label=f"{label}seed {run.settings.seed}")
+            for run in theory.runs_of(settings, [method])
+        )
 
     def _point(self, x: float, y: float) -> str:
         return f"{self.x.name} {x!r}, {self.y.name} {y!r}"
 
 
-def run_cell(cell: Cell, store: Store, progress: Callable[[int], Any] = lambda steps: None) -> Record:
-    """Train the cell, going on from the store's record; that of one that diverged is finished and has no state."""
-    before = store.get(cell.name)
-    done = before.step if before else 0
-
-    def count(steps: int) -> None:
-        nonlocal done
-        done += steps
-        progress(steps)
-
+def join(cell: Cell, records: Mapping[str, Record]) -> Record:
+    """Join the records of a cell's seeds (:func:`theory.join`); without a state if one of them has diverged."""
     try:
-        return theory.train(cell.settings, cell.method, store, count, cell.name)
+        return theory.join(cell.runs, records)
     except DivergedError:
-        record = Record(True, cell.settings.steps, before.seconds if before else 0.0, {})
-        store.save(cell.name, record)
-        progress(cell.settings.steps - done)
-        return record
+        found = [records[run.name] for run in cell.runs]
+        return Record(True, cell.settings.steps, sum(record.seconds for record in found), {})
 
 
 def summarise(sweep: Sweep, records: Mapping[Cell, Record]) -> list[dict[str, Any]]:
-    """Every cell as numbers for JSON: lists over the seeds, None where it diverged."""
+    """Turn every cell into numbers for JSON: lists over the seeds, None if it diverged."""
     keys = ("train_accuracy", "classes_with_both", "classes_with_one", "classes_with_none", "alignment_ratio", "loss")
     rows = []
     for cell, record in records.items():
@@ -153,7 +165,7 @@ def summarise(sweep: Sweep, records: Mapping[Cell, Record]) -> list[dict[str, An
 
 
 def tables(sweep: Sweep, records: Mapping[Cell, Record]) -> dict[str, dict[str, list[list[float]]]]:
-    """Of each method each of ``QUANTITIES``, a row for each y, a column for each x; NaN where it diverged."""
+    """Tabulate each of ``QUANTITIES`` for each method: a row for each y, a column for each x; NaN where it diverged."""
     results: dict[str, dict[str, list[list[float]]]] = {}
     for cell, record in records.items():
         numbers = theory.summarise(cell.settings, record) if record.state else {}

@@ -1,8 +1,10 @@
 """The paper's theorem, simulated: which features ERM, Uniform Mixup and Midpoint Mixup learn.
 
 Chidambaram, Wang, Wu, Ge: "Provably Learning Diverse Features in Multi-View Data with Midpoint Mixup", ICML 2023
-(arXiv 2210.13512), Theorems 4.6 and 4.7. Full-batch gradient descent on multi-view data; several seeds, each with its
-own data and initialisation, are trained at once as the runs of one model.
+(arXiv 2210.13512), Theorems 4.6 and 4.7. Full-batch gradient descent on multi-view data, by
+:func:`mixfeat.gradient_descent`; each seed has its own data and initialisation.
+
+A run is a method and a seed.
 
 Every method descends on its objective itself, not on a sample of it. ERM: the mean cross-entropy of the training
 samples. Midpoint Mixup: that of all ordered pairs of samples, mixed at lam = 1/2, with the labels of both (the paper's
@@ -10,8 +12,8 @@ eq. 2.2, :func:`mixfeat.pairwise_mixup_loss`). Uniform Mixup: its mean over lam 
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,23 +23,16 @@ from torch import Tensor
 
 import mixfeat as mf
 from mixfeat import _checks
-from mixfeat.experiments.common import (
-    METHODS,
-    BaseSettings,
-    DivergedError,
-    _deterministic,
-    _generator,
-    _setting,
-    identity,
-)  # fmt: skip
-from mixfeat.experiments.store import Record, Store
+from mixfeat.experiments import engine
+from mixfeat.experiments.common import METHODS, BaseSettings, DivergedError, _deterministic, _generator, _setting
+from mixfeat.experiments.engine import Record, Results, Workers
 
 __all__ = [
-    "METHODS", "DivergedError", "Problem", "Settings", "evaluation_steps", "identity", "make_problem", "objective",
-    "summarise", "train",
+    "LONGEST_FIRST", "METHODS", "Problem", "Run", "Settings", "evaluation_steps", "join", "make_problem", "objective",
+    "runs_of", "summarise", "train",
 ]  # fmt: skip
 
-_CHECKPOINT_SECONDS = 2.0  # at most about this much work is lost to a kill
+LONGEST_FIRST = ("uniform", "midpoint", "erm")  # the methods, by the time of a step
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ class Settings(BaseSettings):
     nodes: int = _setting(8, "values of lam by which Uniform Mixup's mean over lam is computed")
     lr: float = _setting(256.0, "step size of gradient descent (eta)")
     steps: int = _setting(12_000, "gradient steps (T)")
-    seeds: int = _setting(5, "number of seeds, trained at once, each with its own data and initialisation")
+    seeds: int = _setting(5, "number of seeds, each with its own data and initialisation")
     seed: int = _setting(0, "the first seed; the same seed repeats a run exactly")
     test_samples: int = _setting(1000, "test points per feature (view)")
     evaluations: int = _setting(200, "points of the curves over time")
@@ -91,7 +86,7 @@ _LEAST = {
 
 
 class Problem(NamedTuple):
-    """What the seeds start from, stacked over R runs."""
+    """The start of R runs: their data, test points and initial weights."""
 
     data: mf.data.MultiViewData  # input (R,N,P,D), target (R,N), features (R,C,2,D)
     tests: tuple[mf.data.MultiViewData, ...]  # the single-view test points of feature 0 and of feature 1
@@ -99,162 +94,237 @@ class Problem(NamedTuple):
 
 
 def make_problem(settings: Settings) -> Problem:
-    """Data, test points and initial weights; a seed's depend neither on how many are trained nor on the device."""
-    dtype = getattr(torch, settings.dtype)
-    size = (settings.num_classes, settings.filters_per_class, settings.patch_dim)
+    """Draw data, test points and initial weights; a seed's depend neither on the other seeds nor on the device."""
+    return _problem([replace(settings, seed=seed, seeds=1) for seed in _seeds(settings)])
 
-    def draw(generator: torch.Generator, num_samples: int, **options: Any) -> mf.data.MultiViewData:
+
+def _seeds(settings: Settings) -> range:
+    return range(settings.seed, settings.seed + settings.seeds)
+
+
+def _problem(of_each_run: Iterable[Settings]) -> Problem:
+    """Stack the problems of the settings' first seeds."""
+    data, tests, weight = zip(*map(_draw, of_each_run), strict=True)
+    return Problem(_stack(data), tuple(map(_stack, zip(*tests, strict=True))), torch.stack(weight))
+
+
+def _draw(settings: Settings) -> tuple[mf.data.MultiViewData, list[mf.data.MultiViewData], Tensor]:
+    """Draw data, test points and initial weights of the first seed."""
+    dtype, generator = getattr(torch, settings.dtype), _generator("data", settings.seed)
+
+    def draw(num_samples: int, **options: Any) -> mf.data.MultiViewData:
         return mf.data.multi_view(
             num_samples, settings.num_classes, settings.num_patches, settings.patch_dim,
             signal=settings.signal, noise=settings.noise, noise_scale=settings.noise_scale,
             generator=generator, device=settings.device, dtype=dtype, **options,
         )  # fmt: skip
 
-    runs = []
-    for seed in range(settings.seed, settings.seed + settings.seeds):
-        generator = _generator("data", seed)
-        data = draw(generator, settings.num_samples)
-        tests = [draw(generator, settings.test_samples, views=view, features=data.features) for view in (0, 1)]
-        weight = torch.randn(size, generator=_generator("weight", seed), dtype=torch.float64)
-        runs.append((data, tests, (weight * settings.init_scale * settings.rho).to(settings.device, dtype)))
-    all_data, all_tests, weights = zip(*runs, strict=True)
-    tests_of_each_view = tuple(_stack(tests) for tests in zip(*all_tests, strict=True))
-    return Problem(_stack(all_data), tests_of_each_view, torch.stack(weights))
+    data = draw(settings.num_samples)
+    tests = [draw(settings.test_samples, views=view, features=data.features) for view in (0, 1)]
+    size = (settings.num_classes, settings.filters_per_class, settings.patch_dim)
+    weight = torch.randn(size, generator=_generator("weight", settings.seed), dtype=torch.float64)
+    return data, tests, (weight * settings.init_scale * settings.rho).to(settings.device, dtype)
+
+
+def _stack(parts: Iterable[mf.data.MultiViewData]) -> mf.data.MultiViewData:
+    return mf.data.MultiViewData(*map(torch.stack, zip(*parts, strict=True)))
 
 
 def evaluation_steps(settings: Settings) -> list[int]:
-    """The steps at which the curves have a point: 0, then evenly spaced up to the last."""
+    """Return the steps at which the curves have a point: 0, then evenly spaced up to the last."""
     return [settings.steps * i // settings.evaluations for i in range(settings.evaluations + 1)]
 
 
 def objective(settings: Settings, method: str, data: mf.data.MultiViewData) -> Callable[[Tensor], Tensor]:
-    """The method's loss, from weights (R,C,M,D) to (R,)."""
-    activation = mf.PolyReLU(settings.degree, settings.rho)
-    if method == "erm":
+    """Return the method's loss, a function from weights (R,C,M,D) to (R,)."""
+    activation = _activation(settings)
+    lam, lam_weight = _nodes(settings, method)
+    if lam is None:
         return lambda weight: _cross_entropy(mf.patch_conv(data.input, weight, activation), data.target)
-    lam, lam_weight = mf.beta_quadrature(1, 1 if method == "midpoint" else settings.nodes)  # one node: lam = 1/2
     return lambda weight: mf.pairwise_mixup_loss(
         data.input, weight, data.target, activation, lam=lam, lam_weight=lam_weight
     )
 
 
-def train(
-    settings: Settings, method: str, store: Store, progress: Callable[[int], Any] = lambda steps: None,
-    name: str | None = None,
-) -> Record:  # fmt: skip
-    """Train all seeds by one method, going on from the store's record, and leave the finished record there.
+def _activation(settings: Settings) -> mf.PolyReLU:
+    return mf.PolyReLU(settings.degree, settings.rho)
 
-    The state of a record holds, for R runs and E + 1 evaluations, ``weight`` (R,C,M,D); the curves ``alignment``
-    (E+1,R,C,2) (:func:`mixfeat.features.alignment`), ``train_accuracy`` and ``cross_entropy`` (E+1,R), both on the
-    training samples; and once finished ``learned`` (R,C,2) and ``loss`` (R,), the method's :func:`objective`.
+
+def _nodes(settings: Settings, method: str) -> tuple[Tensor | None, Tensor | None]:
+    """Return lam and lam_weight, by which the methods' objectives differ."""
+    if method == "erm":
+        return None, None
+    return mf.beta_quadrature(1, 1 if method == "midpoint" else settings.nodes)  # one node: lam = 1/2
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method on one seed, a task of :mod:`mixfeat.experiments.engine`.
+
+    The state of its record holds, for E + 1 evaluations, ``weight`` (C,M,D); the curves ``alignment`` (E+1,C,2)
+    (:func:`mixfeat.features.alignment`), ``train_accuracy`` and ``cross_entropy`` (E+1,), both on the training samples;
+    and once finished ``learned`` (C,2) and ``loss`` (), the method's :func:`objective`.
+    """
+
+    settings: Settings  # its seed is the first of them
+    method: str
+    name: str
+    label: str
+
+    @property
+    def steps(self) -> int:
+        """The number of gradient steps."""
+        return self.settings.steps
+
+    @property
+    def group(self) -> Hashable:
+        """On a GPU all that is common to the networks of a launch; None on a CPU, where each network has a core."""
+        if not self.settings.device.startswith("cuda"):
+            return None
+        return self.method, replace(
+            self.settings, seed=0, seeds=1, init_scale=1.0, noise_scale=0.0, signal=(0, 1), noise=(0, 1)
+        )
+
+    @staticmethod
+    def advance(runs: "Sequence[Run]", records: Sequence[Record | None], seconds: float) -> list[Record]:
+        """Train for some seconds, as :class:`mixfeat.experiments.engine.Run` says."""
+        with _deterministic(runs[0].settings.device):
+            return _advance(runs, records, seconds)
+
+
+def runs_of(settings: Settings, methods: Iterable[str] = METHODS) -> list[Run]:
+    """List the runs of the experiment, the longest first."""
+    return [
+        Run(replace(settings, seed=seed, seeds=1), method, f"{method}-seed-{seed}", f"{METHODS[method]}, seed {seed}")
+        for method in sorted(methods, key=LONGEST_FIRST.index) for seed in _seeds(settings)
+    ]  # fmt: skip
+
+
+def train(
+    settings: Settings, method: str, results: Results | None = None, workers: Workers | None = None
+) -> Record:  # fmt: skip
+    """Train all seeds by one method and return their records as one (:func:`join`).
 
     Args:
         settings: of the experiment.
         method: a key of ``METHODS``.
-        store: where records are kept; a checkpoint is saved every few seconds.
-        progress: called with the number of steps just done.
-        name: of the record in the store; by default the method.
+        results, workers: as :func:`mixfeat.experiments.engine.train` takes them.
 
     Raises:
-        DivergedError: when weights or logits are no longer finite.
-        StoreError: when the store cannot be written.
+        DivergedError: weights or logits are no longer finite.
+        EngineError: results or workers cannot be used.
     """
-    name = method if name is None else name
-    record = store.get(name)
-    if record is not None and record.finished:
-        return record
-    with _deterministic(settings.device):
-        return _train(settings, method, store, progress, name, record)
+    runs = runs_of(settings, [method])
+    records = engine.train(runs, results, workers)
+    return join(runs, records)
 
 
-def _train(
-    settings: Settings, method: str, store: Store, progress: Callable[[int], Any], name: str, record: Record | None
-) -> Record:
-    problem = make_problem(settings)
-    loss = objective(settings, method, problem.data)
-    weight = torch.zeros_like(problem.weight, requires_grad=True)
+def join(runs: Sequence[Run], records: Mapping[str, Record]) -> Record:
+    """Stack the finished records of R runs: curves (E+1,R,...), all else (R,...); the seconds are summed.
 
-    def descend() -> None:
-        (gradient,) = torch.autograd.grad(loss(weight).sum(), weight)  # the sum: no run influences another
-        weight.detach().sub_(gradient, alpha=settings.lr)
+    Raises:
+        DivergedError: one of them has left the finite numbers.
+    """
+    found = [records[run.name] for run in runs]
+    for run, record in zip(runs, found, strict=True):
+        if record.diverged:
+            raise DivergedError(
+                f"{run.method} left the finite numbers before step {record.step}: "
+                f"try a smaller lr than {run.settings.lr}"
+            )
+    state = {
+        name: torch.stack([record.state[name] for record in found], int(name in _CURVES)) for name in found[0].state
+    }
+    return Record(True, found[0].step, sum(record.seconds for record in found), state)
 
-    take_step = _captured(descend, weight.device)
-    points = evaluation_steps(settings)
-    if record is None:
-        step, seconds = 0, 0.0
-        curves = _empty_curves(settings, len(points))
-        start = problem.weight
-    else:
-        step, seconds = record.step, record.seconds
-        curves = dict(record.state)
-        start = curves.pop("weight")
-    weight.detach().copy_(start)
-    started = saved = time.monotonic()
 
-    def reached(**more: Tensor) -> Record:
-        state = {"weight": weight.detach().cpu().clone(), **curves, **more}
-        return Record(bool(more), step, seconds + time.monotonic() - started, state)
+_CURVES = ("alignment", "train_accuracy", "cross_entropy")
 
+
+def _advance(runs: Sequence[Run], records: Sequence[Record | None], seconds: float) -> list[Record]:
+    started = time.monotonic()
+    settings, method = runs[0].settings, runs[0].method
+    problem, points = _problem(run.settings for run in runs), evaluation_steps(settings)
+    step, weight, curves = _restored(settings, problem, records)
+    lam, lam_weight = _nodes(settings, method)
+    diverged: dict[int, int] = {}  # step at which the run of that index was found to have diverged
+
+    def reached(**more: Tensor) -> list[Record]:
+        spent = (time.monotonic() - started) / len(runs)
+        state = {"weight": weight.cpu(), **more}
+        later = []
+        for i, record in enumerate(records):
+            after = spent + (record.seconds if record else 0.0)
+            if i in diverged:
+                later.append(Record(True, diverged[i], after, {}))
+                continue
+            of_run = {name: value[i].clone() for name, value in state.items()}
+            of_run |= {name: value[:, i].clone() for name, value in curves.items()}
+            later.append(Record(bool(more), step, after, of_run))
+        return later
+
+    first, stride = step, 1
     for point, stop in enumerate(points):
+        if stop < first:
+            continue
         while step < stop:
-            take_step()
-            step += 1
-            progress(1)
-            if time.monotonic() - saved > _CHECKPOINT_SECONDS:
-                store.save(name, reached())
-                saved = time.monotonic()
-        if step == stop:
-            _evaluate(weight, problem.data, curves, point, settings, method, step)
-
+            now = time.monotonic()
+            if step > first and now - started >= seconds:
+                return reached()
+            count = min(stride, stop - step)
+            weight, _ = mf.gradient_descent(
+                problem.data.input, weight, problem.data.target, _activation(settings), lam=lam, lam_weight=lam_weight,
+                lr=settings.lr, steps=count,
+            )  # fmt: skip
+            step += count
+            if weight.is_cuda:
+                torch.cuda.synchronize(weight.device)
+            if time.monotonic() - now < seconds / 8:  # so that a chunk ends about when it should
+                stride *= 2
+        for i in _evaluate(weight, problem.data, curves, point, settings):
+            diverged.setdefault(i, step)
+        if len(diverged) == len(runs):
+            return reached()
+    model = partial(mf.patch_conv, weight=weight, activation=_activation(settings))
     with torch.no_grad():
-        model = partial(mf.patch_conv, weight=weight, activation=mf.PolyReLU(settings.degree, settings.rho))
-        more = {"learned": mf.features.learned(model, problem.tests).cpu(), "loss": loss(weight).cpu()}
-    record = reached(**more)
-    store.save(name, record)
-    return record
+        loss = objective(settings, method, problem.data)(weight)
+        return reached(learned=mf.features.learned(model, problem.tests).cpu(), loss=loss.cpu())
 
 
-def _captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """A step that only reads and writes tensors in place, as one launch: a CUDA graph. On a CPU the step itself.
-
-    Capturing takes a few steps.
-    """
-    if device.type != "cuda":
-        return step
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # kernels are compiled and workspaces allocated before the capture
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            step()
-    return graph.replay
+def _restored(
+    settings: Settings, problem: Problem, records: Sequence[Record | None]
+) -> tuple[int, Tensor, dict[str, Tensor]]:
+    """Return the step, the weights and the curves (E+1,R,...) of runs that go on, or of runs that start."""
+    states = [record.state for record in records if record is not None]
+    if records[0] is not None:
+        weight = torch.stack([state["weight"] for state in states]).to(problem.weight.device)
+        return records[0].step, weight, {name: torch.stack([state[name] for state in states], 1) for name in _CURVES}
+    shapes = {"alignment": (settings.num_classes, 2), "train_accuracy": (), "cross_entropy": ()}
+    size = (settings.evaluations + 1, len(records))
+    return 0, problem.weight, {name: torch.zeros(*size, *shapes[name], dtype=torch.float64) for name in _CURVES}
 
 
 def _evaluate(
-    weight: Tensor, data: mf.data.MultiViewData, curves: dict[str, Tensor],
-    point: int, settings: Settings, method: str, step: int,
-) -> None:  # fmt: skip
+    weight: Tensor, data: mf.data.MultiViewData, curves: dict[str, Tensor], point: int, settings: Settings
+) -> list[int]:
+    """Set the point of all curves, and return the indices of runs that have left the finite numbers."""
     with torch.no_grad():
-        logits = mf.patch_conv(data.input, weight, mf.PolyReLU(settings.degree, settings.rho))
+        logits = mf.patch_conv(data.input, weight, _activation(settings))
         curves["cross_entropy"][point] = _cross_entropy(logits, data.target)
     curves["alignment"][point] = mf.features.alignment(weight, data.features)
     curves["train_accuracy"][point] = (logits.argmax(-1) == data.target).double().mean(-1)
-    if not curves["cross_entropy"][point].isfinite().all():
-        raise DivergedError(f"{method} left the finite numbers before step {step}: try a smaller lr than {settings.lr}")
+    return [i for i, finite in enumerate(curves["cross_entropy"][point].isfinite().tolist()) if not finite]
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """(R,) means over the samples."""
+    """Return the means over the samples, (R,)."""
     return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target).mean(-1)
 
 
 def summarise(settings: Settings, record: Record) -> dict[str, Any]:
-    """A finished record as numbers for a table or JSON: each a list over the seeds, the curves lists over time of such.
+    """Turn a finished record of R seeds (:func:`join`) into numbers for a table or JSON.
 
+    Each is a list over the seeds, and each of the ``curves`` a list over time of such lists.
     ``alignment_ratio`` is the smaller alignment over the larger, each taken at least 0, averaged over the classes; the
     curves' ``larger`` and ``smaller`` are those alignments averaged over the classes.
     """
@@ -279,12 +349,3 @@ def summarise(settings: Settings, record: Record) -> dict[str, Any]:
             "cross_entropy": state["cross_entropy"].tolist(),
         },
     }
-
-
-def _empty_curves(settings: Settings, points: int) -> dict[str, Tensor]:
-    shapes = {"alignment": (settings.num_classes, 2), "train_accuracy": (), "cross_entropy": ()}
-    return {name: torch.zeros(points, settings.seeds, *shape, dtype=torch.float64) for name, shape in shapes.items()}
-
-
-def _stack(runs: Any) -> mf.data.MultiViewData:
-    return mf.data.MultiViewData(*(torch.stack(parts) for parts in zip(*runs, strict=True)))

@@ -50,47 +50,44 @@ void weight_gradient(const GradientDescent<T>& a, int64_t begin, int64_t end) {
   }
 }
 
-// to = factor * from. Without `exact` the rest of the last vector, or half vector, is written too.
+// to = factor * from. Without `exact` up to half a vector behind the end is written as well.
 template <typename T>
 inline void scaled_copy(const T* from, T factor, T* to, int64_t count, bool exact) {
-  constexpr int half = kVectorBytes / 2;
+  constexpr int half = kVectorBytes / 2, half_lanes = kLanes<T> / 2;
   int64_t k = 0;
   for (; k + kLanes<T> <= count; k += kLanes<T>) store(to + k, load(from + k) * factor);
-  if (exact) {
-    for (; k < count; ++k) to[k] = from[k] * factor;
-  } else if (count - k > kLanes<T> / 2) {
-    store(to + k, load(from + k) * factor);
-  } else if (k < count) {
-    store<half>(to + k, load<half>(from + k) * factor);
-  }
+  for (; exact ? k + half_lanes <= count : k < count; k += half_lanes) store<half>(to + k, load<half>(from + k) * factor);
+  for (; k < count; ++k) to[k] = from[k] * factor;
 }
 
+// The loops over filters keep what they need of `a` in registers: as far as compilers know, stores of vectors may change it.
 template <typename T>
 void pack(const GradientDescent<T>& a, T factor, int64_t begin, int64_t end, T* t) {
-  const int64_t filters = a.filters / a.classes, length = filters * a.patches;
+  const int64_t filters = a.filters / a.classes, classes = a.classes, patches = a.patches, columns = a.columns;
+  const int64_t padded_length = a.padded_length, written = round_up(patches, kLanes<T> / 2);
   for (int64_t n = begin; n < end; ++n) {
-    for (int64_t c = 0; c < a.classes; ++c) {
-      const T* from = a.s + c * filters * a.columns + n * a.patches;
-      T* to = t + (n * a.classes + c) * a.padded_length;
-      const bool last = n + 1 == end && c + 1 == a.classes;  // what others hold is written later, but not behind the last
-      for (int64_t m = 0; m < filters; ++m) {
-        scaled_copy(from + m * a.columns, factor, to + m * a.patches, a.patches, last);
+    const T* from = a.s + n * patches;
+    T* to = t + n * classes * padded_length;
+    for (int64_t c = 0; c < classes; ++c, to += padded_length) {
+      for (int64_t m = 0; m < filters; ++m, from += columns) {
+        const bool exact = m * patches + written > filters * patches;  // else the next filters overwrite what is too much
+        scaled_copy(from, factor, to + m * patches, patches, exact);
       }
-      for (int64_t f = length; f < a.padded_length; ++f) to[f] = 0;
     }
   }
 }
 
 template <typename T>
 void unpack(const GradientDescent<T>& a, T factor, int64_t begin, int64_t end, const T* t_grad) {
-  const int64_t filters = a.filters / a.classes, written = round_up(a.patches, kLanes<T>);
+  const int64_t filters = a.filters / a.classes, classes = a.classes, patches = a.patches, columns = a.columns;
+  const int64_t padded_length = a.padded_length, written = round_up(patches, kLanes<T> / 2);
   for (int64_t n = begin; n < end; ++n) {
-    const bool exact = n * a.patches + written > end * a.patches;
-    for (int64_t c = 0; c < a.classes; ++c) {
-      const T* from = t_grad + (n * a.classes + c) * a.padded_length;
-      T* to = a.s + c * filters * a.columns + n * a.patches;
-      for (int64_t m = 0; m < filters; ++m) {
-        scaled_copy(from + m * a.patches, factor, to + m * a.columns, a.patches, exact);
+    const bool exact = n * patches + written > end * patches;  // else the next samples overwrite what is too much
+    const T* from = t_grad + n * classes * padded_length;
+    T* to = a.s + n * patches;
+    for (int64_t c = 0; c < classes; ++c, from += padded_length) {
+      for (int64_t m = 0; m < filters; ++m, to += columns) {
+        scaled_copy(from + m * patches, factor, to, patches, exact);
       }
     }
   }

@@ -33,13 +33,13 @@ constexpr int kHalfBytes = kVectorBytes == 64 ? kVectorBytes / 2 : kVectorBytes;
 template <typename T>
 using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
-// Which pairs (i + r, j + k) of a tile are visited: all of them, or on the diagonal those with i + r <= j + k, where
-// kOffset = i - j.
-template <int kOffset>
+// Which pairs (i + r, j + k) of a tile are visited: those with k < kWidth, and on the diagonal with i + r <= j + k, where
+// kOffset = i - j. Elsewhere kOffset is -1.
+template <int kOffset, int kWidth>
 struct Visited {
-  constexpr bool operator()(int r, int k) const { return kOffset < 0 || r + kOffset <= k; }
+  static constexpr bool kDiagonal = kOffset >= 0;
+  constexpr bool operator()(int r, int k) const { return k < kWidth && (!kDiagonal || r + kOffset <= k); }
 };
-using All = Visited<-1>;
 
 // Lane k takes the value of lane k + kDistance.
 template <typename T, int kDistance, int... kIndices>
@@ -184,14 +184,23 @@ struct BlockPair {
     for (int64_t i = row_begin; i < row_end; i += kRows<T>) {
       const int64_t first = upper_triangle ? i / kColumns<T> * kColumns<T> : column_begin;
       for (int64_t j = first; j < column_end; j += kColumns<T>, logits += a.classes * kPairs<T>) {
-        if (!upper_triangle || i < j) {
-          f(All(), logits, i, j);
-        } else if (i == j) {
-          f(Visited<0>(), logits, i, j);
-        } else if constexpr (kRows<T> < kColumns<T>) {
-          f(Visited<kRows<T>>(), logits, i, j);
+        if (2 * (a.column.samples - j) > kColumns<T>) {
+          call<kColumns<T>>(f, logits, i, j);
+        } else {  // half of the columns are padding
+          call<kColumns<T> / 2>(f, logits, i, j);
         }
       }
+    }
+  }
+
+  template <int kWidth, typename F>
+  void call(const F& f, T* logits, int64_t i, int64_t j) const {
+    if (!upper_triangle || i < j) {
+      f(Visited<-1, kWidth>(), logits, i, j);
+    } else if (i == j) {
+      f(Visited<0, kWidth>(), logits, i, j);
+    } else if constexpr (kRows<T> < kColumns<T>) {
+      f(Visited<kRows<T>, kWidth>(), logits, i, j);
     }
   }
 
@@ -321,9 +330,9 @@ struct BlockPair {
 
   // How often each pair of a tile counts: not at all for padding and below the diagonal, twice above the diagonal.
   template <typename Pairs>
-  Vec<Lane<T>> counts(Pairs visited, Vec<Lane<T>> row_target, Vec<Lane<T>> column_target, int64_t i, int64_t j) const {
+  Vec<Lane<T>> counts(Pairs, Vec<Lane<T>> row_target, Vec<Lane<T>> column_target, int64_t i, int64_t j) const {
     Vec<Lane<T>> count = Vec<Lane<T>>{} + (upper_triangle ? 2 : 1);
-    if constexpr (!std::is_same_v<Pairs, All>) {
+    if constexpr (Pairs::kDiagonal) {
       for (int k = 0; k < kPairs<T>; ++k) {
         const int64_t n = i + k / kColumns<T>, m = j + k % kColumns<T>;
         count[k] = n > m ? 0 : n == m ? 1 : 2;

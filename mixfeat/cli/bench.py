@@ -1,0 +1,138 @@
+"""``mixfeat bench``: how fast are the kernels?"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mixfeat
+from mixfeat.cli.common import Commands, RefusedError, add_command, writable_file, write_json
+from mixfeat.cli.info import environment
+
+__all__ = ["add_commands"]
+
+
+def add_commands(commands: Commands) -> None:
+    """Add ``bench``."""
+    benching = add_command(
+        commands,
+        "bench",
+        _bench,
+        help="how fast are the kernels on this machine?",
+        description="Time every operator against what a user could write in PyTorch and against the hardware's limits, "
+        "all in the same run. Needs pip install 'mixfeat[test]'.",
+    )
+    benching.add_argument("--suite", nargs="+", metavar="SUITE", help="of benchmarks/test_SUITE.py (default: all)")
+    benching.add_argument(
+        "-k", "--filter", metavar="EXPRESSION",
+        help="of the cases only these, by shape, dtype and direction, as pytest -k: 'paper-10 and not bfloat16'",
+    )  # fmt: skip
+    benching.add_argument(
+        "--seconds", type=float, default=2.0, metavar="FLOAT", help="for each comparison (default: %(default)s)"
+    )
+    benching.add_argument(
+        "--limit", type=float, metavar="FLOAT",
+        help="stop after so many seconds, with what there is: the most telling cases come first",
+    )  # fmt: skip
+    benching.add_argument(
+        "--out", type=Path, default=Path("results/bench.json"), metavar="FILE",
+        help="for the results (default: %(default)s)",
+    )  # fmt: skip
+    benching.add_argument("--results", type=Path, metavar="FILE", help="load results from FILE instead of running")
+    benching.add_argument("--compare", type=Path, metavar="OLD", help="list what is slower than in these results")
+    benching.add_argument("--plot", type=Path, metavar="FILE", help="draw time, memory and share of the limit")
+
+
+def _bench(args: argparse.Namespace) -> int:
+    try:
+        import pytest  # noqa: F401
+        import pytest_benchmark  # noqa: F401
+
+        from mixfeat.benchmarks import results
+    except ModuleNotFoundError as error:
+        raise RefusedError(f"{error.name} is missing: pip install 'mixfeat[test]'") from None
+    json_file, figure = writable_file(args.json), writable_file(args.plot)
+    try:
+        old = results.load(args.compare) if args.compare else None
+        document = results.load(args.results) if args.results else None
+    except ValueError as error:
+        raise RefusedError(str(error)) from None
+    status = 0
+    if document is None:
+        document, status = _run_benchmarks(args, Path(results.__file__).parent)
+    if figure:
+        from mixfeat.benchmarks.plots import plot
+
+        plot(document, figure)
+        print(f"figure: {figure}")
+    if old is not None:
+        try:
+            slower = results.compare(document, old)
+        except ValueError as error:
+            raise RefusedError(str(error)) from None
+        print("\n".join(["slower beyond noise:", *slower]) if slower else "nothing is slower beyond noise")
+        status = status or bool(slower)
+    write_json(json_file, document)
+    return status
+
+
+def _run_benchmarks(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], int]:
+    """The results of a run of the suites in ``folder``, which are written to a file as well, and its exit status."""
+    files = {path.stem.removeprefix("test_"): path for path in sorted(folder.glob("test_*.py"))}
+    unknown = [suite for suite in args.suite or [] if suite not in files]
+    if unknown:
+        raise RefusedError(f"--suite must be of {', '.join(files)}, got {', '.join(unknown)}")
+    for name in ("seconds", "limit"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise RefusedError(f"--{name} must be finite and positive, got {value}")
+    out = writable_file(args.out)
+    with tempfile.TemporaryDirectory() as scratch:
+        lines = Path(scratch, "rows.jsonl")
+        command = [sys.executable, "-m", "pytest", "-q", "--benchmark-disable", "-p", "no:cacheprovider"]
+        command += ["-k", args.filter] if args.filter else []
+        paths = [str(files[suite]) for suite in args.suite or files]
+        variables = {"MIXFEAT_BENCH_OUT": str(lines), "MIXFEAT_BENCH_SECONDS": str(args.seconds)}
+        process = subprocess.Popen([*command, *paths], env=os.environ | variables)
+        try:
+            status = process.wait(args.limit)
+        except subprocess.TimeoutExpired:
+            print(f"stopped after {args.limit:g} s", flush=True)
+            for _ in range(3):  # SIGINT has pytest end, and what it started; an import under way may swallow one
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(4)
+            status = 1
+        finally:
+            process.kill()
+            process.wait()
+        if args.filter and status in (4, 5):  # of pytest: not understood, nothing found
+            raise RefusedError(f"--filter {args.filter!r} chooses no benchmark")
+        rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+    facts = environment()
+    gpu = torch.cuda.is_available()
+    cpu = f"{facts['CPU']}, {facts['threads']} threads, {facts.get('CPU library' + chr(39) + 's instruction set')}"
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
+    document = {
+        "version": mixfeat.__version__,
+        "commit": git.stdout.strip() or "unknown",
+        "device": torch.cuda.get_device_name() if gpu else cpu,
+        "torch": torch.__version__,
+        "triton": facts["triton"] if gpu else None,
+        "date": datetime.date.today().isoformat(),
+        "environment": facts,
+        "rows": rows,
+    }
+    write_json(out, document)
+    print(f"results: {out}")
+    return document, min(status, 1)

@@ -1,0 +1,117 @@
+"""``mixfeat check`` and ``mixfeat compile-report``: are the kernels right, and what do compilers make of them?"""
+
+import argparse
+import os
+from dataclasses import asdict
+
+import torch
+
+import mixfeat
+from mixfeat import report, validate
+from mixfeat.cli.common import Commands, RefusedError, add_command, writable_file, write_json
+from mixfeat.cli.info import environment
+
+__all__ = ["add_commands"]
+
+
+def add_commands(commands: Commands) -> None:
+    """Add ``check`` and ``compile-report``."""
+    checking = add_command(
+        commands,
+        "check",
+        _check,
+        patient=True,
+        help="are the kernels right on this machine?",
+        description="Hold every operator, on every backend that runs here, to the reference in float64: values and "
+        "gradients of random inputs, contiguous and strided, and the same bits from a second call. The exit status is "
+        "1 if anything fails.",
+    )
+    for name, choices in (
+        ("operator", validate.OPERATORS), ("backend", mixfeat.backends.NAMES), ("dtype", validate.DTYPES)
+    ):  # fmt: skip
+        text = f"of {', '.join(choices)} (default: all)"
+        checking.add_argument(f"--{name}", nargs="+", choices=list(choices), metavar=name.upper(), help=text)
+    checking.add_argument("--seed", type=int, default=0, metavar="INT", help="of the inputs (default: 0)")
+    checking.add_argument("--quick", action="store_true", help="small shapes only")
+    reporting = add_command(
+        commands,
+        "compile-report",
+        _compile_report,
+        help="what the compilers make of the Triton kernels; needs no GPU",
+        description="Compile every Triton configuration that ships and print registers, stack, memory accesses and the "
+        "instructions of main loops. The exit status is 1 if anything spills.",
+    )
+    for name, known in (("targets", report.TARGETS), ("kernels", report.KERNELS)):
+        text = f"of {', '.join(known)}, separated by commas (default: all)"
+        reporting.add_argument(f"--{name}", metavar="LIST", default=",".join(known), help=text)
+
+
+def _check(args: argparse.Namespace) -> int:
+    wanted = args.backend or []
+    interpreted = "triton" in wanted and not torch.cuda.is_available()
+    if interpreted:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first needed, below
+    json_file = writable_file(args.json)
+    available = mixfeat.backends.available()
+    for name in wanted:
+        if name not in available:
+            raise RefusedError(
+                f"--backend {name} is not available here: {mixfeat.backends.describe()['backends'][name]}"
+            )
+    chosen = [name for name in available if name in wanted or not wanted]
+    cells = validate.checks(chosen, args.operator or validate.OPERATORS, args.dtype or validate.DTYPES)
+    if not cells:
+        raise RefusedError("nothing to check: triton has no float64")
+    if interpreted:
+        print("No GPU here: triton means Triton's interpreter, on small shapes.\n")
+    form = "{:<26}  {:<10}  {:<9}  {:>6}  {:<22}  {:>9}  {:>9}  {:>9}  {}"
+    print(form.format("operator", "backend", "dtype", "shapes", "worst of", "error", "PyTorch's", "budget", ""))
+    outcomes = []
+    for cell in cells:
+        outcome = validate.check(*cell, seed=args.seed, quick=args.quick)
+        outcomes.append(outcome)
+        numbers = ["", "", "", ""]
+        if outcome.worst:
+            name, worst = max(outcome.worst.items(), key=lambda item: item[1]["of budget"])
+            numbers = [name, *(f"{worst[key]:.1e}" for key in ("error", "plain", "budget"))]
+        print(form.format(*cell, outcome.cases, *numbers, "PASS" if outcome.passed else "FAIL"), flush=True)
+        for failure in outcome.failures:
+            print(f"    {failure}")
+    failed = sum(not outcome.passed for outcome in outcomes)
+    print(f"\n{failed} of {len(outcomes)} checks FAILED" if failed else f"\nall {len(outcomes)} checks passed")
+    rows = [asdict(outcome) | {"passed": outcome.passed} for outcome in outcomes]
+    write_json(json_file, {"seed": args.seed, "quick": args.quick, "environment": environment(), "checks": rows})
+    return 1 if failed else 0
+
+
+def _compile_report(args: argparse.Namespace) -> int:
+    lists = {}
+    for name, known in (("targets", report.TARGETS), ("kernels", report.KERNELS)):
+        lists[name] = [word for word in getattr(args, name).split(",") if word]
+        unknown = [word for word in lists[name] if word not in known]
+        if unknown or not lists[name]:
+            raise RefusedError(f"--{name} must be of {', '.join(known)}, got {', '.join(unknown) or 'none'}")
+    json_file = writable_file(args.json)
+    try:
+        import triton
+    except ModuleNotFoundError as error:
+        raise RefusedError(f"{error.name} is missing: pip install triton") from None
+    form = "{:<7}  {:>4}  {:>5}  {:>6}  {:>6}  {:>7}  {:>8}  {:>9}  {:>6}  {}"
+    print(
+        form.format("target", "regs", "stack", "shared", "LDL+STL", "matrix", "16 bytes", "occupancy", "/eval", "case")
+    )
+    rows = []
+    for case, compiled in report.compile_report(lists["targets"], lists["kernels"]):
+        row = compiled.row()
+        rows.append({"case": str(case), **row})
+        occupancy, per_evaluation = row["occupancy"], row["instructions_per_evaluation"]
+        print(form.format(
+            row["target"], row["registers"], row["stack_bytes"], row["shared_bytes"],
+            row["local_loads"] + row["local_stores"], sum(row["matrix_instructions"].values()),
+            sum(row["vector_accesses"].values()), "" if occupancy is None else f"{occupancy:.0%}",
+            "" if per_evaluation is None else f"{per_evaluation:.2f}", case,
+        ), flush=True)  # fmt: skip
+    spilling = [row for row in rows if row["stack_bytes"] or row["local_loads"] or row["local_stores"]]
+    print(f"\n{len(rows)} kernels compiled by triton {triton.__version__}, {len(spilling)} of which spill")
+    write_json(json_file, {"triton": triton.__version__, "kernels": rows})
+    return 1 if spilling else 0

@@ -1,0 +1,79 @@
+"""Shared by all commands: the parser, refusals, files that are written whole, and tables."""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+__all__ = [
+    "Commands", "FailedError", "Parser", "RefusedError", "add_command", "aligned", "writable_file", "writable_folder",
+    "write_json",
+]  # fmt: skip
+
+Commands = Any  # the result of ArgumentParser.add_subparsers, whose class argparse does not export
+
+
+class RefusedError(Exception):
+    """A request cannot be served; the message is the one line that the user sees."""
+
+
+class FailedError(Exception):
+    """A run failed; the message is the line that the user sees, if they have not seen one."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2; argparse would print the whole usage first."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def add_command(
+    commands: Commands, name: str, run: Callable[[argparse.Namespace], int], help: str, description: str | None = None,
+    *, patient: bool = False,
+) -> argparse.ArgumentParser:  # fmt: skip
+    """Add a command with the option that all have, and return its parser.
+
+    OpenMP threads of a ``patient`` command sleep while they wait.
+    """
+    parser: argparse.ArgumentParser = commands.add_parser(name, allow_abbrev=False, help=help, description=description)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
+    parser.set_defaults(run=run, prog=parser.prog, patient=patient)
+    return parser
+
+
+def writable_folder(folder: Path) -> Path:
+    """Return the folder, created if missing. Only an attempt shows whether it can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise RefusedError(f"folder {folder} cannot be written: {error.strerror}") from None
+
+
+def writable_file(path: Path | None) -> Path | None:
+    """Return the file of --json, if given; whether it can be written is found out before the work, not after."""
+    if path is not None:
+        if path.is_dir():
+            raise RefusedError(f"--json {path} cannot be written: it is a folder")
+        writable_folder(path.parent)
+    return path
+
+
+def write_json(path: Path | None, document: dict[str, Any]) -> None:
+    """Write the document, if there is a path, as a whole or not at all."""
+    if path is not None:
+        temporary = path.with_name(f".{path.name}.part")
+        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        temporary.replace(path)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table whose first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
