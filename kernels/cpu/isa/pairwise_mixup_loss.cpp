@@ -33,12 +33,11 @@ constexpr int kHalfBytes = kVectorBytes == 64 ? kVectorBytes / 2 : kVectorBytes;
 template <typename T>
 using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
-// Which pairs (i + r, j + k) of a tile are visited: those with k < kWidth, and on the diagonal with i + r <= j + k, where
-// kOffset = i - j. Elsewhere kOffset is -1.
+// Which pairs (i + r, j + k) of a tile are evaluated: those with k < kWidth, and on the diagonal with i + r <= j + k, where
+// kOffset = i - j. Elsewhere kOffset is -1. It saves time only: pairs that do not count have a weight of 0.
 template <int kOffset, int kWidth>
 struct Visited {
-  static constexpr bool kDiagonal = kOffset >= 0;
-  constexpr bool operator()(int r, int k) const { return k < kWidth && (!kDiagonal || r + kOffset <= k); }
+  constexpr bool operator()(int r, int k) const { return k < kWidth && (kOffset < 0 || r + kOffset <= k); }
 };
 
 // Lane k takes the value of lane k + kDistance.
@@ -184,24 +183,24 @@ struct BlockPair {
     for (int64_t i = row_begin; i < row_end; i += kRows<T>) {
       const int64_t first = upper_triangle ? i / kColumns<T> * kColumns<T> : column_begin;
       for (int64_t j = first; j < column_end; j += kColumns<T>, logits += a.classes * kPairs<T>) {
-        if (2 * (a.column.samples - j) > kColumns<T>) {
-          call<kColumns<T>>(f, logits, i, j);
-        } else {  // half of the columns are padding
-          call<kColumns<T> / 2>(f, logits, i, j);
-        }
+        call(f, logits, i, j);
       }
     }
   }
 
-  template <int kWidth, typename F>
+  // Each kind of tile is code of its own, for every degree: so double has one kind, and the diagonal no narrow ones.
+  template <typename F>
   void call(const F& f, T* logits, int64_t i, int64_t j) const {
-    if (!upper_triangle || i < j) {
-      f(Visited<-1, kWidth>(), logits, i, j);
-    } else if (i == j) {
-      f(Visited<0, kWidth>(), logits, i, j);
-    } else if constexpr (kRows<T> < kColumns<T>) {
-      f(Visited<kRows<T>, kWidth>(), logits, i, j);
+    if constexpr (sizeof(T) == 4) {
+      if (upper_triangle && i == j) return f(Visited<0, kColumns<T>>(), logits, i, j);
+      if constexpr (kRows<T> < kColumns<T>) {
+        if (upper_triangle && i > j) return f(Visited<kRows<T>, kColumns<T>>(), logits, i, j);
+      }
+      if (2 * (a.column.samples - j) <= kColumns<T>) {  // half of the columns are padding
+        return f(Visited<-1, kColumns<T> / 2>(), logits, i, j);
+      }
     }
+    f(Visited<-1, kColumns<T>>(), logits, i, j);
   }
 
   // sums[r, k] += degree / scale * phi(x_r + y_k) for a vector of each sample
@@ -329,10 +328,9 @@ struct BlockPair {
   }
 
   // How often each pair of a tile counts: not at all for padding and below the diagonal, twice above the diagonal.
-  template <typename Pairs>
-  Vec<Lane<T>> counts(Pairs, Vec<Lane<T>> row_target, Vec<Lane<T>> column_target, int64_t i, int64_t j) const {
+  Vec<Lane<T>> counts(Vec<Lane<T>> row_target, Vec<Lane<T>> column_target, int64_t i, int64_t j) const {
     Vec<Lane<T>> count = Vec<Lane<T>>{} + (upper_triangle ? 2 : 1);
-    if constexpr (Pairs::kDiagonal) {
+    if (upper_triangle && i + kRows<T> > j) {
       for (int k = 0; k < kPairs<T>; ++k) {
         const int64_t n = i + k / kColumns<T>, m = j + k % kColumns<T>;
         count[k] = n > m ? 0 : n == m ? 1 : 2;
@@ -342,12 +340,11 @@ struct BlockPair {
   }
 
   // Replaces the logits of a tile by D and returns the tile's share of the loss.
-  template <typename Pairs>
-  double cross_entropy(Pairs visited, T* logits, int64_t i, int64_t j) const {
+  double cross_entropy(T* logits, int64_t i, int64_t j) const {
     constexpr int pairs = kPairs<T>;
     const auto row_target = load(buffers.row_target + (i - row_begin) * kColumns<T>);
     const auto column_target = load(buffers.column_target + (j - column_begin) * kRows<T>);
-    const auto count = counts(visited, row_target, column_target, i, j);
+    const auto count = counts(row_target, column_target, i, j);
     const Vec<T> row_weight = broadcast(T(a.row.weight)), column_weight = broadcast(T(a.column.weight));
     Vec<T> max = load(logits);
     for (int64_t c = 1; c < a.classes; ++c) max = clamp_min<T>(max, load(logits + c * pairs));
@@ -388,7 +385,7 @@ double block_pair_of(const PairwiseMixup<T>& a, int64_t row_block, int64_t colum
   const BlockPair<T, kDegree> blocks(a, row_block, column_block, upper_triangle, memory);
   double loss = 0;
   for (int64_t c = 0; c < a.classes; ++c) blocks.logits(c);
-  blocks.for_each_tile([&](auto visited, T* logits, int64_t i, int64_t j) { loss += blocks.cross_entropy(visited, logits, i, j); });
+  blocks.for_each_tile([&](auto, T* logits, int64_t i, int64_t j) { loss += blocks.cross_entropy(logits, i, j); });
   if (a.row.grad) {
     for (int64_t c = 0; c < a.classes; ++c) blocks.gradient(c);
   }
