@@ -7,7 +7,6 @@ ends the installation: pip would keep a wheel without it, and install that one f
 import importlib.metadata
 import importlib.util
 import os
-import re
 import shutil
 import sysconfig
 import tempfile
@@ -29,13 +28,14 @@ def load_build():
 
 
 def torch_directory() -> Path | None:
-    """Return where PyTorch is, also where pip's build isolation hides it: only its headers are needed, of any version."""
+    """Return where PyTorch is, also where pip's build isolation hides it: a build needs its files, not its code."""
     spec = importlib.util.find_spec("torch")
     if spec and spec.origin:
         return Path(spec.origin).parent
     folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     for torch in importlib.metadata.distributions(name="torch", path=folders):
-        if tuple(map(int, re.findall(r"\d+", torch.version)[:2])) >= (2, 10):  # pip may be about to replace an older one
+        major, minor = map(int, torch.version.split(".")[:2])
+        if (major, minor) >= (2, 10):  # pip may be about to replace an older one
             return Path(torch.locate_file("torch"))
     return None
 

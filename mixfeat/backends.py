@@ -96,7 +96,7 @@ def _from_environment() -> str | None:
 
 
 def _stacklevel() -> int:
-    """Return the ``stacklevel`` by which a warning of our caller points at the user's line, outside mixfeat and torch."""
+    """Return the ``stacklevel`` by which our caller's warning points at the user's line, outside mixfeat and torch."""
     frame, level = sys._getframe(1), 1
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("mixfeat", "torch"):
         frame, level = frame.f_back, level + 1
