@@ -1,8 +1,8 @@
 """The CPU backend: a shared library of torch operators (``torch.ops.mixfeat_cpu``), loaded or built at first use.
 
 ``pip install`` builds it ahead in an environment that has PyTorch. Elsewhere the first use builds it into the user's
-cache (``MIXFEAT_CACHE``, else ``XDG_CACHE_HOME``/mixfeat, else ``~/.cache/mixfeat``), in a folder named after PyTorch and
-the compiler's command; of several processes that start at once, one builds and the others wait.
+cache (``MIXFEAT_CACHE``, else ``XDG_CACHE_HOME``/mixfeat, else ``~/.cache/mixfeat``), in a folder named after PyTorch
+and the compiler's command; of several processes that start at once, one builds and the others wait.
 """
 
 import contextlib
