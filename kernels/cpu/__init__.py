@@ -85,8 +85,9 @@ def _built_at_first_use() -> Path:
                 with tempfile.TemporaryDirectory(dir=folder) as scratch:
                     os.replace(build.build(Path(scratch), _TORCH), path)  # whole or not at all
     except (ImportError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise BuildError(
-            f"the CPU library could not be built in {folder}: {error}; set MIXFEAT_CACHE to another folder"
+            f"the CPU library could not be built in {folder}: {reason}; set MIXFEAT_CACHE to another folder"
         ) from error
     return path
 
