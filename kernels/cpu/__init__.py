@@ -80,8 +80,8 @@ def _built_at_first_use() -> Path:
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the system if this process dies
             if not path.exists():
-                with contextlib.suppress(OSError, ValueError):  # nobody may be listening
-                    print(f"mixfeat: building the CPU kernels, once, in {folder}", file=sys.stderr)
+                with contextlib.suppress(AttributeError, OSError, ValueError):  # nobody may be listening
+                    sys.stderr.write(f"mixfeat: building the CPU kernels, once, in {folder}\n")
                 with tempfile.TemporaryDirectory(dir=folder) as scratch:
                     os.replace(build.build(Path(scratch), _TORCH), path)  # whole or not at all
     except (ImportError, OSError) as error:
