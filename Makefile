@@ -1,4 +1,5 @@
-# make install | reproduce | test | test-long | test-triton-3.6 | coverage | lint | docs | bench | gpu | gpu-sanitize
+# make install | reproduce | test | test-long | test-triton-3.6 | coverage | lint | docs | wheel | bench | gpu
+# | gpu-sanitize
 # Each works on a fresh machine with python >= 3.11, a C++ compiler and git. PYTHON names another interpreter, OUT another folder.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ RUN := $(BIN)/python
 
 RESULTS ?= benchmarks/results
 
-.PHONY: install reproduce test test-native test-triton test-interpreted test-long test-triton-3.6 coverage lint docs bench gpu \
+.PHONY: install reproduce test test-native test-triton test-interpreted test-long test-triton-3.6 coverage lint docs wheel bench gpu \
 	gpu-sanitize
 
 install: $(VENV)/installed
@@ -71,13 +72,24 @@ docs: install
 	$(BIN)/python -m sphinx -W --keep-going -q -d build/doctrees docs build/docs
 	@echo build/docs/index.html
 
+# Into dist/: one wheel with the CPU library for all of Linux from glibc 2.28 on, whatever Python 3 and PyTorch; checked without a compiler
+wheel: install
+	rm -rf build/wheel build/lib*
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
+		--exclude 'libtorch*' --exclude 'libc10*' --wheel-dir build/wheel/dist build/wheel/*.whl
+	$(BIN)/python -m pip install --quiet --no-deps --target build/wheel/installed build/wheel/dist/*.whl
+	cd build/wheel/installed && CXX=none $(abspath $(BIN))/python -m mixfeat check --quick --backend cpu
+	mkdir -p dist && cp build/wheel/dist/*.whl dist/
+
 bench: install
 	$(BIN)/mixfeat bench
 
 # On a machine with a GPU: its tests, mixfeat check and the benchmarks, within 9 minutes, with PYTHON's own packages (torch, triton,
 # pytest, pytest-benchmark, pytest-timeout), without network and without .venv. Results go to the folder RESULTS, whatever fails.
 gpu:
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable . \
+		|| MIXFEAT_SKIP_CPU_BUILD=1 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	mkdir -p "$(RESULTS)"
 	failed=; parallel=$$($(PYTHON) -c "import xdist; print('-n 8 --dist loadfile')" 2>/dev/null); \
 	timeout 200 $(PYTHON) -m pytest -q $$parallel -m "gpu or triton" --junitxml="$(RESULTS)/tests-gpu.xml" \

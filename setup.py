@@ -1,16 +1,21 @@
-"""Builds the CPU library ahead where PyTorch and a compiler are at hand; otherwise the first use builds it.
+"""Builds the CPU library where PyTorch is at hand; elsewhere makes a pure wheel, and the first use builds the library.
 
-Under pip's build isolation PyTorch cannot be imported, and must not be pulled in a second time: nothing is built then.
+A wheel with the library serves every Python, and its name says so: py3-none-PLATFORM. A library that cannot be built
+ends the installation: pip would keep a wheel without it, and install that one for ever.
 """
 
+import importlib.metadata
 import importlib.util
+import os
 import shutil
-import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 
@@ -22,6 +27,19 @@ def load_build():
     return module
 
 
+def torch_directory() -> Path | None:
+    """Return where PyTorch is, also where pip's build isolation hides it: a build needs its files, not its code."""
+    spec = importlib.util.find_spec("torch")
+    if spec and spec.origin:
+        return Path(spec.origin).parent
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    for torch in importlib.metadata.distributions(name="torch", path=folders):
+        major, minor = map(int, torch.version.split(".")[:2])
+        if (major, minor) >= (2, 10):  # pip may be about to replace an older one
+            return Path(torch.locate_file("torch"))
+    return None
+
+
 class BuildLibrary(build_ext):
     """A plain shared library, without Python in it, at the place of an extension module."""
 
@@ -30,24 +48,30 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, ext):
         builder = load_build()
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for old in target.parent.glob("libmixfeat_cpu*.so"):
+            old.unlink()
         with tempfile.TemporaryDirectory() as scratch:
             try:
-                library = builder.build(Path(scratch), Path(importlib.util.find_spec("torch").origin).parent)
+                shutil.copyfile(builder.build(Path(scratch), torch_directory()), target)
             except builder.BuildError as error:
-                print(f"mixfeat: {error}\nmixfeat: installing without; the first use will try again", file=sys.stderr)
-                return
-            target = Path(self.get_ext_fullpath(ext.name))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            for old in target.parent.glob("libmixfeat_cpu*.so"):
-                old.unlink()
-            shutil.copyfile(library, target)
-
-    def get_outputs(self):
-        return [path for path in super().get_outputs() if Path(path).exists()]
+                raise CompileError(
+                    f"{error}\nmixfeat: set MIXFEAT_SKIP_CPU_BUILD=1 to install without the CPU library; "
+                    "operators on CPU tensors then build it at first use, or run in plain PyTorch"
+                ) from error
 
 
-ahead = importlib.util.find_spec("torch") is not None
+class Wheel(bdist_wheel):
+    """A wheel of any Python 3: the library has no Python in it."""
+
+    def get_tag(self):
+        return ("py3", "none", super().get_tag()[2])
+
+
+skip = os.environ.get("MIXFEAT_SKIP_CPU_BUILD", "0") not in ("", "0")
+ahead = os.name == "posix" and not skip and torch_directory() is not None
 setup(
-    ext_modules=[Extension("mixfeat.kernels.cpu.library", sources=[], optional=True)] if ahead else [],
-    cmdclass={"build_ext": BuildLibrary},
+    ext_modules=[Extension("mixfeat.kernels.cpu.library", sources=[])] if ahead else [],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
 )

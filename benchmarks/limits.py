@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import shlex
 import subprocess
 import tempfile
 import time
@@ -75,7 +74,7 @@ def activation_rates() -> dict[str, float]:
         library = str(Path(folder, "activation_rate.so"))
         source = str(Path(__file__).with_name("activation_rate.cpp"))
         flags = ["-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", *X86.get(cpu.capability(), [])]
-        command = [*shlex.split(compiler()), *flags, "-shared", "-fPIC", f"-I{SOURCE}", source, "-o", library]
+        command = [*compiler(), *flags, "-shared", "-fPIC", f"-I{SOURCE}", source, "-o", library]
         subprocess.run(command, check=True)
         functions = ctypes.CDLL(library)
     return {name: _rate_on_all_threads(functions[name]) for name in ("forward", "backward")}

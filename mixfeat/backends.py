@@ -10,6 +10,7 @@ called there, and wins over the environment.
 
 import functools
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -34,7 +35,7 @@ def _why_not(name: str) -> str | None:
 
         try:
             cpu.load()
-        except cpu.BuildError as error:
+        except (cpu.BuildError, ValueError) as error:
             return str(error)
     if name == "cuda":
         from mixfeat.kernels import cuda
@@ -101,13 +102,27 @@ def _from_environment() -> str | None:
     return _checked(_environment, "MIXFEAT_BACKEND") if _environment else None
 
 
+def _stacklevel() -> int:
+    """Return the ``stacklevel`` by which our caller's warning points at the user's line, outside mixfeat and torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("mixfeat", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 @functools.cache
 def _default(device_type: str) -> str:
     name = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "reference")
     reason = _why_not(name)
     if reason:
+        if name == "cpu":
+            from mixfeat.kernels import cpu
+
+            cpu.check_capability()  # a typo is refused, not served by something else
         warnings.warn(
-            f"mixfeat falls back to plain PyTorch on {device_type} tensors: {reason}", RuntimeWarning, stacklevel=2
+            f"mixfeat falls back to plain PyTorch on {device_type} tensors: {reason}",
+            RuntimeWarning,
+            stacklevel=_stacklevel(),
         )
         return "reference"
     return name

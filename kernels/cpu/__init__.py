@@ -1,14 +1,14 @@
 """The CPU backend: a shared library of torch operators (``torch.ops.mixfeat_cpu``), loaded or built at first use.
 
-``pip install --no-build-isolation .`` builds it ahead. Where it was not, the first use builds it into the user's cache
-(``MIXFEAT_CACHE``, else ``XDG_CACHE_HOME``/mixfeat, else ``~/.cache/mixfeat``), in a folder named after
-PyTorch and the compiler; of several processes that start at once, one builds and the others wait.
+``pip install`` builds it ahead in an environment that has PyTorch. Elsewhere the first use builds it into the user's
+cache (``MIXFEAT_CACHE``, else ``XDG_CACHE_HOME``/mixfeat, else ``~/.cache/mixfeat``), in a folder named after PyTorch
+and the compiler's command; of several processes that start at once, one builds and the others wait.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -18,54 +18,77 @@ import torch
 from . import build
 from .build import BuildError, compiler, library_name
 
-__all__ = ["BuildError", "cache_directory", "capability", "compiler_version", "library_path", "load"]
+__all__ = [
+    "BuildError", "cache_directory", "capability", "check_capability", "compiler_version", "library_path", "load",
+]  # fmt: skip
 
 _TORCH = Path(torch.__file__).parent
 
 
 def cache_directory() -> Path:
-    """Folder under which libraries built at first use are kept."""
-    if "MIXFEAT_CACHE" in os.environ:
-        return Path(os.environ["MIXFEAT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixfeat"
+    """Return the folder under which libraries built at first use are kept.
+
+    Raises:
+        BuildError: the environment names none, and this user has no home folder.
+    """
+    given = os.environ.get("MIXFEAT_CACHE")
+    try:
+        if given:
+            return Path(given).expanduser().absolute()
+        xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))  # counts only if absolute, by its specification
+        return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "mixfeat"
+    except (RuntimeError, OSError) as error:
+        reason = str(error).rstrip(".")
+        raise BuildError(f"no folder to build the CPU library in: {reason}; set MIXFEAT_CACHE to a folder") from error
 
 
 def compiler_version() -> str:
-    """First line of what the C++ compiler says of itself.
+    """Return the first line of what the C++ compiler says of itself.
 
     Raises:
-        BuildError: there is no compiler.
+        BuildError: there is no compiler, or it cannot be run.
     """
-    run = subprocess.run([compiler(), "--version"], capture_output=True, text=True)
-    return run.stdout.partition("\n")[0].strip()
+    command = compiler()
+    return build.run([*command, "--version"]).stdout.partition("\n")[0].strip() or f"{command[0]}, of unknown version"
 
 
 def _built_ahead() -> Path | None:
-    """The library beside this file, if it was made of the sources there."""
-    path = Path(__file__).with_name(library_name())
-    return path if path.exists() else None
+    """Return the library beside this file, if it was made of the sources there, or if there are no sources."""
+    folder = Path(__file__).parent
+    try:
+        path = folder / library_name()
+        return path if path.exists() else None
+    except BuildError:
+        libraries = list(folder.glob("libmixfeat_cpu-*.so"))
+        if len(libraries) != 1:
+            raise
+        return libraries[0]
 
 
 def _built_at_first_use() -> Path:
     key = hashlib.sha256()
-    for part in (torch.__version__, sys.platform, compiler(), compiler_version()):
-        key.update(part.encode() + b"\0")
+    for part in (torch.__version__, sys.platform, *compiler(), compiler_version()):
+        key.update(os.fsencode(part) + b"\0")
     folder = cache_directory() / f"cpu-{key.hexdigest()[:16]}"
     path = folder / library_name()
-    if path.exists():
-        return path
     try:
         import fcntl
 
+        if path.exists():
+            return path
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the system if this process dies
             if not path.exists():
-                print(f"mixfeat: building the CPU kernels, once, in {folder}", file=sys.stderr)
+                with contextlib.suppress(AttributeError, OSError, ValueError):  # nobody may be listening
+                    sys.stderr.write(f"mixfeat: building the CPU kernels, once, in {folder}\n")
                 with tempfile.TemporaryDirectory(dir=folder) as scratch:
                     os.replace(build.build(Path(scratch), _TORCH), path)  # whole or not at all
     except (ImportError, OSError) as error:
-        raise BuildError(f"the CPU library could not be built in {folder}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise BuildError(
+            f"the CPU library could not be built in {folder}: {reason}; set MIXFEAT_CACHE to another folder"
+        ) from error
     return path
 
 
@@ -79,13 +102,22 @@ def library_path() -> Path:
     return _built_ahead() or _built_at_first_use()
 
 
+def check_capability() -> None:
+    """Raise ValueError where ``MIXFEAT_CPU_CAPABILITY`` is set to no instruction set's name."""
+    given = os.environ.get("MIXFEAT_CPU_CAPABILITY")
+    if given and given not in build.X86:
+        raise ValueError(f"MIXFEAT_CPU_CAPABILITY must be one of {', '.join(build.X86)}, got {given!r}")
+
+
 @functools.cache
 def load() -> None:
     """Make ``torch.ops.mixfeat_cpu`` available; does nothing the second time.
 
     Raises:
         BuildError: the library is not there and cannot be built, or cannot be loaded.
+        ValueError: ``MIXFEAT_CPU_CAPABILITY`` is no instruction set's name.
     """
+    check_capability()
     try:
         torch.ops.load_library(str(library_path()))
     except OSError as error:
@@ -93,7 +125,7 @@ def load() -> None:
 
 
 def capability() -> str:
-    """Instruction set in use: ``"avx512"``, ``"avx2"`` or ``"generic"``.
+    """Return the instruction set in use: ``"avx512"``, ``"avx2"`` or ``"generic"``.
 
     The processor's best, unless the environment variable ``MIXFEAT_CPU_CAPABILITY`` names a lesser one.
     """

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent
@@ -25,55 +26,108 @@ X86 = {
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
 
-_COMMON = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
+_COMMON = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-include", str(SOURCE / "glibc.h")]
 
 
 class BuildError(RuntimeError):
-    """The CPU library could not be built here; the message says why."""
+    """The CPU library cannot be had here; the message says why, and what to do.
+
+    Paths and compilers may hold or print bytes that are no text: the message shows them escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.encode(errors="backslashreplace").decode())
 
 
 def sources() -> list[Path]:
-    """Every file that the library is made of."""
-    return sorted(path for path in SOURCE.rglob("*") if path.suffix in (".cpp", ".h"))
+    """Return every file that the library is made of.
+
+    Raises:
+        BuildError: the package was installed without them.
+    """
+    files = sorted(path for path in SOURCE.rglob("*") if path.suffix in (".cpp", ".h"))
+    if not files:
+        raise BuildError(f"the C++ sources are missing from {SOURCE}; reinstall mixfeat")
+    return files
 
 
 def digest() -> str:
-    """Of the sources and of how they are built: what a library must have been made of to be the right one."""
+    """Return the digest of the sources and of how they are built, which tells whether a library is the right one.
+
+    Raises:
+        BuildError: the sources are missing or cannot be read.
+    """
     key = hashlib.sha256()
-    for path in [*sources(), SOURCE / "build.py"]:
-        key.update(path.relative_to(SOURCE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    try:
+        for path in [*sources(), SOURCE / "build.py"]:
+            key.update(path.relative_to(SOURCE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    except OSError as error:
+        raise BuildError(f"the C++ sources cannot be read: {error}; reinstall mixfeat") from error
     return key.hexdigest()[:16]
 
 
 def library_name() -> str:
-    """Of the file, which the digest is a part of: files' times say nothing, as installers set them."""
+    """Return the file's name. The digest is a part of it, as installers set files' times.
+
+    Raises:
+        BuildError: the sources are missing or cannot be read.
+    """
     return f"libmixfeat_cpu-{digest()}.so"
 
 
-def compiler() -> str:
-    """Path of the C++ compiler: ``$CXX``, else the first of c++, g++, clang++.
+def compiler() -> list[str]:
+    """Return the words of the C++ compiler's command: those of ``$CXX``, else the first of c++, g++, clang++.
 
     Raises:
-        BuildError: there is none.
+        BuildError: there is none, or ``$CXX`` is no command.
     """
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    for name in names:
-        path = shutil.which(shlex.split(name)[0])
+    cxx = os.environ.get("CXX", "").strip()
+    try:
+        words = [cxx] if shutil.which(cxx) else shlex.split(cxx)  # a path may have blanks in it
+    except ValueError as error:
+        raise BuildError(f"CXX is not a command: {error}, got {cxx!r}; set it as in CXX='ccache g++'") from error
+    candidates = [words] if words else [["c++"], ["g++"], ["clang++"]]
+    for program, *flags in candidates:
+        path = shutil.which(program)
         if path:
-            return path
-    raise BuildError(f"no C++ compiler found (looked for {', '.join(names)}; set CXX to name one)")
+            return [os.path.abspath(path), *flags]
+    if words and os.path.exists(words[0]):
+        raise BuildError(f"CXX names {words[0]!r}, which is not an executable file; set CXX to a C++ compiler")
+    names = ", ".join(program for program, *_ in candidates)
+    raise BuildError(f"no C++ compiler found (looked for {names}; set CXX to name one)")
 
 
-def _ninja() -> str:
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run the compiler and capture what it prints, in whatever encoding.
+
+    Raises:
+        BuildError: the program cannot be run.
+    """
+    try:
+        return subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="backslashreplace"
+        )
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error.strerror}; set CXX to a C++ compiler") from error
+
+
+def max_jobs() -> int | None:
+    """Return how many compilers may run at once, ``$MAX_JOBS`` as PyTorch reads it; None leaves that to ninja."""
+    given = os.environ.get("MAX_JOBS", "").strip()
+    return int(given) if given.isdecimal() and int(given) > 0 else None
+
+
+def _ninja() -> list[str]:
     beside = Path(sys.executable).parent / "ninja"
     path = str(beside) if beside.exists() else shutil.which("ninja")
     if not path:
         raise BuildError("ninja not found: pip install ninja")
-    return path
+    jobs = max_jobs()
+    return [path, "--quiet", *([f"-j{jobs}"] if jobs else [])]
 
 
 def instruction_sets() -> list[str]:
-    """Names of the instruction sets that the library is built for here."""
+    """Return the names of the instruction sets that the library is built for here."""
     return list(X86) if platform.machine().lower() in ("x86_64", "amd64") else ["generic"]
 
 
@@ -86,39 +140,38 @@ def build(directory: Path, torch_directory: Path) -> Path:
     """Build the library inside ``directory`` against the PyTorch installed at ``torch_directory``; returns its path.
 
     Raises:
-        BuildError: no compiler or ninja, or the compiler failed; the message holds its output.
+        BuildError: sources or compiler are missing, or the compiler failed; the message holds its output.
     """
-    sets = instruction_sets()
+    cxx, sets, name = compiler(), instruction_sets(), library_name()
     operator_flags = ["-std=c++20", *_COMMON, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     operator_flags += ["-isystem", str(torch_directory / "include"), *(["-DMIXFEAT_X86"] if "avx2" in sets else [])]
+    commands = {
+        f"{source.stem}.{name}.o": ["-O3", *kernel_flags(name), "-c", str(source)]
+        for source in sorted(SOURCE.glob("isa/*.cpp"))
+        for name in sets
+    }
+    commands |= {
+        f"{source.stem}.o": ["-O3", *operator_flags, "-c", str(source)] for source in sorted(SOURCE.glob("*.cpp"))
+    }
     libraries = [f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
     undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    link = ["-shared", *commands, *libraries, *undefined]
 
-    def quote(words: list[str]) -> str:
-        return shlex.join(words).replace("$", "$$")
+    def statement(output: str, inputs: Iterable[str], arguments: list[str]) -> str:
+        command = shlex.join([*cxx, *arguments, "-o", output]).replace("$", "$$")
+        return f"build {output}: run {' '.join(inputs)}\n  command_line = {command}\n"
 
-    def path(p: Path) -> str:
-        return str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-    lines = [
-        f"cxx = {quote([compiler()])}",
-        "rule compile",
-        "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
-        "  depfile = $out.d",
-        "rule link",
-        f"  command = $cxx -shared $in {quote(libraries + undefined)} -o $out",
-    ]
-    compilations = [(f"{source.stem}.o", source, operator_flags) for source in sorted(SOURCE.glob("*.cpp"))]
-    for source in sorted(SOURCE.glob("isa/*.cpp")):
-        compilations += [(f"isa/{source.stem}.{name}.o", source, kernel_flags(name)) for name in sets]
-    for target, source, flags in compilations:
-        lines += [f"build {target}: compile {path(source)}", f"  flags = {quote(['-O3', *flags])}"]
-    name = library_name()
-    lines.append(f"build {name}: link {' '.join(target for target, *_ in compilations)}")
-
+    # Only names that are chosen here stand where ninja reads paths; all others are quoted words of a command.
+    rules = ["rule run\n  command = $command_line\n  description = $out\n"]
+    rules += [statement(output, (), arguments) for output, arguments in commands.items()]
+    rules.append(statement(name, commands, link))
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "build.ninja").write_text("\n".join(lines) + "\n")
-    result = subprocess.run([_ninja(), "-C", str(directory)], capture_output=True, text=True)
+    (directory / "build.ninja").write_bytes(os.fsencode("".join(rules)))
+    result = run([*_ninja(), "-C", str(directory)])
     if result.returncode:
-        raise BuildError(f"building the CPU library failed:\n{result.stdout}{result.stderr}")
+        said = f"{result.stdout}{result.stderr}".rstrip()
+        raise BuildError(
+            f"building the CPU library failed: {cxx[0]} could not build it; "
+            f"it needs a compiler of C++20, which CXX can name\n{said}"
+        )
     return directory / name

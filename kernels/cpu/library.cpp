@@ -8,6 +8,12 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if __has_include(<sys/single_threaded.h>)
+#include <sys/single_threaded.h>
+
+// Stands in for the variable of glibc 2.32, which older systems lack. libstdc++ asks it whether counting references needs atomics.
+__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+#endif
 
 namespace mixfeat {
 namespace {
