@@ -285,8 +285,10 @@ def sample_mixup(
         # of an empty tensor, because torch.compile cannot trace torch.get_default_device
         device = torch.empty(0).device if generator is None else generator.device
     source = torch.device(device) if generator is None else generator.device
-    if generator is None:  # torch.compile would make a graph for every num_samples if it saw generator=None
-        index = torch.randperm(num_samples, device=source)
+    if generator is None and torch.compiler.is_compiling():
+        # randperm makes a graph for every num_samples with generator=None, and without it Inductor (2.13) fails on
+        # images[randperm(n)]
+        index = torch.rand(num_samples, dtype=torch.float64, device=source).argsort()
     else:
         index = torch.randperm(num_samples, generator=generator, device=source)
     shape = (num_samples,) if per_sample else ()
