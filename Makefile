@@ -64,7 +64,7 @@ lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	rm -rf build/types && mkdir -p build/types/mixfeat
-	ln -s $(abspath $(filter-out mixfeat/kernels mixfeat/benchmarks,$(wildcard mixfeat/*)) kernels benchmarks) build/types/mixfeat/
+	ln -s $(abspath $(wildcard mixfeat/*) kernels benchmarks) build/types/mixfeat/
 	$(BIN)/mypy
 
 # The site, into build/docs, with warnings as errors

@@ -199,3 +199,41 @@ X, Y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
 def test_mixing_modules_refuse(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_mixup_gives_one_dtype_in_training_and_evaluation():
+    images, target = torch.randint(256, (4, 3, 2, 2), dtype=torch.uint8), torch.tensor([0, 1, 2, 0])
+    mix = mf.Mixup()
+    assert mix(images, target)[0].dtype == mix.eval()(images, target)[0].dtype == torch.get_default_dtype()
+    torch.testing.assert_close(mix(images, target)[0], images.float())
+
+
+def test_meta_tensors():
+    """Shapes and dtypes, forward and backward, without memory."""
+    model = mf.TwoLayerPatchCNN(3, 2, 5, mf.PolyReLU(), device="meta")
+    x, y = torch.empty(4, 6, 5, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
+    logits = model(x, torch.empty(4, dtype=torch.int64, device="meta"), 0.5)
+    assert (logits.shape, logits.dtype, logits.device.type) == ((4, 3), torch.float32, "meta")
+    (mf.MixupCrossEntropyLoss()(logits, (y, y, 0.5)) + mf.PairwiseMixupLoss()(model, x, y)).backward()
+    assert model.weight.grad.shape == model.weight.shape
+    assert mf.Mixup()(x, y)[0].shape == x.shape
+
+
+def test_two_graphs_serve_any_batch_size():
+    """The first is for one size, the second for all."""
+    torch._dynamo.reset()
+    model, mix, loss_of = mf.TwoLayerPatchCNN(3, 2, 5, mf.PolyReLU()), mf.Mixup(), mf.MixupCrossEntropyLoss()
+    objective, graphs = mf.PairwiseMixupLoss(), []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    @torch.compile(fullgraph=True, backend=count)
+    def step(x, y):
+        mixed, target = mix(x, y)
+        return loss_of(model(mixed), target) + objective(model, x, y)
+
+    for samples in range(4, 14):
+        step(torch.randn(samples, 6, 5), torch.randint(3, (samples,))).backward()
+    assert len(graphs) <= 2
