@@ -294,6 +294,7 @@ def _orthonormal(count: int, dim: int, generator: torch.Generator | None, device
 
 
 def _check_features(features: Tensor, num_classes: int) -> None:
+    _checks.tensor("features", features)
     _checks.floating("features", features)
     if features.dim() != 3 or features.shape[:2] != (num_classes, 2):
         raise ValueError(f"features must be of shape ({num_classes}, 2, patch_dim), got {tuple(features.shape)}")

@@ -31,6 +31,7 @@ def alignment(weight: Tensor, features: Tensor) -> Tensor:
         TypeError, ValueError: for anything but floating tensors whose shapes agree.
     """
     for name, value, last in (("weight", weight, "C, M, D"), ("features", features, "C, V, D")):
+        _checks.tensor(name, value)
         _checks.floating(name, value)
         if value.dim() < 3:
             raise ValueError(f"{name} must have at least 3 dimensions (..., {last}), got shape {tuple(value.shape)}")

@@ -242,14 +242,16 @@ def test_limit_of_a_gpu(run_python):
         """
 import triton
 from mixfeat import report
-from mixfeat.benchmarks.activation_rate import BLOCK, evaluate
+from mixfeat.benchmarks.activation_rate import BLOCK, POLY_RELU_8, evaluate
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-signature = {"output": "*fp32", "rounds": "i32", "BACKWARD": "constexpr", "BLOCK": "constexpr"}
+signature = {"output": "*fp32", "rounds": "i32"} | dict.fromkeys(("ACTIVATION", "BACKWARD", "BLOCK"), "constexpr")
 for backward in (False, True):
-    source = ASTSource(evaluate, signature, {(2,): backward, (3,): BLOCK}, {(0,): [["tt.divisibility", 16]]})
-    found = report._nvidia(triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}))
+    constants = {(2,): POLY_RELU_8, (3,): backward, (4,): BLOCK}
+    source = ASTSource(evaluate, signature, constants, {(0,): [["tt.divisibility", 16]]})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    found = report._nvidia(compiled.asm["cubin"])
     loop = max(report._innermost_loops(found["assembly"]), key=len)
     print(found["stack_bytes"], len(loop) * 4 * 32 / BLOCK)
 """,
