@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullFormatter, PercentFormatter
 
-from mixfeat.plotting import INK, MUTED, plain
+from mixfeat.plotting import INK, MUTED, default_style, plain
 
 from .results import GROWTH, fingerprint, of_limit, ratios
 
@@ -33,6 +33,7 @@ _FLOP = "FLOP/s of "  # prefix of the roofs among the limits
 _Rows = Sequence[Mapping[str, Any]]
 
 
+@default_style()
 def plot(document: Mapping[str, Any], path: Path) -> None:
     """Write a figure: speed, peak memory and share of the limit per row; a roofline; curves of growth.
 

@@ -1,13 +1,25 @@
 """The style that all figures share."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["INK", "MUTED", "plain"]
+__all__ = ["INK", "MUTED", "default_style", "plain"]
 
 INK, MUTED = "#1f2430", "#6b7280"
+
+
+@contextmanager
+def default_style() -> Iterator[None]:
+    """Draw with matplotlib's defaults, whatever the user's matplotlibrc says; serves as a decorator too."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield
 
 
 def plain(axes: "Axes", values: Literal["x", "y", "both"] = "y") -> None:

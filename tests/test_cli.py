@@ -481,3 +481,72 @@ def test_output_that_nobody_reads(tmp_path):
         )
     assert process.returncode in (1, -signal.SIGPIPE)
     assert "Traceback" not in process.stderr
+
+
+def run_small(tmp_path, *, stdout=subprocess.PIPE, limit=None, **environment):
+    """Run ``reproduce theory`` in a process of its own, whose files may have ``limit`` bytes."""
+    code = (
+        "import resource, signal, sys\n"
+        "from mixfeat import cli\n"
+        f"limit = {limit}\n"
+        "if limit: signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "if limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    options = [*SMALL, "--methods=erm", f"--out={tmp_path / 'out'}", f"--json={tmp_path / 'j.json'}"]
+    return subprocess.run(
+        [sys.executable, "-c", code, "reproduce", "theory", *options],
+        cwd=ROOT, env=os.environ | environment, stdout=stdout, stderr=subprocess.PIPE, text=True, errors="replace",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
+        {"MATPLOTLIBRC": "{tmp}/matplotlibrc"},
+    ],
+    ids=["ascii", "backend", "usetex"],
+)
+def test_surroundings_change_nothing(tmp_path, environment):
+    """An encoding without ±, a notebook's backend for figures, a matplotlibrc that asks for LaTeX."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    result = run_small(tmp_path, **{k: v.replace("{tmp}", str(tmp_path)) for k, v in environment.items()})
+    assert result.returncode == 0, result.stderr
+    assert "ERM" in result.stdout
+    assert (tmp_path / "out/theory.png").stat().st_size > 10_000
+    assert (tmp_path / "j.json").exists()
+
+
+def test_figure_that_cannot_be_written_is_one_line(tmp_path):
+    """Nothing is left half-written, and the results are kept."""
+    result = run_small(tmp_path, limit=30_000)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("mixfeat reproduce theory: error: ")
+    assert "cannot be written: File too large" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out/theory.png").exists()
+    assert not list(tmp_path.rglob("*.part"))
+    assert list((tmp_path / "out/runs").iterdir())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no full device")
+def test_output_that_cannot_be_printed_is_one_line(tmp_path):
+    with open("/dev/full", "w") as full:
+        result = run_small(tmp_path, stdout=full)
+    assert result.returncode == 1
+    assert "error: output cannot be written: No space left on device" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "out/theory.png").exists()
+    assert (tmp_path / "j.json").exists()
+
+
+def test_json_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    path.write_text("before")
+    monkeypatch.setattr(json, "dumps", lambda *a, **k: "\ud800")  # no encoding has a lone surrogate
+    with pytest.raises(UnicodeEncodeError):
+        cli.common.write_json(path, {})
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+    assert path.read_text() == "before"

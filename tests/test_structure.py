@@ -18,7 +18,7 @@ LAYERS = (
     ("backends",),
     ("kernels", "reference"),
     ("activations",),
-    ("_checks",),
+    ("_checks", "_files"),
     ("kernels.polynomial",),
 )
 #: The package itself imports the public names, its entry point the commands.

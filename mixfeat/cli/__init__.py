@@ -4,6 +4,8 @@ A command is a function from parsed arguments to an exit status: 0; 1 if a run f
 served, with one line on stderr; 130 after Ctrl-C. Each module of this package adds a group of commands to the parser.
 """
 
+import contextlib
+import io
 import os
 import shlex
 import sys
@@ -23,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and args.patient:
         _wait_without_spinning()
     argv = sys.argv[1:] if argv is None else list(argv)
+    os.environ["MPLBACKEND"] = "agg"  # figures go to files; a notebook hands its own backend to every process
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is shown as ?
+            stream.reconfigure(errors="replace")
     try:
         status: int = args.run(args)
         sys.stdout.flush()  # here, where it may fail
@@ -39,8 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{args.prog}: stopped; go on with: {again}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence()
         return 1
+    except OSError as error:
+        if error.filename is None:
+            _silence()
+        print(f"{args.prog}: error: {error.filename or 'output'} cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _silence() -> None:
+    """Drop what is still to be printed; Python would fail on it again when it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _wait_without_spinning() -> None:

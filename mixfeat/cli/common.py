@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mixfeat._files import replacing
+
 __all__ = [
     "Commands", "FailedError", "Parser", "RefusedError", "add_command", "aligned", "writable_file", "writable_folder",
     "write_json",
@@ -67,9 +69,8 @@ def writable_file(path: Path | None) -> Path | None:
 def write_json(path: Path | None, document: dict[str, Any]) -> None:
     """Write the document, if there is a path, as a whole or not at all."""
     if path is not None:
-        temporary = path.with_name(f".{path.name}.part")
-        temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -147,11 +147,10 @@ def _reproduce_theory(args: argparse.Namespace) -> int:
         found = _train(args, "theory", settings, key, runs)
         records = {method: theory.join([run for run in runs if run.method == method], found) for method in methods}
     results = {method: theory.summarise(settings, record) for method, record in records.items()}
-    print(_theory_table(settings, results))
     plots.plot_theory(settings, records, figure)
-    print(f"\nfigure: {figure}")
     facts = {"settings": settings.to_dict(), "settings_hash": settings.hash, "environment": environment()}
     write_json(json_file, {**facts, "results": results})
+    print(f"{_theory_table(settings, results)}\n\nfigure: {figure}")
     return 0
 
 
@@ -173,11 +172,10 @@ def _reproduce_images(args: argparse.Namespace) -> int:
             raise RefusedError(str(error)) from None
         records = {method: images.join([run for run in runs if run.method == method], found) for method in methods}
     results = {method: images.summarise(of_method) for method, of_method in records.items()}
-    print(_images_table(settings, results))
     plots.plot_images(settings, results, figure)
-    print(f"\nfigure: {figure}")
     facts = {"settings": settings.to_dict(), "settings_hash": settings.hash, "environment": environment()}
     write_json(json_file, {**facts, "results": results})
+    print(f"{_images_table(settings, results)}\n\nfigure: {figure}")
     return 0
 
 
@@ -200,12 +198,11 @@ def _sweep(args: argparse.Namespace) -> int:
         found = _train(args, "sweep", cells[0].settings, key, runs)
     records = {cell: sweep.join(cell, found) for cell in grid.cells(methods)}
     tables = sweep.tables(grid, records)
-    print("\n\n".join(_grid_table(grid, method, tables[method]) for method in methods))
     plots.plot_sweep(grid, tables, figure)
-    print(f"\nfigure: {figure}")
     facts = {"settings": key, "x": x._asdict(), "y": y._asdict(), "environment": environment()}
     numbers = {"tables": _without_nan(tables), "cells": sweep.summarise(grid, records)}
     write_json(json_file, {**facts, **numbers})
+    print(*(_grid_table(grid, method, tables[method]) for method in methods), f"figure: {figure}", sep="\n\n")
     return 0
 
 

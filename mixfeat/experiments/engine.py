@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 import mixfeat as mf
+from mixfeat._files import replacing
 from mixfeat.experiments.common import BaseSettings, identity
 
 __all__ = [
@@ -504,13 +505,11 @@ class Results:
 
 def _write(path: Path, content: bytes) -> None:
     """Replace a file as a whole, or leave it."""
-    part = path.with_name(f".{path.name}.part")
     try:
-        with part.open("wb") as file:
+        with replacing(path) as part, part.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
     except OSError as error:
         raise ResultsError(f"{path} cannot be written: {error.strerror}") from None
 

@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator
 
+from mixfeat._files import replacing
 from mixfeat.experiments import images, sweep, theory
 from mixfeat.experiments.engine import Record
-from mixfeat.plotting import INK, MUTED, plain
+from mixfeat.plotting import INK, MUTED, default_style, plain
 
 __all__ = ["plot_images", "plot_sweep", "plot_theory", "save"]
 
@@ -21,6 +22,7 @@ _NO_ERROR = 0.01  # percent: where a logarithmic axis ends
 _OF_METHOD = {"erm": "#64748b", "uniform": "#2a78b8", "midpoint": "#d9480f"}
 
 
+@default_style()
 def plot_theory(settings: theory.Settings, records: Mapping[str, Record], path: Path) -> None:
     """Write a figure with one panel per method: the alignment of the larger and of the smaller feature over time.
 
@@ -55,6 +57,7 @@ def plot_theory(settings: theory.Settings, records: Mapping[str, Record], path: 
     save(figure, path)
 
 
+@default_style()
 def plot_sweep(grid: sweep.Sweep, tables: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path: Path) -> None:
     """Write a figure of :func:`mixfeat.experiments.sweep.tables`: a column per method, a row of heat maps per quantity.
 
@@ -94,6 +97,7 @@ def plot_sweep(grid: sweep.Sweep, tables: Mapping[str, Mapping[str, Sequence[Seq
     save(figure, path)
 
 
+@default_style()
 def plot_images(settings: images.Settings, results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """Write a figure of :func:`mixfeat.experiments.images.summarise`: for either view the test error over epochs.
 
@@ -127,6 +131,5 @@ def plot_images(settings: images.Settings, results: Mapping[str, Mapping[str, An
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    figure.savefig(temporary, dpi=160, format="png")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=160, format="png")
