@@ -126,13 +126,8 @@ class Operator:
         if _below_autograd is None:
             self._register_derivative_publicly(qualified)
             return
-        below_autograd, operator, compute, request, save = (
-            _below_autograd,
-            self,
-            self.forward,
-            self._request,
-            self._save,
-        )
+        below_autograd, operator = _below_autograd, self
+        compute, request, save = self.forward, self._request, self._save  # once, as small calls are counted in us
 
         def forward(ctx: Any, direct: bool, *args: Any) -> Any:
             if request is not None:
