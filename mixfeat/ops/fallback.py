@@ -1,7 +1,7 @@
 """The operators' forward and backward passes in plain PyTorch, where no kernel serves.
 
 Forward is :mod:`mixfeat.reference`; what autograd would derive from it is written out here, in less memory. A target
-or partner out of range, which only a CPU tensor tells without waiting, gives NaN.
+or partner out of range gives NaN where reading it would wait for the device; on a CPU it was refused before.
 """
 
 from collections.abc import Sequence
