@@ -38,7 +38,7 @@ def library(tmp_path_factory):
 
 def build_on_cpu(source, kernel, macros, path):
     command = [
-        compiler(), "-std=c++17", "-O1", "-ffp-contract=off", "-w", "-fPIC", "-shared", f"-DKERNEL={kernel}",
+        *compiler(), "-std=c++17", "-O1", "-ffp-contract=off", "-w", "-fPIC", "-shared", f"-DKERNEL={kernel}",
         f'-DKERNEL_FILE="{ROOT / "kernels" / "cuda" / kernel}.cu"', *(f"-D{name}={value}" for name, value in macros),
         str(Path(__file__).with_name(source)), "-o", str(path), "-ldl",
     ]  # fmt: skip
