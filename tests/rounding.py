@@ -89,10 +89,10 @@ class Approximate:
 
 
 def assert_within(name: str, result: Tensor, truth: Tensor, bound: Tensor) -> None:
-    """Every element is within its bound of the truth; not a number where that is not; infinite only beyond the dtype's numbers."""
+    """Every element is within its bound of the truth, infinite only beyond the dtype's range, and NaN where that is."""
     assert result.shape == truth.shape == bound.shape, f"{name}: {result.shape}, {truth.shape}, {bound.shape}"
     off = (result.double() - truth).abs()
-    # the bound holds for numbers of any size: the dtype may have none for what lies within it
+    # bounds are of numbers of any size; those beyond the dtype's range round to infinity
     overflows = result.isinf() & (truth * result.sign() + bound > torch.finfo(result.dtype).max)
     wrong = ~((off <= bound) | overflows | (result.isnan() & truth.isnan()))
     if wrong.any():
