@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing import get_context
@@ -21,8 +22,8 @@ import torch
 from mixfeat.activations import Activation, Identity, PolyReLU, Power, PowerReLU, ReLU
 
 __all__ = [
-    "KERNELS", "TARGETS", "Case", "CompiledKernel", "CrossEntropyCase", "MixupCase", "PairwiseCase", "PatchConvCase",
-    "compile_case", "compile_cuda", "compile_pool", "compile_report", "recorded_launch", "shipped",
+    "KERNELS", "TARGETS", "Case", "CompiledKernel", "CrossEntropyCase", "GradientDescentCase", "MixupCase",
+    "PairwiseCase", "PatchConvCase", "compile_case", "compile_pool", "compile_report", "recorded_launch", "shipped",
 ]  # fmt: skip
 
 #: targets by name: backend, architecture and warp size as Triton names them
@@ -59,6 +60,12 @@ class Case:
     def place(self) -> int:
         """Which of the kernels that it launches is meant."""
         return -1
+
+    def record(self) -> AbstractContextManager[list[Any]]:
+        """List the launches that follow instead of making them."""
+        from mixfeat.kernels.triton import launch
+
+        return launch.record()
 
 
 _PATCHES, _CLASSES = 12, 10
@@ -176,6 +183,39 @@ class CrossEntropyCase(Case):
 
 
 @dataclass(frozen=True)
+class GradientDescentCase(Case):
+    """Direction "midpoint", "nodes" or "erm", by the objective. The CUDA C++ kernel is laid out and compiled for one
+    problem on GPUs of one compute capability.
+    """
+
+    kernel = "gradient_descent"
+    capability: int
+    num_samples: int = 50
+    num_patches: int = 12
+
+    def sizes(self) -> str:
+        return f"N{self.num_samples}-P{self.num_patches}"
+
+    def record(self) -> AbstractContextManager[list[Any]]:
+        from mixfeat.kernels import cuda
+
+        return cuda.record()
+
+    def call(self) -> None:
+        from mixfeat.kernels.cuda.gradient_descent import gradient_descent
+
+        nodes = {"midpoint": [0.5], "nodes": [0.5, 0.67, 0.93], "erm": None}[self.direction]
+        input = _meta(1, self.num_samples, self.num_patches, 20)
+        weight, target = _meta(128, _CLASSES, 5, 20), _meta(1, self.num_samples, dtype=torch.int64)
+        shares = nodes and [1 / len(nodes)] * len(nodes)
+        momentum = 0.0 if self.direction == "midpoint" else 0.9
+        gradient_descent(
+            input, weight, target, PolyReLU().polynomial, nodes, shares, 0.1, 10, momentum,
+            capability=self.capability,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class CompiledKernel:
     """A compiled kernel. For AMD, registers are vector registers, stack and local accesses are scratch memory.
 
@@ -199,8 +239,9 @@ class CompiledKernel:
     def evaluation_loops(self) -> list[tuple[int, int]]:
         """Instructions and evaluations of PolyReLU in one iteration of each innermost loop that evaluates it (NVIDIA).
 
-        In the all-pairs loss: first the logits' loop, then in "backward" the rows' and the columns' gradient. There
-        every evaluation clamps the sum of two pre-activations, in one instruction.
+        In the all-pairs loss: first the logits' loop, then in "backward" the rows' and the columns' gradient. In
+        gradient descent: the logits' loop and the gradient's, whose evaluations serve both samples. Every evaluation
+        clamps the sum of two pre-activations, in one instruction.
         """
         return [(len(loop), loop.count("FADD.SAT")) for loop in self._evaluation_loops()]
 
@@ -223,13 +264,14 @@ class CompiledKernel:
     def row(self) -> dict[str, Any]:
         """Everything but the assembly, for a table or JSON.
 
-        Of the main loop, the first that evaluates the activation of the all-pairs loss, also its instructions, and what
+        Of the main loop, the first that evaluates the activation for pairs, also its instructions, and what
         share of them is arithmetic: as a loop's instructions issue one per cycle, the share of peak that it can reach.
         """
         row = {name: value for name, value in asdict(self).items() if name != "assembly"}
         row |= dict.fromkeys(_LOOP_COLUMNS)
         row["occupancy"] = self.occupancy()
-        loops = self._evaluation_loops() if self.kernel == "pairwise_mixup_loss" else []
+        pairs = self.kernel in ("pairwise_mixup_loss", "gradient_descent") and self.direction != "erm"
+        loops = self._evaluation_loops() if pairs else []
         if loops:
             (length, evaluations), *_ = self.evaluation_loops()
             arithmetic = sum(opcode.split(".")[0] in ("FADD", "FMUL", "FFMA", "FMNMX") for opcode in loops[0])
@@ -244,12 +286,17 @@ _SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "s
 _WARPS = {"sm_120": 48}
 
 
-#: the files of kernels/triton that hold kernels
-KERNELS = tuple(case.kernel for case in (PatchConvCase, PairwiseCase, MixupCase, CrossEntropyCase))
+#: the files of kernels/triton and kernels/cuda that hold kernels
+KERNELS = tuple(case.kernel for case in (PatchConvCase, PairwiseCase, MixupCase, CrossEntropyCase, GradientDescentCase))
 
 
 def shipped(target: str) -> list[Case]:
-    """Cases that cover every configuration that ships for a target, and every way in which a kernel is specialised."""
+    """Cases that cover every configuration that ships for a target, and every way in which a kernel is specialised.
+
+    Without NVRTC the CUDA C++ kernels are left out.
+    """
+    from mixfeat.kernels import cuda
+
     half, single, default = torch.bfloat16, torch.float32, PolyReLU()
     cases: list[Case] = [
         PatchConvCase("mix", dtype, 50, default, mix=mix) for dtype, mix in ((half, True), (single, False))
@@ -288,16 +335,28 @@ def shipped(target: str) -> list[Case]:
         cases += [CrossEntropyCase("dense", dtype, classes, 0.1) for classes in (10, 1000, 1001, 50257, 50304)]
         cases += [CrossEntropyCase("scale", dtype, classes) for classes in (1001, 50304)]
     cases += [CrossEntropyCase("count", single, 1000)]
+    backend, capability, _ = TARGETS[target]
+    if backend == "cuda" and cuda.unavailable() is None:
+        patches = 5 if target == "sm_120" else 12  # of the shared memory that there is
+        descent = partial(GradientDescentCase, dtype=single, capability=int(capability))
+        cases += [descent("midpoint", num_patches=patches)]
+        cases += [descent(objective, num_patches=min(patches, 8)) for objective in ("nodes", "erm")]
     return cases
 
 
 def compile_case(case: Case, target: str) -> CompiledKernel:
     """Compile one case for one target, in a process in which Triton does not interpret its kernels."""
+    launch = recorded_launch(case)
+    compile = _compile_cuda if isinstance(case, GradientDescentCase) else _compile_triton
+    config, resources = compile(launch, target)
+    return CompiledKernel(case.kernel, case.direction, _name(case.dtype), config, target, **resources)
+
+
+def _compile_triton(launch: Any, target: str) -> tuple[dict[str, Any], dict[str, Any]]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    launch = recorded_launch(case)
     signature, constants, attributes = {}, dict(launch.constants), {}
     for i, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.arguments, strict=False)):
         signature[name] = _type(value)
@@ -313,29 +372,17 @@ def compile_case(case: Case, target: str) -> CompiledKernel:
         target=GPUTarget(*TARGETS[target]),
         options=options,
     )
-    config = launch.constants | options
-    resources = _amd(compiled) if TARGETS[target][0] == "hip" else _nvidia(compiled.asm["cubin"])
-    return CompiledKernel(
-        case.kernel,
-        case.direction,
-        _name(case.dtype),
-        config,
-        target,
-        shared_bytes=compiled.metadata.shared,
-        **resources,
-    )
+    resources = _amd(compiled) if backend == "hip" else _nvidia(compiled.asm["cubin"])
+    return launch.constants | options, resources | {"shared_bytes": compiled.metadata.shared}
 
 
-def compile_cuda(launch: Any, target: str) -> CompiledKernel:
-    """Compile the CUDA C++ kernel of a recorded :class:`mixfeat.kernels.cuda.Launch` for one target."""
+def _compile_cuda(launch: Any, target: str) -> tuple[dict[str, Any], dict[str, Any]]:
     from mixfeat.kernels import cuda
 
     _, capability, warp_size = TARGETS[target]
     resources = _nvidia(cuda.compile(launch.kernel, launch.constants, int(capability)))
     config = dict(launch.constants) | {"num_warps": launch.threads // warp_size}
-    return CompiledKernel(
-        launch.kernel, "forward and backward", "float32", config, target, shared_bytes=launch.shared_bytes, **resources
-    )
+    return config, resources | {"shared_bytes": launch.shared_bytes}
 
 
 def compile_pool(jobs: int | None = None) -> ProcessPoolExecutor:
@@ -360,15 +407,14 @@ def _no_interpreter() -> None:
 
 def recorded_launch(case: Case) -> Any:
     """The launch that a case means."""
-    from mixfeat.kernels.triton import launch
-
-    previous = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(case.matmul_precision)
+    matmul = torch.backends.cuda.matmul
+    previous = matmul.fp32_precision
+    matmul.fp32_precision = "ieee" if case.matmul_precision == "highest" else "tf32"
     try:
-        with launch.record() as launches:
+        with case.record() as launches:
             case.call()
     finally:
-        torch.set_float32_matmul_precision(previous)
+        matmul.fp32_precision = previous
     return launches[case.place()]
 
 

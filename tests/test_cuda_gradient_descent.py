@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import hashlib
+import json
 import math
 import re
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, error
 
-from mixfeat import report
+from mixfeat import cli, report
 from mixfeat.activations import Identity, PolyReLU, Power, PowerReLU, ReLU
 from mixfeat.kernels import cuda
 from mixfeat.kernels.cpu.build import compiler
@@ -294,35 +295,41 @@ def recorded(one, activation, capability):
     return launches[0]
 
 
-TARGETS = ["sm_80", "sm_90", "sm_100", "sm_120"]
-COMPILED = {
-    "midpoint": DEFAULT,
-    "nodes": DEFAULT._replace(num_patches=8, nodes=(0.5, 0.67, 0.93), momentum=True),
-    "erm": DEFAULT._replace(num_patches=8, nodes=None, momentum=True),
-}
-
-
-@pytest.mark.parametrize("name", COMPILED)
-@pytest.mark.parametrize("target", TARGETS)
-def test_compiles_without_spills(nvrtc, target, name):
+@pytest.mark.parametrize("objective", ["midpoint", "nodes", "erm"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
+def test_compiles_without_spills(nvrtc, target, objective):
     pytest.importorskip("triton")  # has the disassembler
-    one = COMPILED[name]
-    if target == "sm_120":
-        one = one._replace(num_patches=5)
-    launch = recorded(one, PolyReLU(8, 0.1), capability=int(target[3:]))
-    row = report.compile_cuda(launch, target)
+    (case,) = (one for one in report.shipped(target) if (one.kernel, one.direction) == ("gradient_descent", objective))
+    row = report.compile_case(case, target)
     if cuda.nvrtc_version() >= (13, 0):
         assert (row.stack_bytes, row.local_loads, row.local_stores) == (0, 0, 0)
     else:  # older ones keep a few indices in memory
         assert row.stack_bytes <= 24
-    assert row.registers <= 65536 // launch.threads // 8 * 8
+    assert row.registers <= 65536 // row.config["THREADS"] // 8 * 8
     assert row.shared_bytes <= cuda.SHARED_KIB[int(target[3:])] << 10
     assert not re.search(r"_f64|\.F64|\bD(ADD|MUL|FMA|SETP)\b", row.assembly), "float64 instructions"
-    if (target, name) == ("sm_90", "midpoint"):
+    if (target, objective) == ("sm_90", "midpoint"):
         (logits, pairs), (gradient, unordered_pairs) = row.evaluation_loops()
         assert logits / pairs <= 7.0
         assert gradient / unordered_pairs <= 8.1
-        assert (row.registers, launch.threads, launch.shared_bytes) == (96, 640, 190988)
+        assert (row.registers, row.config["THREADS"], row.shared_bytes) == (96, 640, 190988)
+
+
+def test_is_in_the_report(nvrtc, tmp_path, capsys):
+    pytest.importorskip("triton")
+    file = tmp_path / "report.json"
+    assert cli.main(["compile-report", "--targets=sm_90", "--kernels=gradient_descent", f"--json={file}"]) == 0
+    rows = json.loads(file.read_text())["kernels"]
+    assert [row["direction"] for row in rows] == ["midpoint", "nodes", "erm"]
+    assert 6 < rows[0]["instructions_per_evaluation"] <= 7
+    assert "and NVRTC" in capsys.readouterr().out
+
+
+def test_the_report_says_why_it_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(cuda, "unavailable", lambda: "no NVRTC")
+    assert not any(case.kernel == "gradient_descent" for case in report.shipped("sm_90"))
+    assert cli.main(["compile-report", "--targets=sm_90", "--kernels=gradient_descent"]) == 2
+    assert "gradient_descent cannot be compiled here: no NVRTC" in capsys.readouterr().err
 
 
 def test_keeps_what_it_compiled(nvrtc, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import mixfeat
 from mixfeat import report, validate
 from mixfeat.cli.common import Commands, RefusedError, add_command, writable_file, write_json
 from mixfeat.cli.info import environment
+from mixfeat.kernels import cuda
 
 __all__ = ["add_commands"]
 
@@ -37,9 +38,9 @@ def add_commands(commands: Commands) -> None:
         commands,
         "compile-report",
         _compile_report,
-        help="what the compilers make of the Triton kernels; needs no GPU",
-        description="Compile every Triton configuration that ships and print registers, stack, memory accesses and the "
-        "instructions of main loops. The exit status is 1 if anything spills.",
+        help="what the compilers make of the GPU kernels; needs no GPU",
+        description="Compile every Triton configuration that ships, and the CUDA C++ kernel, and print registers, "
+        "stack, memory accesses and the instructions of main loops. The exit status is 1 if anything spills.",
     )
     for name, known in (("targets", report.TARGETS), ("kernels", report.KERNELS)):
         text = f"of {', '.join(known)}, separated by commas (default: all)"
@@ -96,6 +97,11 @@ def _compile_report(args: argparse.Namespace) -> int:
         import triton
     except ModuleNotFoundError as error:
         raise RefusedError(f"{error.name} is missing: pip install triton") from None
+    reason = cuda.unavailable()
+    if reason and "gradient_descent" in lists["kernels"]:
+        if lists["kernels"] == ["gradient_descent"]:
+            raise RefusedError(f"gradient_descent cannot be compiled here: {reason}")
+        print(f"gradient_descent is left out: {reason}\n")
     form = "{:<7}  {:>4}  {:>5}  {:>6}  {:>6}  {:>7}  {:>8}  {:>9}  {:>6}  {}"
     print(
         form.format("target", "regs", "stack", "shared", "LDL+STL", "matrix", "16 bytes", "occupancy", "/eval", "case")
@@ -112,6 +118,8 @@ def _compile_report(args: argparse.Namespace) -> int:
             "" if per_evaluation is None else f"{per_evaluation:.2f}", case,
         ), flush=True)  # fmt: skip
     spilling = [row for row in rows if row["stack_bytes"] or row["local_loads"] or row["local_stores"]]
-    print(f"\n{len(rows)} kernels compiled by triton {triton.__version__}, {len(spilling)} of which spill")
-    write_json(json_file, {"triton": triton.__version__, "kernels": rows})
+    nvrtc = None if reason else ".".join(map(str, cuda.nvrtc_version()))
+    compilers = f"triton {triton.__version__}" + (f" and NVRTC {nvrtc}" if nvrtc else "")
+    print(f"\n{len(rows)} kernels compiled by {compilers}, {len(spilling)} of which spill")
+    write_json(json_file, {"triton": triton.__version__, "NVRTC": nvrtc, "kernels": rows})
     return 1 if spilling else 0
