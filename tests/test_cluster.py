@@ -33,6 +33,7 @@ def cluster():
         distributed.LocalCluster(n_workers=0, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
     ):
         patch.setenv("PYTHONPATH", paths)
+        patch.setattr(engine, "_CONNECT_SECONDS", 120)  # a busy machine may take more than the default
         cluster.scale(2)
         cluster.wait_for_workers(2, timeout=120)
         yield cluster
@@ -85,7 +86,7 @@ def test_schedulers_that_cannot_be_reached(address, tmp_path, monkeypatch, capsy
 
 
 def test_idle_and_lost_schedulers(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "_CONNECT_SECONDS", 120)  # a busy machine may take more than the default
+    monkeypatch.setattr(engine, "_CONNECT_SECONDS", 120)  # as above
     monkeypatch.setattr(engine, "_FIRST_WORKER_SECONDS", 1)
     monkeypatch.setattr(engine, "CHUNK_SECONDS", 0.1)
     command = [sys.executable, "-c", "from distributed.cli.dask_scheduler import main; main()"]
