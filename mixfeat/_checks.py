@@ -134,12 +134,19 @@ def activation(value: Any) -> None:
 
 
 def is_strided(value: Any) -> bool:
-    """Whether a value is a tensor that is neither sparse nor nested."""
-    return isinstance(value, Tensor) and value.layout == torch.strided
+    """Whether a value is a tensor that is neither sparse nor nested nor distributed."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not is_distributed(value)
+
+
+def is_distributed(value: Tensor) -> bool:
+    """Whether a tensor is a DTensor, as the parameters of a module that FSDP2 shards are outside of its forward."""
+    return type(value) not in (Tensor, torch.nn.Parameter) and hasattr(value, "full_tensor")
 
 
 def kind(value: Any) -> str:
     """Describe a value of the wrong kind."""
+    if isinstance(value, Tensor) and is_distributed(value):
+        return "a DTensor: call the operator in the forward of the module that FSDP shards, or pass full_tensor()"
     if isinstance(value, Tensor):
         return str(value.dtype if value.layout == torch.strided else value.layout)
     return type(value).__name__

@@ -120,7 +120,12 @@ class PairwiseMixupLoss(nn.Module):
         """
         weight, activation = getattr(model, "weight", None), getattr(model, "activation", None)
         if not isinstance(weight, Tensor) or not isinstance(activation, Activation):
-            raise TypeError(f"model must be a TwoLayerPatchCNN, or have its weight and activation, got {model!r}")
+            wraps = isinstance(getattr(model, "module", None), nn.Module)
+            hint = ", which wraps a model: pass its .module, or wrap a module that calls this loss" if wraps else ""
+            raise TypeError(
+                "model must be a TwoLayerPatchCNN, or have its weight and activation, got a "
+                f"{type(model).__name__}{hint}"
+            )
         return functional.pairwise_mixup_loss(
             input, weight, target, activation, lam=self.lam, lam_weight=self.lam_weight, group=self.group
         )

@@ -94,6 +94,56 @@ dist.destroy_process_group()
         assert rank.returncode == 0, stderr.decode()
 
 
+def test_fully_sharded_data_parallel(run_python):
+    """FSDP2 around a module that calls the loss trains; outside of a forward its parameters are refused by name."""
+    run_python("""
+import pytest, torch, torch.distributed as dist, mixfeat as mf
+from torch.distributed.fsdp import fully_shard
+
+class Objective(torch.nn.Module):
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, input, target):
+        return self.loss(self.model, input, target)
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+model, loss = mf.TwoLayerPatchCNN(3, 2, 4, mf.PolyReLU(2, 1.0)), mf.PairwiseMixupLoss()
+x, y, labels = torch.randn(5, 2, 4), torch.arange(5) % 3, torch.arange(5)
+expected = loss(model, x, y)
+expected.backward()
+grad = model.weight.grad.clone()
+model.zero_grad()
+sharded = Objective(model, loss)
+fully_shard(sharded)
+found = sharded(x, y)
+found.backward()
+torch.testing.assert_close(found, expected)
+torch.testing.assert_close(model.weight.grad.full_tensor(), grad)
+dtensor = model.weight
+advice = "got a DTensor: call the operator in the forward of the module that FSDP shards, or pass full_tensor"
+for name, call in {
+    "weight": lambda: loss(model, x, y),
+    "input": lambda: mf.mixup(dtensor, labels[:3], 0.5),
+    "target_a": lambda: mf.mixup_cross_entropy(x[0], dtensor, labels[:2], 0.5),
+}.items():
+    with pytest.raises(TypeError, match=f"{name} must be an? .*tensor.*, {advice}"):
+        call()
+mf.patch_conv(x, dtensor.full_tensor(), mf.ReLU()).sum().backward()
+dist.destroy_process_group()
+""")
+
+
+@pytest.mark.parametrize("wrapper", [torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel])
+def test_wrapped_models_are_refused_with_advice(wrapper):
+    model = wrapper(mf.TwoLayerPatchCNN(3, 2, 4, POLY))
+    x, y = torch.randn(5, 2, 4), torch.arange(5) % 3
+    with pytest.raises(TypeError, match=rf"got a {wrapper.__name__}, which wraps a model: pass its \.module"):
+        mf.PairwiseMixupLoss()(model, x, y)
+    mf.PairwiseMixupLoss()(model.module, x, y)
+
+
 @pytest.mark.parametrize(
     ("args", "kwargs", "error", "message"),
     [
