@@ -61,7 +61,7 @@ def test_gradcheck(backend, case):
     """Backward, forward, batched and twice, against finite differences."""
     call, tensors = case
     assert gradcheck(lambda *t: call(mf, *t), tensors, check_forward_ad=True, check_batched_grad=True)
-    assert gradgradcheck(lambda *t: call(mf, *t), tensors)
+    assert gradgradcheck(lambda *t: call(mf, *t), tensors, fast_mode=True)  # along random directions
 
 
 @pytest.mark.parametrize("transform", ["grad", "jacrev", "jacfwd", "hessian", "jvp", "vjp"])
@@ -145,3 +145,31 @@ def test_memory_of_a_second_derivative_is_linear_in_the_samples():
             most = max(most, held)
     pairs = 4 * n * n * p * c * m
     assert most < 12 * min(pairs, 4 * 2**24)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_flops_are_counted(backend, compiled):
+    """The matrix products' FLOPs: of patch_conv as PyTorch counts its definition's, of pairs those of N samples."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def count(call, *tensors):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        with FlopCounterMode(display=False) as counter:
+            call(*leaves).sum().backward()
+        return counter.get_total_flops()
+
+    x, w = (t.detach() for t in inputs("xw"))
+    runs = torch.randn(5, *w.shape, dtype=w.dtype)
+    for weights in (w, runs):
+        torch._dynamo.reset()
+        functions = [lambda x, w: mf.patch_conv(x, w, PHI), lambda x, w: mf.pairwise_mixup_loss(x, w, TARGET, PHI)]
+        conv, pairs = map(torch.compile, functions) if compiled else functions
+        products = 2 * x.numel() * weights.numel() // x.shape[-1]
+        assert (
+            count(conv, x, weights) == count(lambda x, w: reference.patch_conv(x, w, PHI), x, weights) == 3 * products
+        )
+        assert count(pairs, x, weights) == 3 * products
+    with FlopCounterMode(display=False) as counter:
+        mf.gradient_descent(x, w, TARGET, PHI, lr=0.1, steps=7)
+        mf.mixup(x, INDEX, LAM)
+    assert counter.get_total_flops() == 7 * 4 * x.numel() * w.numel() // x.shape[-1]

@@ -5,6 +5,7 @@ bit. It works in float32 and float64; callers cast half precision.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -199,6 +200,13 @@ def _backward(*_: Any) -> tuple[None, ...]:
     raise RuntimeError(_NOT_DIFFERENTIABLE)
 
 
+def _flops(input: Tensor, weight: Tensor, *rest: Any) -> int:
+    """Operations of the products of all patches with all filters, two of them a step."""
+    *_, steps, _, _, _ = rest
+    filters = weight.shape[-3] * weight.shape[-2]
+    return 4 * steps * count_runs(input, weight) * math.prod(input.shape[-3:]) * filters
+
+
 _gradient_descent = Operator(
     "gradient_descent(Tensor input, Tensor weight, Tensor target, Tensor? lam, Tensor? lam_weight, "
     "float[] polynomial, Tensor lr, SymInt steps, float momentum, float weight_decay, Tensor? momentum_buffer) "
@@ -208,4 +216,5 @@ _gradient_descent = Operator(
     differentiable=("input", "weight"),
     setup_context=lambda ctx, inputs, output: None,
     backward=_backward,
+    flops=_flops,
 )

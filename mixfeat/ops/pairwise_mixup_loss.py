@@ -214,6 +214,16 @@ def _fake(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Te
     return loss, input_grad, weight_grad
 
 
+def _flops(input: Tensor, weight: Tensor, *rest: Any) -> int:
+    """Operations of the products of all patches with all filters, of pre-activations and of wanted gradients.
+
+    The sums over pairs are no matrix products.
+    """
+    patches = input.shape[-3] * input.shape[-2]
+    filters = weight.shape[-3] * weight.shape[-2]
+    return 2 * (1 + sum(rest[-2:])) * count_runs(input, weight) * patches * input.shape[-1] * filters
+
+
 _pairwise_mixup_loss = Operator(
     "pairwise_mixup_loss(Tensor input, Tensor weight, Tensor target, Tensor lam, Tensor lam_weight, "
     "float[] polynomial, str group, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor)",
@@ -225,4 +235,5 @@ _pairwise_mixup_loss = Operator(
     backward=_backward,
     recorded_backward=_recorded_backward,
     definition=_definition,
+    flops=_flops,
 )

@@ -184,11 +184,18 @@ def _definition(
     return reference.patch_conv(x, w, Polynomial.of(fields), index=index, lam=lam).to(input.dtype)
 
 
+def _flops(input: Tensor, weight: Tensor, products: int) -> int:
+    """The operations of products of all patches with all filters, 2 R N P D C M each."""
+    runs = weight.shape[0] if input.dim() == 3 and weight.dim() == 4 else 1
+    return 2 * products * runs * input.numel() * weight.shape[-3] * weight.shape[-2]
+
+
 _patch_conv_backward = Operator(
     "patch_conv_backward(Tensor grad, Tensor slope, Tensor input, Tensor weight, Tensor? index, Tensor? lam, "
     "float[] polynomial, bool need_input, bool need_weight) -> (Tensor, Tensor)",
     forward=_backward,
     fake=_backward_fake,
+    flops=lambda grad, slope, input, weight, *rest: _flops(input, weight, sum(rest[-2:])),
 )
 _patch_conv = Operator(
     "patch_conv(Tensor input, Tensor weight, Tensor? index, Tensor? lam, float[] polynomial, SymInt saved) "
@@ -201,4 +208,5 @@ _patch_conv = Operator(
     backward=lambda ctx, grad, needs: _patch_conv_backward.outputs(grad, *ctx.saved_tensors, ctx.fields, *needs),
     recorded_backward=_recorded_backward,
     definition=_definition,
+    flops=lambda input, weight, *rest: _flops(input, weight, 1),
 )

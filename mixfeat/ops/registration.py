@@ -50,6 +50,8 @@ class Operator:
         recorded_backward: the same in plain PyTorch, for gradients that are to be differentiated again.
         definition: ``definition(*args)`` returns the result in plain PyTorch. It serves the transforms of
             :mod:`torch.func` and forward-mode differentiation.
+        flops: ``flops(*args)`` returns the floating-point operations of the matrix products, which is what
+            :class:`torch.utils.flop_counter.FlopCounterMode` counts. An operator without any needs none.
     """
 
     def __init__(
@@ -64,13 +66,14 @@ class Operator:
         backward: Callable[..., Sequence[Tensor | None]] | None = None,
         recorded_backward: Callable[..., Sequence[Tensor | None]] | None = None,
         definition: Callable[..., Tensor] | None = None,
+        flops: Callable[..., int] = lambda *args: 0,
     ) -> None:
         self.name = schema[: schema.index("(")]
         qualified = f"mixfeat::{self.name}"
         torch.library.define(qualified, schema[len(self.name) :], tags=torch.Tag.pt2_compliant_tag)
         self.overload = getattr(torch.ops.mixfeat, self.name).default
         self.forward = forward
-        self._request, self._setup_context, self._definition = request, setup_context, definition
+        self._request, self._setup_context, self._definition, self._flops = request, setup_context, definition, flops
         self._backward, self._recorded_backward = backward, recorded_backward
         arguments = [argument.name for argument in self.overload._schema.arguments]
         self._num_arguments = len(arguments)
@@ -97,7 +100,7 @@ class Operator:
         else:
             if self._apply is None and self._request is not None and torch.is_grad_enabled():
                 args = self._request(args)
-            output = self.overload(*args)
+            output = self._dispatched(*args)
         return output[0] if self._several else output
 
     def outputs(self, *args: Any) -> Any:
@@ -106,6 +109,17 @@ class Operator:
             return self.forward(*args)
         if self._definition is None and _has_tangent(args):
             raise NotImplementedError(f"{self.name} has no forward-mode derivative (jvp, jacfwd)")
+        return self._dispatched(*args)
+
+    def _dispatched(self, *args: Any) -> Any:
+        """Call through PyTorch's dispatcher.
+
+        Its module of FLOP counters imports Triton, which decides then whether it interprets: so a formula is not
+        registered with it ahead, but with each counter that is active at a call.
+        """
+        if not torch.compiler.is_compiling():
+            for registry in _flop_registries():
+                registry.setdefault(self.overload.overloadpacket, lambda *args, out_val=None: self._flops(*args))
         return self.overload(*args)
 
     def backward(self, ctx: Any, grad: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
@@ -206,6 +220,7 @@ def _private(owner: Any, name: str) -> Any:
 
 _below_autograd = _private(torch._C, "_AutoDispatchBelowAutograd")
 _num_dispatch_modes = _private(torch._C, "_len_torch_dispatch_stack")
+_dispatch_modes = _private(torch.utils._python_dispatch, "_get_current_dispatch_mode_stack")
 _transforms_are_active = _private(torch._C, "_are_functorch_transforms_active")
 _keep_graph = _private(_private(torch._C, "_autograd"), "_get_current_graph_task_keep_graph")
 _default_hooks = _private(_private(torch._C, "_autograd"), "_top_saved_tensors_default_hooks")
@@ -231,6 +246,13 @@ def _has_tangent(args: Sequence[Any]) -> bool:
     if torch.compiler.is_compiling() or (_knows_forward_mode and forward_ad._current_level < 0):
         return False
     return any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args)
+
+
+def _flop_registries() -> list[dict[Any, Any]]:
+    """The formulas of the FLOP counters that are active."""
+    modes = [] if _dispatch_modes is None else _dispatch_modes()
+    registries = (getattr(getattr(mode, "counter", None), "flop_registry", None) for mode in modes)
+    return [registry for registry in registries if registry is not None]
 
 
 def is_batched(grad: Tensor) -> bool:
