@@ -108,6 +108,7 @@ def test_command_without_a_run(document, tmp_path, capsys):
 def bench(tmp_path, monkeypatch):
     """Run `mixfeat bench` as far as it goes; its exit status and document."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--an-option-for-other-tests")
 
     def run(*arguments):
         out = tmp_path / "bench.json"

@@ -119,6 +119,7 @@ def test_methods_can_follow_one_another(reproduce):
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
         (["--methods", "magic"], "argument --methods: invalid choice: 'magic'"),
         (["--device", "abacus"], "device must be a torch device of this machine, got 'abacus'"),
+        (["--device", "meta"], "device must be a torch device of this machine, got 'meta'"),
         (["--dtype", "int8"], "dtype must be float32 or float64, got 'int8'"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["--jobs", "all"], "argument --jobs: invalid int value: 'all'"),

@@ -142,6 +142,7 @@ def test_any_two_numeric_settings():
         (["--steps", "2"], "degree 2, init_scale 0.5: steps must be at least evaluations = 3, got 2"),
         (["--methods", "magic"], "argument --methods: invalid choice: 'magic'"),
         (["--device", "abacus"], "device must be a torch device of this machine, got 'abacus'"),
+        (["--device", "meta"], "device must be a torch device of this machine, got 'meta'"),
     ],
 )
 def test_bad_requests(run, options, message, tmp_path):

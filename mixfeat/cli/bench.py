@@ -103,6 +103,7 @@ def _run_benchmarks(args: argparse.Namespace, folder: Path) -> tuple[dict[str, A
         command += ["-k", args.filter] if args.filter else []
         paths = [str(files[suite]) for suite in args.suite or files]
         variables = {"MIXFEAT_BENCH_OUT": str(lines), "MIXFEAT_BENCH_SECONDS": str(args.seconds)}
+        variables |= {"PYTEST_ADDOPTS": "", "PYTEST_PLUGINS": ""}  # are for the user's own tests
         process = subprocess.Popen([*command, *paths], env=os.environ | variables)
         try:
             status = process.wait(args.limit)

@@ -52,7 +52,7 @@ class BaseSettings:
         if self.device == "auto":
             self._set("device", "cuda" if torch.cuda.is_available() else "cpu")
         try:
-            torch.empty(0, device=self.device)
+            torch.zeros((), device=self.device).item()  # which a meta tensor does not have
         except (RuntimeError, AssertionError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device must be a torch device of this machine, got {self.device!r}: {reason}") from None
