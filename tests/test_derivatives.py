@@ -62,6 +62,11 @@ def test_gradcheck(backend, case):
     call, tensors = case
     assert gradcheck(lambda *t: call(mf, *t), tensors, check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(lambda *t: call(mf, *t), tensors, fast_mode=True)  # along random directions
+    for place, one in enumerate(tensors if len(tensors) > 1 else ()):  # with the others constant
+        others = [t.detach() for t in tensors]
+        assert gradgradcheck(
+            lambda t, at=place, rest=others: call(mf, *rest[:at], t, *rest[at + 1 :]), one, fast_mode=True
+        )
 
 
 @pytest.mark.parametrize("transform", ["grad", "jacrev", "jacfwd", "hessian", "jvp", "vjp"])

@@ -17,7 +17,7 @@ from mixfeat.kernels.polynomial import Polynomial
 
 __all__ = [
     "mixup", "mixup_backward", "mixup_cross_entropy_rows", "pairwise_mixup_block", "pairwise_mixup_loss", "patch_conv",
-    "patch_conv_backward", "soft_target_cross_entropy_rows",
+    "patch_conv_backward", "patch_conv_double_backward", "soft_target_cross_entropy_rows",
 ]  # fmt: skip
 
 
@@ -77,6 +77,64 @@ def patch_conv_backward(
     if index is not None and lam is not None:
         input_grad = _spread(input_grad, index, lam, -3)
     return input_grad, weight_grad
+
+
+def patch_conv_double_backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    lam: Tensor | None,
+    polynomial: Polynomial,
+    input_factor: Tensor | None,
+    weight_factor: Tensor | None,
+    need_input: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients to ``grad``, input and weight of what :func:`patch_conv_backward` returns, weighted by two factors::
+
+    A          = <u, dL/dx> + <v, dL/dw>,  u = input_factor, v = weight_factor; None is 0
+    r[n,p,c,m] = <u[n,p], w[c,m]> + <z[n,p], v[c,m]>, where u is mixed as z is
+    H[n,p,c,m] = dL/dg[n,c] phi''(s[n,p,c,m]) r[n,p,c,m]
+    dA/dG[n,c] = sum_{p,m} phi'(s[n,p,c,m]) r[n,p,c,m]
+    dA/dw[c,m] = sum_{n,p} H[n,p,c,m] z[n,p] + E[n,p,c,m] u[n,p]
+    dA/dz[n,p] = sum_{c,m} H[n,p,c,m] w[c,m] + E[n,p,c,m] v[c,m]
+    """
+    z, u, v = input, input_factor, weight_factor
+    if index is not None and lam is not None:
+        index, lam = _existing(index, lam, input.shape[-3])
+        z = reference.mixup(input, index, lam, dim=-3)
+        u = None if u is None else reference.mixup(u, index, lam, dim=-3)
+
+    def of_samples(grad: Tensor, z: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        products = [
+            torch.einsum("...npd,...cmd->...npcm", x, w) for x, w in ((u, weight), (z, v)) if None not in (x, w)
+        ]
+        r, s = sum(products[1:], products[0]), torch.einsum("...npd,...cmd->...npcm", z, weight)
+        slope, g = polynomial.slope(s), grad[..., :, None, :, None]
+        h = g * (polynomial.curvature(s) * r)
+        weight_grad = torch.einsum("...npcm,...npd->...cmd", h, z)
+        if u is not None:
+            weight_grad = weight_grad + torch.einsum("...npcm,...npd->...cmd", g * slope, u)
+        z_grad = None
+        if need_input:
+            z_grad = torch.einsum("...npcm,...cmd->...npd", h, weight)
+            if v is not None:
+                z_grad = z_grad + torch.einsum("...npcm,...cmd->...npd", g * slope, v)
+        return (slope * r).sum((-3, -1)), z_grad, weight_grad.sum_to_size(weight.shape)
+
+    step = num_samples = input.shape[-3]
+    if input.device.type == "cpu":  # what fits a cache takes less than new memory for all
+        step = 2**16 * num_samples // max(1, grad.numel() * input.shape[-2] * weight.shape[-2])
+    step = max(1, step)
+    factors = [None] * max(1, num_samples) if u is None else u.split(step, -3)
+    parts = [of_samples(*part) for part in zip(grad.split(step, -2), z.split(step, -3), factors, strict=False)]
+    grad_grads, z_grads, weight_grads = zip(*parts, strict=True)
+    input_grad = None
+    if need_input:
+        input_grad = torch.cat(z_grads, -3).sum_to_size(input.shape)
+        if index is not None and lam is not None:
+            input_grad = _spread(input_grad, index, lam, -3)
+    return torch.cat(grad_grads, -2), input_grad, torch.stack(weight_grads).sum(0)
 
 
 def pairwise_mixup_block(

@@ -13,7 +13,7 @@ from torch import Tensor
 from mixfeat import _checks, backends, reference
 from mixfeat.kernels.polynomial import Polynomial
 from mixfeat.ops import fallback
-from mixfeat.ops.registration import Operator
+from mixfeat.ops.registration import Operator, is_batched, is_transformed
 
 __all__ = ["patch_conv"]
 
@@ -170,8 +170,35 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(output[1], input, weight, index, lam)
 
 
-def _recorded_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
+class _RecordedBackward(torch.autograd.Function):
+    """The backward pass, which can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, outer: Any, needs: Sequence[bool], grad: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+        ctx.fields = outer.fields
+        ctx.save_for_backward(grad, *saved)
+        ctx.set_materialize_grads(False)
+        with backends.as_chosen(outer.chosen):
+            grads = _patch_conv_backward.outputs(grad, *saved, outer.fields, *needs)
+        return tuple(value if need else None for value, need in zip(grads, needs, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *factors: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, slope, input, weight, index, lam = ctx.saved_tensors
+        if factors == (None, None):
+            return (None,) * 8
+        g, x, w = (t.to(slope.dtype) for t in (grad, input, weight))
+        u, v = (None if t is None else t.to(slope.dtype) for t in factors)
+        polynomial, need_input = Polynomial.of(ctx.fields), ctx.needs_input_grad[4]
+        grads = fallback.patch_conv_double_backward(g, x, w, index, lam, polynomial, u, v, need_input)
+        g, x, w = (None if d is None else d.to(t.dtype) for d, t in zip(grads, (grad, input, weight), strict=True))
+        return None, None, g, None, x, w, None, None
+
+
+def _recorded_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
     slope, input, weight, index, lam = ctx.saved_tensors
+    if not (is_transformed((grad,)) or is_batched(grad)):
+        return _RecordedBackward.apply(ctx, needs, grad, *ctx.saved_tensors)
     g, x, w = (t.to(slope.dtype) for t in (grad, input, weight))
     input_grad, weight_grad = fallback.patch_conv_backward(g, x, w, index, lam, Polynomial.of(ctx.fields))
     return input_grad.to(input.dtype), weight_grad.to(weight.dtype)

@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 
 from mixfeat import backends
 
-__all__ = ["Operator", "forbid_backward", "graph_is_kept", "is_batched", "saved_tensors_are_hooked"]
+__all__ = ["Operator", "forbid_backward", "graph_is_kept", "is_batched", "is_transformed", "saved_tensors_are_hooked"]
 
 
 class Operator:
@@ -95,7 +95,7 @@ class Operator:
                     if args[place].requires_grad:
                         return self._apply(True, *args)
             output = self.forward(*args)
-        elif self._definition is not None and _is_transformed(args):
+        elif self._definition is not None and is_transformed(args):
             return self._definition(*args)
         else:
             if self._apply is None and self._request is not None and torch.is_grad_enabled():
@@ -127,7 +127,7 @@ class Operator:
         grads: list[Tensor | None] = [None] * self._num_arguments
         if grad is None or self._backward is None:
             return grads
-        if self._recorded_backward is not None and (torch.is_grad_enabled() or _is_transformed((grad,))):
+        if self._recorded_backward is not None and (torch.is_grad_enabled() or is_transformed((grad,))):
             found = self._recorded_backward(ctx, grad, needs)
         else:
             with backends.as_chosen(ctx.chosen):
@@ -235,7 +235,7 @@ _knows_the_state = (
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _is_transformed(args: Sequence[Any]) -> bool:
+def is_transformed(args: Sequence[Any]) -> bool:
     """Whether a transform of :mod:`torch.func`, or forward-mode differentiation of one of the arguments, is active."""
     if torch.compiler.is_compiling():
         return False
