@@ -280,5 +280,7 @@ def soft_target_cross_entropy_rows(input: Tensor, label: Tensor, need_grad: bool
 
 def _cross_entropy_grad(input: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
     """The gradient of rows of cross-entropies, 0 in those that do not count."""
-    grad = input.softmax(1) * label.sum(1, keepdim=True) - label
+    p = input.softmax(1)
+    p = p / p.sum(1, keepdim=True)  # softmax adds up long rows with less care than sum
+    grad = p * label.sum(1, keepdim=True) - label
     return grad if counts is None else grad.where(counts, 0)
