@@ -254,17 +254,51 @@ def classes(name: str, target: Any, shape: tuple[int, ...], device: torch.device
     same_device(name, target, device)
 
 
+def any_target(name: str, target: Any, samples: int, device: torch.device) -> None:
+    """Check classes (N, ...) or floating targets (N,C,...) of ``samples`` samples."""
+    if not is_strided(target) or not (target.dtype == torch.int64 or target.is_floating_point()):
+        raise TypeError(f"{name} must be an int64 tensor of classes, or floating, got {kind(target)}")
+    if target.shape[:1] != (samples,) or (target.is_floating_point() and target.dim() < 2):
+        wanted = f"({samples},C,...)" if target.is_floating_point() else f"({samples},) or ({samples},...)"
+        raise ValueError(f"{name} must have shape {wanted}, got {tuple(target.shape)}")
+    same_device(name, target, device)
+
+
 def mixing(index: Any, lam: Any, samples: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Check partners and their weights for ``samples`` samples; return lam as :func:`sample_lam`."""
     if index is None:
         raise ValueError(f"index is needed where lam is given (lam = {lam})")
     if lam is None:
         raise ValueError("lam is needed where index is given; lam = 0.5 is Midpoint Mixup")
+    pairing(index, samples, device)
+    return sample_lam(lam, samples, device, dtype)
+
+
+def pairing(index: Any, samples: int, device: torch.device) -> None:
+    """Check one partner for each of ``samples`` samples."""
     int64_tensor("index", index)
     if index.shape != (samples,):
         raise ValueError(f"index must have shape ({samples},), one partner for each sample, got {tuple(index.shape)}")
     same_device("index", index, device)
-    return sample_lam(lam, samples, device, dtype)
+
+
+def image_shape(shape: Any, name: str = "input_shape") -> tuple[int, int, int, int]:
+    """Check a batch of images' shape."""
+    if isinstance(shape, str) or not isinstance(shape, Sequence):
+        raise TypeError(f"{name} must be a shape (N,ch,H,W), got {shape!r}")
+    if len(shape) != 4:
+        wanted = "must be" if name == "input_shape" else "must have shape"
+        raise ValueError(f"{name} {wanted} (N,ch,H,W), got {tuple(shape)}")
+    num_samples, channels, height, width = (integer(f"{name}[{i}]", size, 0) for i, size in enumerate(shape))
+    return num_samples, channels, height, width
+
+
+def box(value: Any, samples: int, device: torch.device) -> None:
+    """Check a box (4,), or one for each of ``samples`` images. :func:`box_values` reads them."""
+    int64_tensor("box", value)
+    if value.shape not in ((4,), (samples, 4)):
+        raise ValueError(f"box must have shape (4,) or ({samples},4): y0, y1, x0, x1; got {tuple(value.shape)}")
+    same_device("box", value, device)
 
 
 def sample_lam(lam: Any, samples: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -346,11 +380,33 @@ def sampling(alpha_: Any, lam: Any, generator_: Any) -> tuple[float, float | Non
     return checked
 
 
-def logits(input: Any) -> None:
-    """Check logits (N,C)."""
-    float_tensor("input", input)
-    if input.dim() != 2 or input.shape[1] == 0:
-        raise ValueError(f"input must have shape (N,C) with C at least 1, got {tuple(input.shape)}")
+def logits(input: Any, name: str = "input", *, dense: bool = False) -> None:
+    """Check logits (N,C), or also (N,C,d1,...) of a ``dense`` prediction."""
+    float_tensor(name, input)
+    if (input.dim() != 2 and not (dense and input.dim() > 2)) or input.shape[1] == 0:
+        shape = "(N,C) or (N,C,d1,...)" if dense else "(N,C)"
+        raise ValueError(f"{name} must have shape {shape} with C at least 1, got {tuple(input.shape)}")
+
+
+def dense_classes(name: str, target: Any, shape: tuple[int, ...], device: torch.device) -> None:
+    """Check one class for each position of a dense prediction."""
+    int64_tensor(name, target, " of classes")
+    if target.shape != shape:
+        of = "sample" if len(shape) == 1 else "position"
+        raise ValueError(f"{name} must have shape {tuple(shape)}, one class for each {of}, got {tuple(target.shape)}")
+    same_device(name, target, device)
+
+
+def class_weight(name: str, value: Any, input: Tensor) -> Tensor:
+    """Check a weight for each class of logits; return it in the dtype in which they are accumulated."""
+    floating(name, value)
+    if value.shape != input.shape[1:2]:
+        raise ValueError(
+            f"{name} must have shape ({input.shape[1]},), one weight for each class, got {tuple(value.shape)}"
+        )
+    same_device(name, value, input.device)
+    constant(name, value, "gradients flow to input only (detach it)")
+    return value.to(accumulation(input.dtype))
 
 
 def soft_target(target: Any, input: Tensor) -> None:
@@ -404,13 +460,29 @@ def lr_values(lr_: Tensor) -> None:
 def partners(index: Tensor, lam: Tensor, samples: int) -> Tensor:
     """Refuse partners outside [0, samples) and their weights outside [0, 1]; return the partners contiguous."""
     lam_values(lam)
+    return partner_values(index, samples)
+
+
+def partner_values(index: Tensor, samples: int) -> Tensor:
+    """Refuse partners outside [0, samples); return them contiguous."""
     _within("index", index, samples)
     return index.contiguous()
 
 
-def class_values(target: Tensor, num_classes: int) -> None:
+def box_values(box_: Tensor, height: int, width: int) -> None:
+    """Refuse boxes that are not inside images of this size."""
+    if box_.device.type == "cpu":
+        for edges in box_.reshape(-1, 4).tolist():
+            y0, y1, x0, x1 = edges
+            if not (0 <= y0 <= y1 <= height and 0 <= x0 <= x1 <= width):
+                raise ValueError(
+                    f"box must have 0 <= y0 <= y1 <= H = {height} and 0 <= x0 <= x1 <= W = {width}, got {edges}"
+                )
+
+
+def class_values(target: Tensor, num_classes: int, name: str = "target") -> None:
     """Refuse classes outside [0, num_classes)."""
-    _within("target", target, num_classes)
+    _within(name, target, num_classes)
 
 
 def _within(name: str, value: Tensor, size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from mixfeat import _checks
 from mixfeat.activations import Activation
 from mixfeat.ops import cross_entropy, sharding
+from mixfeat.ops.binary_cross_entropy import mixup_binary_cross_entropy as _mixup_binary_cross_entropy
+from mixfeat.ops.cutmix import cutmix as _cutmix
 from mixfeat.ops.gradient_descent import gradient_descent as _gradient_descent
 from mixfeat.ops.mixup import mixup as _mixup
 from mixfeat.ops.pairwise_mixup_loss import pairwise_mixup_loss as _pairwise_mixup_loss
@@ -19,8 +22,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # not there in every build of PyTorch
 
 __all__ = [
-    "beta_quadrature", "gradient_descent", "mixup", "mixup_cross_entropy", "pairwise_mixup_loss", "patch_conv",
-    "sample_mixup", "soft_target_cross_entropy",
+    "beta_quadrature", "cutmix", "gradient_descent", "mixup", "mixup_accuracy", "mixup_binary_cross_entropy",
+    "mixup_cross_entropy", "pairwise_mixup_loss", "patch_conv", "sample_cutmix", "sample_mixup",
+    "soft_target_cross_entropy",
 ]  # fmt: skip
 
 
@@ -281,27 +285,90 @@ def sample_mixup(
     """
     num_samples = _checks.integer("num_samples", num_samples, 0)
     alpha, lam = _checks.sampling(alpha, lam, generator)
+    target, source = _devices(device, generator)
+    index = _draw_partners(num_samples, generator, source)
+    shape = (num_samples,) if per_sample else ()
+    if lam is None:
+        weight = _draw_beta(alpha, shape, generator, source).float()
+    else:
+        weight = torch.full(shape, lam, dtype=torch.float32, device=target)
+    return index.to(target), weight.to(target)
+
+
+def sample_cutmix(
+    input_shape: Sequence[int],
+    alpha: float = 1.0,
+    *,
+    per_sample: bool = False,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw a partner for each image of a batch, and the box that they paste: what :func:`cutmix` takes.
+
+    With r ~ Beta(alpha, alpha) the box has sides sqrt(1 - r) H and sqrt(1 - r) W, rounded down to an even number of
+    pixels, about a centre that is uniform over the image, and is cut off at the border: Yun et al., "CutMix:
+    Regularization Strategy to Train Strong Classifiers with Localizable Features" (ICCV 2019). Everything is drawn on
+    the device, and nothing waits for it.
+
+    Args:
+        input_shape: (N,ch,H,W), as ``input.shape``.
+        alpha: parameter of the distribution, > 0; 1 is uniform.
+        per_sample: a box for each image instead of one for all.
+        generator: source of all randomness. Draws are made on its device, so that a CPU generator gives the same on
+            every device.
+        device: of the results; by default that of ``generator``, else torch's default.
+
+    Returns:
+        (index, box, lam): partners (N,) int64, a random permutation; box (4,), or (N,4) if ``per_sample``, int64:
+        y0, y1, x0, x1, of which y1 and x1 are excluded; lam () or (N,) float32, the share of an image that stays its
+        own, exact: 1 - (y1 - y0) (x1 - x0) / (H W).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it needs.
+    """
+    num_samples, _, height, width = _checks.image_shape(input_shape)
+    alpha, _ = _checks.sampling(alpha, None, generator)
+    target, source = _devices(device, generator)
+    index = _draw_partners(num_samples, generator, source)
+    shape = (num_samples,) if per_sample else ()
+    side = (1 - _draw_beta(alpha, shape, generator, source)).sqrt()
+    centre = torch.rand((2, *shape), generator=generator, dtype=torch.float64, device=source)
+    edges = []
+    for position, size in zip(centre, (height, width), strict=True):
+        half, middle = (side * size / 2).long(), (position * size).long()
+        edges += [(middle - half).clamp(0, size), (middle + half).clamp(0, size)]
+    box = torch.stack(edges, -1)
+    area = (box[..., 1] - box[..., 0]) * (box[..., 3] - box[..., 2])
+    lam = (1 - area.double() / max(1, height * width)).float()
+    return index.to(target), box.to(target), lam.to(target)
+
+
+def _devices(device: torch.device | str | None, generator: torch.Generator | None) -> tuple[torch.device, torch.device]:
+    """Return the devices of the results and of the draws."""
     if device is None:
         # of an empty tensor, because torch.compile cannot trace torch.get_default_device
         device = torch.empty(0).device if generator is None else generator.device
-    source = torch.device(device) if generator is None else generator.device
+    device = torch.device(device)
+    return device, device if generator is None else generator.device
+
+
+def _draw_partners(num_samples: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Draw a random permutation."""
     if generator is None and torch.compiler.is_compiling():
         # randperm makes a graph for every num_samples with generator=None, and without it Inductor (2.13) fails on
         # images[randperm(n)]
-        index = torch.rand(num_samples, dtype=torch.float64, device=source).argsort()
-    else:
-        index = torch.randperm(num_samples, generator=generator, device=source)
-    shape = (num_samples,) if per_sample else ()
-    if lam is None:
-        # Gamma(a) is Gamma(a + 1) U^(1/a): logarithms stay finite where, for small a, most draws would be 0
-        concentration = torch.full((2, *shape), alpha + 1.0, dtype=torch.float64, device=source)
-        uniform = torch.rand(concentration.shape, generator=generator, dtype=torch.float64, device=source)
-        gamma = torch._standard_gamma(concentration, generator=generator)
-        first, second = (gamma.log() + (1 - uniform).log() / alpha).unbind()
-        weight = torch.sigmoid(first - second).float()
-    else:
-        weight = torch.full(shape, lam, dtype=torch.float32, device=device)
-    return index.to(device), weight.to(device)
+        return torch.rand(num_samples, dtype=torch.float64, device=device).argsort()
+    return torch.randperm(num_samples, generator=generator, device=device)
+
+
+def _draw_beta(alpha: float, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Draw from Beta(alpha, alpha), in float64."""
+    # Gamma(a) is Gamma(a + 1) U^(1/a): logarithms stay finite where, for small a, most draws would be 0
+    concentration = torch.full((2, *shape), alpha + 1.0, dtype=torch.float64, device=device)
+    uniform = torch.rand(concentration.shape, generator=generator, dtype=torch.float64, device=device)
+    gamma = torch._standard_gamma(concentration, generator=generator)
+    first, second = (gamma.log() + (1 - uniform).log() / alpha).unbind()
+    return torch.sigmoid(first - second)
 
 
 def mixup(input: Tensor, index: Tensor, lam: float | Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -347,12 +414,44 @@ def mixed_dtype(input: Tensor) -> torch.dtype:
     return torch.get_default_dtype() if input.dtype == torch.uint8 else input.dtype
 
 
+def cutmix(input: Tensor, index: Tensor, box: Tensor) -> Tensor:
+    """Replace a box of each image by the same box of its partner, in one pass over memory::
+
+        z_n[c,y,x] = x_{index_n}[c,y,x] if y0 <= y < y1 and x0 <= x < x1, else x_n[c,y,x]
+
+    Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features" (ICCV 2019).
+    The labels are mixed by area: :func:`mixup_cross_entropy` with :func:`sample_cutmix`'s lam.
+
+    Args:
+        input: x, images (N,ch,H,W): float32, bfloat16, float16, float64, or uint8. Any strides; channels_last stays
+            channels_last.
+        index: partner of each image, (N,) int64, any map into [0, N).
+        box: y0, y1, x0, x1, (4,) int64, with 0 <= y0 <= y1 <= H and 0 <= x0 <= x1 <= W, as :func:`sample_cutmix` draws
+            it; or (N,4), a box for each image.
+
+    Returns:
+        z, of input's shape and dtype. Gradients flow to ``input``, and can be differentiated again.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit, a box that is not inside the image.
+        IndexError: an index outside [0, N) on a CPU. On CUDA, where it cannot be read without waiting for the device,
+            it makes that image's box NaN, or in bytes 0; and of a box the part inside the image counts.
+    """
+    _checks.float_tensor("input", input, (*_checks.FLOAT_DTYPES, torch.uint8))
+    _checks.image_shape(input.shape, "input")
+    _checks.pairing(index, input.shape[0], input.device)
+    _checks.box(box, input.shape[0], input.device)
+    return _cutmix(input, index, box)
+
+
 def mixup_cross_entropy(
     input: Tensor,
     target_a: Tensor,
     target_b: Tensor,
     lam: float | Tensor,
     *,
+    weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -362,21 +461,23 @@ def mixup_cross_entropy(
         lam CE(input, target_a) + (1 - lam) CE(input, target_b)
 
     with CE that of :func:`torch.nn.functional.cross_entropy`. With ``reduction="mean"`` each of the two is the mean
-    over its own targets that are not ``ignore_index``, a per-sample lam being inside it.
+    over its own targets that are not ``ignore_index``, weighted by ``weight``; a per-sample lam is inside it.
 
     Args:
-        input: logits, (N,C).
-        target_a: classes of the samples themselves, (N,) int64, in [0, C) or ``ignore_index``.
+        input: logits, (N,C), or (N,C,d1,...) of a dense prediction.
+        target_a: classes of the samples themselves, (N,) or (N,d1,...) int64, in [0, C) or ``ignore_index``.
         target_b: classes of their partners, likewise.
         lam: weight of ``target_a``; ``target_b`` has 1 - lam. A number in [0, 1], or a floating-point tensor of shape
             () or (N,), which must not require grad.
+        weight: (C,), weight of each class, floating; must not require grad. With it the loss is computed by plain
+            PyTorch.
         label_smoothing: in [0, 1]; this much of each target goes to all classes alike.
         ignore_index: a target that does not count.
         reduction: "mean", "sum" or "none".
 
     Returns:
-        The loss, () or, without reduction, (N,); float32, also for half-precision logits, or float64 for float64. The
-        mean over no targets is NaN. Gradients flow to ``input``, and can be differentiated again.
+        The loss, () or, without reduction, of the targets' shape; float32, also for half-precision logits, or float64
+        for float64. The mean over no targets is NaN. Gradients flow to ``input``, and can be differentiated again.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -384,39 +485,152 @@ def mixup_cross_entropy(
         IndexError: a target out of range on a CPU. On CUDA, where it cannot be read without waiting for the device, it
             makes that row's loss and gradient NaN.
     """
-    _checks.logits(input)
+    _checks.logits(input, dense=True)
     options = _checks.loss_options(label_smoothing, ignore_index, reduction)
+    shape = (*input.shape[:1], *input.shape[2:])
+    for name, target in (("target_a", target_a), ("target_b", target_b)):
+        _checks.dense_classes(name, target, shape, input.device)
+    lam = _checks.sample_lam(lam, input.shape[0], input.device, input.dtype)
+    if input.dim() > 2:  # every position is a row
+        lam = lam.view(-1, *[1] * (len(shape) - 1)).expand(shape).flatten() if lam.dim() else lam
+        input, target_a, target_b = _as_rows(input), target_a.flatten(), target_b.flatten()
+    if weight is None:
+        loss = cross_entropy.mixup_cross_entropy(input, target_a, target_b, lam, *options)
+    else:
+        weight = _checks.class_weight("weight", weight, input)
+        loss = cross_entropy.weighted_mixup_cross_entropy(input, target_a, target_b, lam, weight, *options)
+    return loss.view(shape) if reduction == "none" else loss
+
+
+def _as_rows(dense: Tensor) -> Tensor:
+    """(N,C,d1,...) as rows (N*d1*..., C)."""
+    return dense.movedim(1, -1).flatten(0, -2)
+
+
+def mixup_binary_cross_entropy(
+    input: Tensor,
+    target_a: Tensor,
+    target_b: Tensor,
+    lam: float | Tensor,
+    *,
+    num_classes: int | None = None,
+    label_smoothing: float = 0.0,
+    threshold: float | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Binary cross-entropy of mixed samples, one sigmoid for each class, with the labels of both samples::
+
+        q_nc = lam_n [c = a_n] + (1 - lam_n) [c = b_n];  q = (1 - label_smoothing) q + label_smoothing / C
+        l_nc = - pos_weight_c q_nc log sigmoid(x_nc) - (1 - q_nc) log sigmoid(-x_nc)
+
+    That is :func:`torch.nn.functional.binary_cross_entropy_with_logits` of dense targets q, which are never formed; the
+    gradient comes in the same pass. Wightman et al., "ResNet strikes back" (2021), train with it; with their
+    ``threshold`` q is 1 where it exceeds the threshold and else 0, as in timm's ``BinaryCrossEntropy``.
+
+    Args:
+        input: logits x, (N,C).
+        target_a: classes a of the samples themselves, (N,) int64, in [0, C).
+        target_b: classes b of their partners, likewise.
+        lam: weight of ``target_a``; ``target_b`` has 1 - lam. A number in [0, 1], or a floating-point tensor of shape
+            () or (N,), which must not require grad.
+        num_classes: C, checked against ``input`` if given.
+        label_smoothing: in [0, 1].
+        threshold: in [0, 1]; None keeps q as it is.
+        pos_weight: (C,), weight of each class's positive part, floating; must not require grad.
+        reduction: "mean" (over N*C), "sum" or "none".
+
+    Returns:
+        The loss, () or, without reduction, (N,C); float32, also for half-precision logits, or float64 for float64. The
+        mean over nothing is NaN. Gradients flow to ``input``, and can be differentiated again.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit; lam, label_smoothing or threshold outside [0, 1]; no such
+            reduction.
+        IndexError: a target out of range on a CPU. On CUDA, where it cannot be read without waiting for the device, it
+            makes that row's loss and gradient NaN.
+    """
+    _checks.logits(input)
+    smoothing, _, reduction = _checks.loss_options(label_smoothing, -100, reduction)
+    if num_classes is not None and _checks.integer("num_classes", num_classes, 1) != input.shape[1]:
+        raise ValueError(f"num_classes must be input's C = {input.shape[1]}, got {num_classes}")
+    threshold = None if threshold is None else _checks.fraction("threshold", threshold)
     _checks.classes("target_a", target_a, input.shape[:1], input.device)
     _checks.classes("target_b", target_b, input.shape[:1], input.device)
     lam = _checks.sample_lam(lam, input.shape[0], input.device, input.dtype)
-    return cross_entropy.mixup_cross_entropy(input, target_a, target_b, lam, *options)
+    if pos_weight is not None:
+        pos_weight = _checks.class_weight("pos_weight", pos_weight, input)
+    return _mixup_binary_cross_entropy(input, target_a, target_b, lam, pos_weight, smoothing, threshold, reduction)
+
+
+def mixup_accuracy(logits: Tensor, target_a: Tensor, target_b: Tensor, lam: float | Tensor, *, topk: int = 1) -> Tensor:
+    """Accuracy on mixed samples: each label counts as much as its sample does::
+
+        mean_n [lam_n [a_n in top] + (1 - lam_n) [b_n in top]],   top = the topk classes of the largest logits
+
+    Args:
+        logits: (N,C).
+        target_a: classes of the samples themselves, (N,) int64.
+        target_b: classes of their partners, likewise.
+        lam: weight of ``target_a``, as :func:`mixup_cross_entropy` takes it.
+        topk: at least 1, at most C.
+
+    Returns:
+        () in [0, 1], float32 or float64 for float64; NaN without samples. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it needs.
+    """
+    _checks.logits(logits, "logits")
+    topk = _checks.integer("topk", topk, 1, logits.shape[1])
+    _checks.classes("target_a", target_a, logits.shape[:1], logits.device)
+    _checks.classes("target_b", target_b, logits.shape[:1], logits.device)
+    lam = _checks.sample_lam(lam, logits.shape[0], logits.device, logits.dtype)
+    top = logits.detach().topk(topk, dim=1).indices
+    hit_a, hit_b = ((top == target[:, None]).any(1).to(lam.dtype) for target in (target_a, target_b))
+    return (lam * hit_a + (1 - lam) * hit_b).mean()
 
 
 def soft_target_cross_entropy(
-    input: Tensor, target: Tensor, *, label_smoothing: float = 0.0, reduction: str = "mean"
+    input: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
 ) -> Tensor:
     """Cross-entropy to a distribution over the classes for each sample, with the gradient in the same pass::
 
-        - sum_c t_nc log softmax(input_n)_c,    t = (1 - label_smoothing) target + label_smoothing / C
+        - sum_c weight_c t_nc log softmax(input_n)_c,    t = (1 - label_smoothing) target + label_smoothing / C
 
-    as :func:`torch.nn.functional.cross_entropy` of dense targets, the mean being over N. What dense targets say of a
-    mixed pair :func:`mixup_cross_entropy` takes as two labels, without reading N*C numbers.
+    as :func:`torch.nn.functional.cross_entropy` of dense targets, the mean being over N, whatever the weight. What
+    dense targets say of a mixed pair :func:`mixup_cross_entropy` takes as two labels, without reading N*C numbers.
 
     Args:
-        input: logits, (N,C).
-        target: (N,C), floating, of any sum; must not require grad.
+        input: logits, (N,C), or (N,C,d1,...) of a dense prediction.
+        target: of input's shape, floating, of any sum; must not require grad.
+        weight: (C,), weight of each class, floating; must not require grad. It costs a pass over the target.
         label_smoothing: in [0, 1].
         reduction: "mean", "sum" or "none".
 
     Returns:
-        The loss, () or, without reduction, (N,); float32, also for half-precision logits, or float64 for float64.
-        Gradients flow to ``input``, and can be differentiated again.
+        The loss, () or, without reduction, (N,) or (N,d1,...); float32, also for half-precision logits, or float64 for
+        float64. Gradients flow to ``input``, and can be differentiated again.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes or devices that do not fit, label_smoothing outside [0, 1], no such reduction.
     """
-    _checks.logits(input)
+    _checks.logits(input, dense=True)
     label_smoothing, _, reduction = _checks.loss_options(label_smoothing, -100, reduction)
     _checks.soft_target(target, input)
-    return cross_entropy.soft_target_cross_entropy(input, target, label_smoothing, reduction)
+    shape = (*input.shape[:1], *input.shape[2:])
+    if input.dim() > 2:
+        input, target = _as_rows(input), _as_rows(target)
+    if weight is not None:
+        weight = _checks.class_weight("weight", weight, input)
+        target = weight * ((1 - label_smoothing) * target.to(weight.dtype) + label_smoothing / input.shape[1])
+        label_smoothing = 0.0
+    loss = cross_entropy.soft_target_cross_entropy(input, target, label_smoothing, reduction)
+    return loss.view(shape) if reduction == "none" else loss

@@ -135,17 +135,25 @@ class PairwiseMixupLoss(nn.Module):
 
 
 class Mixup(nn.Module):
-    """Mix each sample of a batch with a randomly drawn partner (:func:`mixfeat.sample_mixup`, :func:`mixfeat.mixup`).
+    """Mix each sample of a batch with a randomly drawn partner: Mixup, CutMix, or one of both at random.
 
-    Partner and lam are drawn on the batch's device. In eval mode nothing is mixed, and lam is 1; the
-    dtype is the same.
+    :func:`mixfeat.sample_mixup` or :func:`mixfeat.sample_cutmix` draws, :func:`mixfeat.mixup` or :func:`mixfeat.cutmix`
+    mixes. Partner, lam and box are drawn on the batch's device, and nothing waits for it. In eval mode nothing is
+    mixed, and lam is 1; the dtype is the same.
 
     Args:
-        alpha: lam ~ Beta(alpha, alpha), alpha > 0.
+        alpha: lam ~ Beta(alpha, alpha) of Mixup, alpha > 0; None for CutMix alone.
         lam: this number in [0, 1] instead of a draw; 0.5 is Midpoint Mixup.
-        per_sample: a lam for each sample instead of one for all.
-        num_classes: C; if given, targets are returned dense.
-        generator: source of all randomness.
+        per_sample: the same as ``mode="elem"``.
+        cutmix_alpha: the parameter of CutMix, > 0; None for Mixup alone. Images only, (N,ch,H,W).
+        prob: probability with which a batch is mixed, or in the other modes a sample or a pair.
+        switch_prob: where both are on, the probability of CutMix.
+        mode: "batch": one lam or box for all samples; "elem": one for each sample; "pair": samples are mixed with each
+            other in pairs, each of which has one (an odd sample out is its own partner).
+        label_smoothing: in [0, 1], of dense targets; without ``num_classes`` smoothing is the loss's.
+        num_classes: C; if given, targets that are classes are returned dense.
+        generator: source of all randomness. Each worker of a DataLoader draws from a copy of its own, which begins
+            differently in each worker and each epoch.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it needs.
@@ -153,54 +161,170 @@ class Mixup(nn.Module):
 
     def __init__(
         self,
-        alpha: float = 1.0,
+        alpha: float | None = 1.0,
         *,
         lam: float | None = None,
         per_sample: bool = False,
+        cutmix_alpha: float | None = None,
+        prob: float = 1.0,
+        switch_prob: float = 0.5,
+        mode: Literal["batch", "elem", "pair"] = "batch",
+        label_smoothing: float = 0.0,
         num_classes: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.alpha, self.lam = _checks.sampling(alpha, lam, generator)
+        if alpha is None and cutmix_alpha is None:
+            raise ValueError("alpha is needed where cutmix_alpha is None: neither Mixup nor CutMix would be on")
+        self.mixes = alpha is not None
+        self.alpha, self.lam = _checks.sampling(1.0 if alpha is None else alpha, lam, generator)
+        if lam is not None and cutmix_alpha is not None:
+            raise ValueError("lam must be None where cutmix_alpha is given: a box's size is drawn")
+        self.cutmix_alpha = None if cutmix_alpha is None else _checks.positive("cutmix_alpha", cutmix_alpha)
+        self.prob, self.switch_prob = _checks.fraction("prob", prob), _checks.fraction("switch_prob", switch_prob)
+        if mode not in ("batch", "elem", "pair"):
+            raise ValueError(f'mode must be "batch", "elem" or "pair", got {mode!r}')
+        if per_sample and mode == "pair":
+            raise ValueError('per_sample is mode="elem", got mode="pair"')
+        self.mode = "elem" if per_sample else mode
         self.num_classes = None if num_classes is None else _checks.integer("num_classes", num_classes, 1)
-        self.per_sample, self.generator = per_sample, generator
+        self.label_smoothing = _checks.fraction("label_smoothing", label_smoothing)
+        if self.label_smoothing and num_classes is None:
+            raise ValueError("label_smoothing needs num_classes: targets that stay classes are smoothed by the loss")
+        self.generator = generator
+        self._worker: int | None = None  # seed of the data loader's worker that the generator has been seeded for
 
     def forward(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor, Tensor]]:
         """Mix a batch.
 
         Args:
-            input: (N, ...), as :func:`mixfeat.mixup` takes it.
-            target: classes, (N,) int64.
+            input: (N, ...), as :func:`mixfeat.mixup` takes it; with CutMix images (N,ch,H,W).
+            target: classes, int64: (N,), or (N, ...) of a dense prediction; or floating: (N,C) probabilities, one-hot
+                or of several labels, or (N,C,H,W). A target as large as the images is cut and pasted with them.
 
         Returns:
-            (mixed, (target_a, target_b, lam)), the classes of each sample and of its partner and the sample's weight,
-            for :class:`MixupCrossEntropyLoss`; with ``num_classes`` (mixed, target), the latter (N,C) float32, of which
-            a target outside [0, C) gives nothing.
+            (mixed, (target_a, target_b, lam)) for classes: those of each sample and of its partner and the sample's
+            weight, for :class:`MixupCrossEntropyLoss`. With ``num_classes`` (mixed, target), the latter (N,C,...)
+            float32, of which a class outside [0, C) gives nothing. For a floating target (mixed, target), mixed alike.
 
         Raises:
-            TypeError, ValueError: as :func:`mixfeat.mixup`, and for a target of the wrong type, shape or device.
+            TypeError, ValueError: as :func:`mixfeat.mixup` and :func:`mixfeat.cutmix`, and for a target of the wrong
+                type, shape or device.
         """
         _checks.tensor("input", input)
-        _checks.classes("target", target, input.shape[:1], input.device)
-        if self.training:
-            index, lam = functional.sample_mixup(
-                len(input), self.alpha, lam=self.lam, per_sample=self.per_sample, generator=self.generator,
-                device=input.device,
-            )  # fmt: skip
-            mixed, partner = functional.mixup(input, index, lam), target[index]
-        else:
-            mixed, partner = input.to(functional.mixed_dtype(input)), target
+        _checks.any_target("target", target, input.shape[0], input.device)
+        if not self.training:
             lam = torch.ones((), dtype=torch.float32, device=input.device)
+            return input.to(functional.mixed_dtype(input)), self._labels(target, target, lam)
+        generator = self._own_generator()
+        cuts = self.cutmix_alpha is not None
+        if not (self.mixes and cuts):
+            return self._cut(input, target, generator) if cuts else self._mix(input, target, generator)
+        if self.mode == "batch" and not torch.compiler.is_compiling():  # one draw on the host, and one pass over memory
+            host = generator if generator is None or generator.device.type == "cpu" else None
+            if torch.rand((), generator=host, device="cpu").item() < self.switch_prob:
+                return self._cut(input, target, generator)
+            return self._mix(input, target, generator)
+        (cut, cut_target), (mixed, mixed_target) = (f(input, target, generator) for f in (self._cut, self._mix))
+        chosen = self._draw(len(input), input.device, generator) < self.switch_prob
+
+        def choose(a: Tensor, b: Tensor) -> Tensor:
+            shape = (-1, *[1] * (max(a.dim(), b.dim()) - 1)) if chosen.dim() else ()
+            return torch.where(chosen.view(shape), a, b)
+
+        if isinstance(cut_target, Tensor) and isinstance(mixed_target, Tensor):
+            return choose(cut, mixed), choose(cut_target, mixed_target)
+        return choose(cut, mixed), tuple(map(choose, cut_target, mixed_target))  # type: ignore[return-value]
+
+    def _mix(
+        self, input: Tensor, target: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor, Tensor]]:
+        index, lam = functional.sample_mixup(
+            len(input), self.alpha, lam=self.lam, per_sample=self.mode != "batch", generator=generator,
+            device=input.device,
+        )  # fmt: skip
+        index, (lam,) = self._paired(index, lam)
+        lam = lam.where(self._kept(len(input), index, input.device, generator), 1.0) if self.prob < 1 else lam
+        mixed = functional.mixup(input, index, lam)
+        if target.is_floating_point():
+            return mixed, functional.mixup(target, index, lam)
+        return mixed, self._labels(target, target[index], lam)
+
+    def _cut(
+        self, input: Tensor, target: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor, Tensor]]:
+        assert self.cutmix_alpha is not None
+        index, box, lam = functional.sample_cutmix(
+            input.shape, self.cutmix_alpha, per_sample=self.mode != "batch", generator=generator, device=input.device
+        )
+        index, (lam, box) = self._paired(index, lam, box)
+        if self.prob < 1:
+            kept = self._kept(len(input), index, input.device, generator)
+            lam, box = lam.where(kept, 1.0), box.where(kept[..., None], 0)
+        mixed = functional.cutmix(input, index, box).to(functional.mixed_dtype(input))
+        if target.shape[-2:] == input.shape[-2:] and target.dim() > 2:
+            images = target if target.dim() == 4 else target[:, None]
+            # of classes as float64, which holds them exactly
+            pasted = functional.cutmix(images if target.is_floating_point() else images.double(), index, box)
+            pasted = pasted.to(target.dtype).view_as(target)
+            return mixed, pasted if target.is_floating_point() else self._labels(pasted, pasted, torch.ones_like(lam))
+        if target.is_floating_point():
+            return mixed, functional.mixup(target, index, lam)
+        return mixed, self._labels(target, target[index], lam)
+
+    def _paired(self, index: Tensor, *drawn: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """In mode "pair", pair the samples that stand beside each other in a permutation, with one draw for both."""
+        if self.mode != "pair":
+            return index, list(drawn)
+        even = len(index) // 2 * 2
+        places = torch.cat([index[:even].view(-1, 2).flip(1).flatten(), index[even:]])
+        partner = torch.empty_like(index).scatter_(0, index, places)
+        first = torch.minimum(partner, torch.arange(len(index), device=index.device))
+        return partner, [values[first] for values in drawn]
+
+    def _kept(self, samples: int, index: Tensor, device: torch.device, generator: torch.Generator | None) -> Tensor:
+        """Draw which samples are mixed."""
+        drawn = self._draw(samples, device, generator)
+        if self.mode == "pair":
+            drawn = drawn[torch.minimum(index, torch.arange(samples, device=device))]
+        return drawn < self.prob
+
+    def _draw(self, samples: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+        """Draw one uniform number, or in the other modes one for each sample."""
+        source = device if generator is None else generator.device
+        shape = () if self.mode == "batch" else (samples,)
+        return torch.rand(shape, generator=generator, dtype=torch.float64, device=source).to(device)
+
+    def _labels(self, target: Tensor, partner: Tensor, lam: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        if target.is_floating_point():
+            return target
         if self.num_classes is None:
-            return mixed, (target, partner, lam)
-        classes = torch.arange(self.num_classes, device=input.device)
+            return target, partner, lam
+        classes = torch.arange(self.num_classes, device=target.device).view(-1, *[1] * (target.dim() - 1))
         a, b = ((labels[:, None] == classes).float() for labels in (target, partner))
-        return mixed, torch.lerp(b, a, lam.view(-1, 1))
+        dense = torch.lerp(b, a, lam.view(-1, *[1] * target.dim()))
+        smoothing = self.label_smoothing
+        return dense * (1 - smoothing) + smoothing / self.num_classes if smoothing else dense
+
+    def _own_generator(self) -> torch.Generator | None:
+        """In a worker of a data loader, whose copy of the generator is every worker's, seed it for this worker."""
+        worker = torch.utils.data.get_worker_info() if self.generator is not None else None
+        if worker is not None and self._worker != worker.seed:
+            assert self.generator is not None
+            self.generator.manual_seed((self.generator.initial_seed() + worker.seed) % 2**63)
+            self._worker = worker.seed
+        return self.generator
 
     def extra_repr(self) -> str:
-        text = f"alpha={self.alpha}" if self.lam is None else f"lam={self.lam}"
-        text += ", per_sample=True" if self.per_sample else ""
-        return text if self.num_classes is None else f"{text}, num_classes={self.num_classes}"
+        parts = [f"lam={self.lam}" if self.lam is not None else f"alpha={self.alpha if self.mixes else None}"]
+        parts += ["per_sample=True"] if self.mode == "elem" else []
+        parts += [f"cutmix_alpha={self.cutmix_alpha}"] if self.cutmix_alpha is not None else []
+        parts += [f"prob={self.prob}"] if self.prob < 1 else []
+        parts += [f"switch_prob={self.switch_prob}"] if self.mixes and self.cutmix_alpha is not None else []
+        parts += ["mode='pair'"] if self.mode == "pair" else []
+        parts += [f"label_smoothing={self.label_smoothing}"] if self.label_smoothing else []
+        parts += [f"num_classes={self.num_classes}"] if self.num_classes is not None else []
+        return ", ".join(parts)
 
 
 class MixupCrossEntropyLoss(nn.Module):

@@ -409,6 +409,35 @@ _MIXUP = Operator(
 )  # fmt: skip
 
 
+def _images(*sizes: int, **options: Any) -> Case:
+    return Case(sizes, "NCHW", options)
+
+
+def _draw_cutmix(generator: torch.Generator, *sizes: int, boxes: str = "one") -> Arguments:
+    shape = sizes[:1] if boxes == "each" else ()
+    edges = [torch.randint(size + 1, (*shape, 2), generator=generator).sort().values for size in sizes[2:]]
+    index = torch.randint(max(1, sizes[0]), sizes[:1], generator=generator)  # any map: some samples serve twice
+    return {"input": _normal(generator, *sizes), "index": index, "box": torch.cat(edges, -1)}
+
+
+_CUTMIX = Operator(
+    "cutmix", functional.cutmix, reference.cutmix, _draw_cutmix, ("input",),
+    main=(_images(6, 4, 5, 3), _images(6, 4, 5, 3, boxes="each")),
+    variants=(_images(8, 3, 7, 16), _images(8, 3, 7, 16, boxes="each")),
+    wide=tuple(_images(*sizes) for sizes in ((1, 1, 1, 1), (33, 1, 1, 5), (5, 3, 65, 1), (2, 2, 130, 300))),
+    large=(_images(16, 3, 100, 100), _images(2**14, 1, 4, 4)),
+    empty=tuple(_images(*(0 if d == empty else size for d, size in enumerate((4, 3, 5, 2)))) for empty in range(4)),
+    quick=(
+        _images(33, 3, 8, 8), _images(7, 5, 1, 9), _images(3, 2, 50, 701), _images(0, 3, 4, 4),
+        _images(9, 3, 16, 12, boxes="each"),
+    ),
+    full=(_images(256, 3, 32, 32), _images(2, 3, 700, 500)),
+    interpreted=(_images(9, 3, 4, 6), _images(2, 1, 30, 35), _images(5, 2, 4, 8, boxes="each")),
+    linear=True,
+    budgets={torch.float32: 1e-6, torch.float64: 1e-15},
+)  # fmt: skip
+
+
 # logits
 
 
@@ -502,7 +531,45 @@ _SOFT_TARGET_CROSS_ENTROPY = Operator(
     accumulates=True,
 )  # fmt: skip
 
+
+def _draw_binary(
+    generator: torch.Generator, samples: int, classes: int, lam: str = "per sample", weighted: bool = False,
+    **options: Any,
+) -> Arguments:  # fmt: skip
+    """Some pairs are of one class."""
+    target_a, target_b = torch.randint(classes, (2, samples), generator=generator)
+    target_b[::3] = target_a[::3]
+    drawn = _draw_logits(generator, samples, classes, **options)
+    drawn |= {"target_a": target_a, "target_b": target_b, "lam": _draw_lam(generator, samples, lam)}
+    if weighted:
+        drawn["pos_weight"] = 3 * torch.rand(classes, generator=generator, dtype=torch.float32)
+    return drawn
+
+
+_MIXUP_BINARY_CROSS_ENTROPY = Operator(
+    "mixup_binary_cross_entropy", functional.mixup_binary_cross_entropy, reference.mixup_binary_cross_entropy,
+    _draw_binary, ("input",),
+    main=(
+        _logits(6, 9), _logits(6, 9, lam="number", label_smoothing=0.1, weighted=True, threshold=0.25, reduction="none")
+    ),
+    variants=(
+        *(_logits(20, 7, lam=lam, **options) for lam in ("number", "per sample") for options in _LOSS_OPTIONS),
+        *(_logits(20, 7, threshold=threshold, label_smoothing=0.1) for threshold in (0.0, 0.2, 1.0)),
+        *(_logits(20, 7, weighted=True, **options) for options in _LOSS_OPTIONS),
+    ),
+    wide=_WIDE_LOGITS,
+    large=(_logits(300, 1000), _logits(2**16, 4, reduction="none")),
+    empty=tuple(_logits(0, 9, reduction=reduction) for reduction in _REDUCTIONS),
+    quick=_QUICK_LOGITS,
+    full=_FULL_LOGITS,
+    interpreted=_INTERPRETED_LOGITS,
+    accumulates=True,
+)  # fmt: skip
+
 OPERATORS = {
     operator.name: operator
-    for operator in (_PATCH_CONV, _PAIRWISE_MIXUP_LOSS, _MIXUP, _MIXUP_CROSS_ENTROPY, _SOFT_TARGET_CROSS_ENTROPY)
-}
+    for operator in (
+        _PATCH_CONV, _PAIRWISE_MIXUP_LOSS, _MIXUP, _CUTMIX, _MIXUP_CROSS_ENTROPY, _SOFT_TARGET_CROSS_ENTROPY,
+        _MIXUP_BINARY_CROSS_ENTROPY,
+    )
+}  # fmt: skip

@@ -14,8 +14,8 @@ from mixfeat.activations import Activation
 from mixfeat.kernels.polynomial import Polynomial
 
 __all__ = [
-    "gradient_descent", "mixup", "mixup_cross_entropy", "pairwise_mixup_loss", "patch_conv",
-    "soft_target_cross_entropy",
+    "cutmix", "gradient_descent", "mixup", "mixup_binary_cross_entropy", "mixup_cross_entropy", "pairwise_mixup_loss",
+    "patch_conv", "soft_target_cross_entropy",
 ]  # fmt: skip
 
 
@@ -29,6 +29,18 @@ def mixup(
     if isinstance(lam, Tensor):
         lam = lam.view(-1, *[1] * (input.dim() - dim % input.dim() - 1))
     return (lam * input + (1 - lam) * input.index_select(dim, index)).to(dtype or input.dtype)
+
+
+def cutmix(input: Tensor, index: Tensor, box: Tensor) -> Tensor:
+    """``x_{index_n}`` inside the box, x_n outside; ``input`` (N,ch,H,W), ``box`` (4,) or (N,4): y0, y1, x0, x1."""
+    return torch.where(in_box(input, box), input[index], input)
+
+
+def in_box(input: Tensor, box: Tensor) -> Tensor:
+    """Whether a pixel of images (N,ch,H,W) is in a box: (H,W), or with a box for each image (N,1,H,W)."""
+    y0, y1, x0, x1 = box[..., None, None].unbind(-3) if box.dim() == 1 else box[:, :, None, None, None].unbind(1)
+    y, x = (torch.arange(size, device=input.device) for size in input.shape[-2:])
+    return (y[:, None] >= y0) & (y[:, None] < y1) & (x >= x0) & (x < x1)
 
 
 def patch_conv(
@@ -130,25 +142,64 @@ def mixup_cross_entropy(
     target_b: Tensor,
     lam: float | Tensor,
     *,
+    weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
     """``lam CE(input, target_a) + (1 - lam) CE(input, target_b)``; a mean is over the targets that are not ignored.
 
-    ``input`` (N,C), targets (N,), ``lam`` a float, () or (N,); result () or, without reduction, (N,).
+    ``input`` (N,C), targets (N,), ``lam`` a float, () or (N,), ``weight`` (C,); result () or, without reduction, (N,).
     """
     loss = torch.zeros((), dtype=input.dtype, device=input.device)
     for target, share in ((target_a, lam), (target_b, 1 - lam)):
         rows = share * F.cross_entropy(
-            input, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
+            input, target, weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
         )
-        loss = loss + (rows if reduction == "none" else rows.sum() / _count(target, ignore_index, reduction))
+        loss = loss + (rows if reduction == "none" else rows.sum() / _count(target, weight, ignore_index, reduction))
     return loss
 
 
-def _count(target: Tensor, ignore_index: int, reduction: str) -> Tensor | int:
-    return (target != ignore_index).sum() if reduction == "mean" else 1
+def _count(target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> Tensor | int:
+    if reduction != "mean":
+        return 1
+    counts = target != ignore_index
+    return counts.sum() if weight is None else weight[target.where(counts, 0)].where(counts, 0).sum()
+
+
+def mixup_binary_cross_entropy(
+    input: Tensor,
+    target_a: Tensor,
+    target_b: Tensor,
+    lam: float | Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    threshold: float | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Sigmoid cross-entropy to the mixed labels, smoothed and, with a threshold, made 0 or 1.
+
+    ``input`` (N,C), targets (N,), ``lam`` a float, () or (N,), ``pos_weight`` (C,); result () or, without reduction,
+    (N,C).
+    """
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    q = mixed_labels(target_a, target_b, lam, input.shape[1], label_smoothing, threshold, dtype).to(input.dtype)
+    weight = None if pos_weight is None else pos_weight.to(input.dtype)
+    return F.binary_cross_entropy_with_logits(input, q, pos_weight=weight, reduction=reduction)
+
+
+def mixed_labels(
+    target_a: Tensor, target_b: Tensor, lam: float | Tensor, num_classes: int, label_smoothing: float,
+    threshold: float | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """``(1 - eps) (lam [c = a] + (1 - lam) [c = b]) + eps / C``, or whether that exceeds the threshold; (N,C)."""
+    share = lam[:, None] if isinstance(lam, Tensor) and lam.dim() else lam
+    classes = torch.arange(num_classes, device=target_a.device)
+    one_hot_a, one_hot_b = ((target[:, None] == classes).to(dtype) for target in (target_a, target_b))
+    q = share * one_hot_a + (1 - share) * one_hot_b
+    q = (1 - label_smoothing) * q + label_smoothing / num_classes
+    return q if threshold is None else (q > threshold).to(q.dtype)
 
 
 def soft_target_cross_entropy(

@@ -22,8 +22,9 @@ import torch
 from mixfeat.activations import Activation, Identity, PolyReLU, Power, PowerReLU, ReLU
 
 __all__ = [
-    "KERNELS", "TARGETS", "Case", "CompiledKernel", "CrossEntropyCase", "GradientDescentCase", "MixupCase",
-    "PairwiseCase", "PatchConvCase", "compile_case", "compile_pool", "compile_report", "recorded_launch", "shipped",
+    "KERNELS", "TARGETS", "BinaryCrossEntropyCase", "Case", "CompiledKernel", "CrossEntropyCase", "CutmixCase",
+    "GradientDescentCase", "MixupCase", "PairwiseCase", "PatchConvCase", "compile_case", "compile_pool",
+    "compile_report", "recorded_launch", "shipped",
 ]  # fmt: skip
 
 #: targets by name: backend, architecture and warp size as Triton names them
@@ -183,6 +184,48 @@ class CrossEntropyCase(Case):
 
 
 @dataclass(frozen=True)
+class CutmixCase(Case):
+    """Direction "forward" or "backward", of square images with three channels."""
+
+    kernel = "cutmix"
+    side: int
+    channels_last: bool = False
+
+    def sizes(self) -> str:
+        return f"{self.side}x{self.side}{'-channels_last' if self.channels_last else ''}"
+
+    def call(self) -> None:
+        from mixfeat.kernels.triton import cutmix
+
+        launch = cutmix.cutmix if self.direction == "forward" else cutmix.cutmix_backward
+        index, box = _meta(256, dtype=torch.int64), _meta(4, dtype=torch.int64)
+        images, result = (_meta(256, 3 * self.side**2, dtype=self.dtype) for _ in range(2))
+        launch(images, index, box, self.side, self.side, 3 if self.channels_last else 1, result)
+
+
+@dataclass(frozen=True)
+class BinaryCrossEntropyCase(Case):
+    """Direction "forward", of the loss and its gradient; with weights of classes and a threshold, or without."""
+
+    kernel = "binary_cross_entropy"
+    classes: int
+    options: bool = False
+    reduce: bool = True
+
+    def sizes(self) -> str:
+        return f"C{self.classes}{'-options' if self.options else ''}{'' if self.reduce else '-none'}"
+
+    def call(self) -> None:
+        from mixfeat.kernels.triton.binary_cross_entropy import binary_cross_entropy
+
+        samples = 1024
+        input, target = _meta(samples, self.classes, dtype=self.dtype), _meta(samples, dtype=torch.int64)
+        weight, threshold = (_meta(self.classes), 0.2) if self.options else (None, None)
+        loss = _meta(samples) if self.reduce else _meta(samples, self.classes)
+        binary_cross_entropy(input, target, target, _meta(samples), weight, 0.1, threshold, 1.0, loss, input)
+
+
+@dataclass(frozen=True)
 class GradientDescentCase(Case):
     """Direction "midpoint", "nodes" or "erm", by the objective. The CUDA C++ kernel is laid out and compiled for one
     problem on GPUs of one compute capability.
@@ -287,7 +330,13 @@ _WARPS = {"sm_120": 48}
 
 
 #: the files of kernels/triton and kernels/cuda that hold kernels
-KERNELS = tuple(case.kernel for case in (PatchConvCase, PairwiseCase, MixupCase, CrossEntropyCase, GradientDescentCase))
+KERNELS = tuple(
+    case.kernel
+    for case in (
+        PatchConvCase, PairwiseCase, MixupCase, CutmixCase, CrossEntropyCase, BinaryCrossEntropyCase,
+        GradientDescentCase,
+    )
+)  # fmt: skip
 
 
 def shipped(target: str) -> list[Case]:
@@ -334,6 +383,12 @@ def shipped(target: str) -> list[Case]:
         cases += [*(labels(classes) for classes in (1000, 50304)), labels(50304, 0.1, need_grad=False)]
         cases += [CrossEntropyCase("dense", dtype, classes, 0.1) for classes in (10, 1000, 1001, 50257, 50304)]
         cases += [CrossEntropyCase("scale", dtype, classes) for classes in (1001, 50304)]
+        cases += [CutmixCase("forward", dtype, side) for side in (224, 9)]
+        cases += [CutmixCase("backward", dtype, 224)]
+        cases += [BinaryCrossEntropyCase("forward", dtype, classes) for classes in (10, 1000)]
+    cases += [CutmixCase("forward", torch.uint8, 224, channels_last=True)]
+    cases += [BinaryCrossEntropyCase("forward", half, 1001, options=True)]
+    cases += [BinaryCrossEntropyCase("forward", single, 1000, reduce=False)]
     cases += [CrossEntropyCase("count", single, 1000)]
     backend, capability, _ = TARGETS[target]
     if backend == "cuda" and cuda.unavailable() is None:

@@ -213,8 +213,13 @@ X, Y, SOFT = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64), torch.ones(4,
     [
         (([1.0], Y, Y, 0.5), {}, TypeError, "input must be a tensor, got list"),
         ((X.long(), Y, Y, 0.5), {}, TypeError, r"input must be float32, .*, got torch\.int64"),
-        ((X[0], Y, Y, 0.5), {}, ValueError, r"input must have shape \(N,C\) with C at least 1, got \(3,\)"),
-        ((X[:, :0], Y, Y, 0.5), {}, ValueError, r"input must have shape \(N,C\) with C at least 1, got \(4, 0\)"),
+        (
+            (X[0], Y, Y, 0.5),
+            {},
+            ValueError,
+            r"input must have shape \(N,C\) or \(N,C,d1,\.\.\.\) with C .*, got \(3,\)",
+        ),
+        ((X[:, :0], Y, Y, 0.5), {}, ValueError, r"input must have shape \(N,C\) or .* with C at least 1, got \(4, 0\)"),
         ((X, Y.int(), Y, 0.5), {}, TypeError, r"target_a must be an int64 tensor of classes, got torch\.int32"),
         ((X, Y, SOFT, 0.5), {}, TypeError, r"target_b must be an int64 tensor of classes, got torch\.float32"),
         ((X, Y[:3], Y, 0.5), {}, ValueError, r"target_a must have shape \(4,\), one class for each sample, got \(3,\)"),
@@ -248,3 +253,58 @@ def test_refuses(args, options, error, message):
 def test_soft_targets_refuse(args, options, error, message):
     with pytest.raises(error, match=message):
         mf.soft_target_cross_entropy(*args, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_are_those_of_pytorch(backend, device, reduction, smoothing):
+    x, lam = torch.randn(12, 5, device=device), 0.3
+    a, b = torch.randint(5, (2, 12), device=device)
+    b[3], weight = 1, 2 * torch.rand(5, device=device)
+    options = {"weight": weight, "label_smoothing": smoothing, "reduction": reduction}
+    for ignored in (-100, 1):
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        mine = mf.mixup_cross_entropy(leaves[0], a, b, lam, ignore_index=ignored, **options)
+        theirs = lam * F.cross_entropy(leaves[1], a, ignore_index=ignored, **options)
+        theirs = theirs + (1 - lam) * F.cross_entropy(leaves[1], b, ignore_index=ignored, **options)
+        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(v.sum(), t)[0] for v, t in zip((mine, theirs), leaves, strict=True))
+        )
+    soft = torch.rand(12, 5, device=device)
+    torch.testing.assert_close(
+        mf.soft_target_cross_entropy(x, soft, **options), F.cross_entropy(x, soft, **options), rtol=1e-5, atol=1e-5
+    )
+    with pytest.raises(ValueError, match=r"weight must have shape \(5,\), one weight for each class, got \(4,\)"):
+        mf.mixup_cross_entropy(x, a, b, lam, weight=weight[:4])
+    with pytest.raises(ValueError, match="weight must not require grad"):
+        mf.soft_target_cross_entropy(x, soft, weight=weight.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_dense_predictions(backend, device, reduction):
+    """Logits (N,C,d1,...) with a class or a distribution at each position, as F.cross_entropy takes them."""
+    x = torch.randn(3, 4, 2, 5, device=device)
+    a, b = torch.randint(4, (2, 3, 2, 5), device=device)
+    options = {"label_smoothing": 0.1, "reduction": reduction}
+    theirs = 0.3 * F.cross_entropy(x, a, **options) + 0.7 * F.cross_entropy(x, b, **options)
+    torch.testing.assert_close(mf.mixup_cross_entropy(x, a, b, 0.3, **options), theirs)
+    lam = torch.rand(3, device=device)
+    rows = mf.mixup_cross_entropy(x, a, b, lam, label_smoothing=0.1, reduction="none")
+    for n in range(3):
+        torch.testing.assert_close(
+            rows[n],
+            mf.mixup_cross_entropy(
+                x[n : n + 1], a[n : n + 1], b[n : n + 1], lam[n], label_smoothing=0.1, reduction="none"
+            )[0],
+        )
+    soft = torch.rand(3, 4, 2, 5, device=device)
+    mine = mf.soft_target_cross_entropy(x, soft, **options)
+    mean = F.cross_entropy(x, soft, **options)
+    torch.testing.assert_close(
+        mine, mean if reduction != "mean" else F.cross_entropy(x, soft, label_smoothing=0.1, reduction="none").mean()
+    )
+    with pytest.raises(
+        ValueError, match=r"target_b must have shape \(3, 2, 5\), one class for each position, got \(3, 2\)"
+    ):
+        mf.mixup_cross_entropy(x, a, b[..., 0], 0.3)

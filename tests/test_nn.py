@@ -194,6 +194,146 @@ def test_mixup_module_draws_anew_each_time_and_rests_in_eval_mode():
     assert lam == 1
 
 
+@pytest.mark.parametrize("mode", ["batch", "elem", "pair"])
+def test_cutmix_alone(mode):
+    """Every pixel is the sample's own or its partner's, by shares that lam tells."""
+    n = 9
+    images = torch.arange(n, dtype=torch.float32).view(n, 1, 1, 1).expand(n, 2, 12, 16)
+    mixed, (first, second, lam) = mf.Mixup(None, cutmix_alpha=1.0, mode=mode)(images, torch.arange(n))
+    assert lam.shape == (() if mode == "batch" else (n,))
+    own, partner = first.view(n, 1, 1, 1), second.view(n, 1, 1, 1)
+    assert ((mixed == own) | (mixed == partner)).all()
+    share = (mixed == own).flatten(1).float().mean(1)
+    torch.testing.assert_close(share.where(first != second, lam.expand(n)), lam.expand(n))
+    if mode == "pair":
+        assert torch.equal(second[second], first)
+        assert (first == second).sum() == 1  # the odd one out
+        assert torch.equal(lam[second], lam)
+
+
+@pytest.mark.parametrize("mode", ["batch", "elem", "pair"])
+def test_pairs_and_elements_of_mixup(mode):
+    n = 10
+    x = torch.randn(n, 4)
+    mixed, (first, second, lam) = mf.Mixup(mode=mode)(x, torch.arange(n))
+    assert torch.equal(mixed, mf.mixup(x, second, lam))
+    assert torch.equal(first, torch.arange(n))
+    assert torch.equal(second.sort().values, first)
+    if mode == "pair":
+        assert torch.equal(second[second], first)
+        assert (second != first).all()
+        assert torch.equal(lam[second], lam)
+
+
+@pytest.mark.parametrize("mode", ["batch", "elem", "pair"])
+def test_probabilities_of_mixing_and_of_cutmix(mode):
+    """How often nothing is mixed, and how often CutMix is chosen: a right draw fails once in 10^8."""
+    torch.manual_seed(7)
+    images, y = torch.rand(8, 1, 8, 8), torch.arange(8)
+    mix = mf.Mixup(cutmix_alpha=1.0, prob=0.6, switch_prob=0.3, mode=mode)
+    unmixed = cut = mixed = 0
+    rounds = 300
+    for _ in range(rounds):
+        z, (_, second, lam) = mix(images, y)
+        lam = lam.expand(8)
+        own = (z == images).flatten(1)
+        pasted = (z == images[second]).flatten(1)
+        copies = (own | pasted).all(1)
+        whole = (lam == 1) & own.all(1)
+        unmixed += whole.sum().item() / 8
+        cut += (copies & ~whole).sum().item() / 8
+        mixed += (~copies).sum().item() / 8
+    draws = rounds * {"batch": 1, "elem": 8, "pair": 4}[mode]
+    # a box may be empty, and a lam 0 or 1, so shares are near what was asked
+    for found, share, rare in ((unmixed, 0.4, 0.06), (cut, 0.6 * 0.3, 0.06), (mixed, 0.6 * 0.7, 0.01)):
+        assert abs(found / rounds - share) < 6 * (share * (1 - share) / draws) ** 0.5 + rare
+
+
+def test_targets_of_every_kind():
+    """Soft targets are mixed as the images are; label maps are cut with them."""
+    n, c = 6, 4
+    images, labels = torch.rand(n, 3, 5, 7), torch.randint(c, (n,))
+    soft = torch.rand(n, c)
+
+    def seeded(target, **options):
+        return mf.Mixup(**options, generator=torch.Generator().manual_seed(5))(images, target)
+
+    mixed, (_, _, lam) = seeded(labels)
+    index = seeded(torch.arange(n))[1][1]
+    z, target = seeded(soft)
+    assert torch.equal(z, mixed)
+    torch.testing.assert_close(target, lam * soft + (1 - lam) * soft[index])
+    maps = torch.randint(c, (n, 5, 7))
+    _, (a, b, same_lam) = seeded(maps)
+    assert torch.equal(a, maps)
+    assert torch.equal(b, maps[index])
+    assert torch.equal(same_lam, lam)
+    _, dense = seeded(maps, num_classes=c)
+    assert dense.shape == (n, c, 5, 7)
+    torch.testing.assert_close(dense.sum(1), torch.ones(n, 5, 7))
+
+    cut = {"alpha": None, "cutmix_alpha": 1.0}
+    z, (a, b, lam) = seeded(maps, **cut)
+    which = mf.cutmix(torch.arange(n).double().view(n, 1, 1, 1).expand(n, 1, 5, 7), *_drawn(images.shape))[:, 0].long()
+    rows, columns = torch.arange(5)[:, None], torch.arange(7)
+    assert torch.equal(a, maps[which, rows, columns])
+    assert torch.equal(a, b)
+    assert lam == 1
+    one_hot = F.one_hot(maps, c).movedim(-1, 1).float()
+    assert torch.equal(seeded(one_hot, **cut)[1], F.one_hot(a, c).movedim(-1, 1).float())
+    z, target = seeded(soft, **cut)
+    _, _, share = mf.sample_cutmix(images.shape, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(target, share * soft + (1 - share) * soft[_drawn(images.shape)[0]])
+
+
+def _drawn(shape):
+    index, box, _ = mf.sample_cutmix(shape, generator=torch.Generator().manual_seed(5))
+    return index, box
+
+
+def test_smoothed_dense_targets_are_those_of_timm():
+    images, labels = torch.rand(6, 3, 4, 4), torch.randint(5, (6,))
+    mix = mf.Mixup(0.3, num_classes=5, label_smoothing=0.1, generator=torch.Generator().manual_seed(2))
+    _, dense = mix(images, labels)
+    index, lam = mf.sample_mixup(6, 0.3, generator=torch.Generator().manual_seed(2))
+    smooth = torch.full((6, 5), 0.02).scatter_(1, labels[:, None], 0.92)
+    torch.testing.assert_close(dense, smooth * lam + smooth[index] * (1 - lam))
+    mix.eval()
+    torch.testing.assert_close(mix(images, labels)[1], smooth)
+
+
+def test_switching_in_a_compiled_step():
+    mix = mf.Mixup(cutmix_alpha=1.0, num_classes=4)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, y: mix(x, y), fullgraph=True)
+    images, labels = torch.rand(6, 3, 4, 4), torch.randint(4, (6,))
+    for _ in range(3):
+        mixed, target = compiled(images, labels)
+        assert mixed.shape == images.shape
+        torch.testing.assert_close(target.sum(1), torch.ones(6))
+
+
+class _Batches(torch.utils.data.Dataset):
+    """Items that are what a mixer draws in a worker."""
+
+    def __init__(self, mix):
+        self.mix = mix
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        return self.mix(torch.eye(40), torch.arange(40))[0]
+
+
+def test_workers_of_a_data_loader_draw_different_numbers():
+    """Also with a generator, of which each worker has the same copy; and others in the next epoch."""
+    mix = mf.Mixup(generator=torch.Generator().manual_seed(1))
+    loader = torch.utils.data.DataLoader(_Batches(mix), batch_size=1, num_workers=2)
+    drawn = [batch.flatten() for _ in range(2) for batch in loader]
+    assert len({tuple(one.tolist()) for one in drawn}) == len(drawn)
+
+
 def test_mixup_loss_module():
     logits, y = torch.randn(9, 5), torch.randint(5, (9,))
     target = (y, y.flip(0), torch.rand(9))
@@ -220,6 +360,9 @@ def test_mixing_modules_in_a_compiled_step():
 def test_mixing_modules_say_what_they_are():
     assert repr(mf.Mixup(0.3, per_sample=True, num_classes=4)) == "Mixup(alpha=0.3, per_sample=True, num_classes=4)"
     assert repr(mf.Mixup(lam=0.5)) == "Mixup(lam=0.5)"
+    assert repr(mf.Mixup(None, cutmix_alpha=1, prob=0.5, mode="pair")) == (
+        "Mixup(alpha=None, cutmix_alpha=1.0, prob=0.5, mode='pair')"
+    )
     assert repr(mf.MixupCrossEntropyLoss(0.1)) == (
         "MixupCrossEntropyLoss(label_smoothing=0.1, ignore_index=-100, reduction='mean')"
     )
@@ -237,8 +380,18 @@ X, Y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
         (lambda: mf.Mixup(num_classes=2.0), TypeError, "num_classes must be an integer, got 2.0"),
         (lambda: mf.Mixup(generator=1), TypeError, "generator must be a torch.Generator, got int"),
         (lambda: mf.Mixup()([1], Y), TypeError, "input must be a tensor, got list"),
-        (lambda: mf.Mixup()(X, X), TypeError, r"target must be an int64 tensor of classes, got torch\.float32"),
-        (lambda: mf.Mixup()(X, Y[:3]), ValueError, r"target must have shape \(4,\), .*, got \(3,\)"),
+        (lambda: mf.Mixup()(X, Y.int()), TypeError, r"target must be an int64 tensor .*, got torch\.int32"),
+        (lambda: mf.Mixup()(X, X[:, 0]), ValueError, r"target must have shape \(4,C,\.\.\.\), got \(4,\)"),
+        (lambda: mf.Mixup()(X, Y[:3]), ValueError, r"target must have shape \(4,\) or \(4,\.\.\.\), got \(3,\)"),
+        (lambda: mf.Mixup(None), ValueError, "alpha is needed where cutmix_alpha is None"),
+        (lambda: mf.Mixup(lam=0.5, cutmix_alpha=1.0), ValueError, "lam must be None where cutmix_alpha is given"),
+        (lambda: mf.Mixup(cutmix_alpha=0), ValueError, "cutmix_alpha must be finite and positive, got 0"),
+        (lambda: mf.Mixup(prob=1.5), ValueError, r"prob must be in \[0, 1\], got 1.5"),
+        (lambda: mf.Mixup(switch_prob=-1), ValueError, r"switch_prob must be in \[0, 1\], got -1"),
+        (lambda: mf.Mixup(mode="half"), ValueError, 'mode must be "batch", "elem" or "pair", got \'half\''),
+        (lambda: mf.Mixup(per_sample=True, mode="pair"), ValueError, 'per_sample is mode="elem", got mode="pair"'),
+        (lambda: mf.Mixup(label_smoothing=0.1), ValueError, "label_smoothing needs num_classes"),
+        (lambda: mf.Mixup(cutmix_alpha=1.0)(X, Y), ValueError, r"\(N,ch,H,W\), got \(4, 3\)"),
         (lambda: mf.MixupCrossEntropyLoss(1.5), ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
         (lambda: mf.MixupCrossEntropyLoss(reduction="max"), ValueError, "reduction must be"),
         (lambda: mf.MixupCrossEntropyLoss(ignore_index=None), TypeError, "ignore_index must be an integer, got None"),

@@ -18,7 +18,7 @@ def is_usual(case, target):
     configuration, for another activation or with mixing, and kernels whose configurations are the same on all targets.
     """
     variant = getattr(case, "mix", False) or getattr(case, "activation", PolyReLU()) != PolyReLU()
-    streaming = case.kernel in ("mixup", "cross_entropy")
+    streaming = case.kernel in ("mixup", "cutmix", "cross_entropy", "binary_cross_entropy")
     return target == "sm_90" or (not variant and (not streaming or target == "gfx942"))
 
 

@@ -44,6 +44,21 @@ struct Label {
 // numbers of the type that is computed in; it is not used where the logits have that type.
 using CrossEntropy = double (*)(const void* logits, int64_t classes, const Label& label, void* scratch, void* grad);
 
+// ---- binary_cross_entropy
+
+// The label of each class: q_c = base, but values[j] for c = classes[j].
+struct BinaryLabel {
+  double base;
+  int64_t classes[2];
+  double values[2];
+};
+
+// Returns the loss of one row, sum_c (1 - q_c) x_c + w_c log(1 + e^-x_c), w_c = 1 + (pos_weight_c - 1) q_c, and writes each
+// class's loss, and scale times its derivative, of the logits' element, unless `losses` or `grad` are null. `pos_weight` (C,) may
+// be null: all are 1. It and `losses` are of the type that is computed in.
+using BinaryCrossEntropy = double (*)(const void* logits, int64_t classes, const BinaryLabel& label, const void* pos_weight,
+                                      double scale, void* losses, void* grad);
+
 // ---- patch_conv
 
 // R networks on the same data. Each patch of `input` is contiguous.
@@ -169,6 +184,7 @@ struct Kernels {
   TypedKernels<double> float64;
   WeightedSum (*weighted_sum)(Element input, Element output);     // null if there is no kernel for these elements
   CrossEntropy (*cross_entropy)(Element logits, Element target);  // likewise; kByte: no dense target
+  BinaryCrossEntropy (*binary_cross_entropy)(Element logits);     // likewise
 };
 
 // Functions, not objects: initialising an object would run code of an instruction set which this processor may lack.

@@ -52,6 +52,20 @@ T* data(const Tensor& t) {
 
 inline std::vector<int64_t> shape_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
+// Calls f(n, begin, end) for elements [begin, end) of every sample n: a part of a sample is a task.
+template <typename F>
+void for_each_part(int64_t samples, int64_t size, const F& f) {
+  constexpr int64_t kElementsPerTask = 1 << 15;  // a thread gets at least twice as many
+  const int64_t parts = std::max<int64_t>(1, size / kElementsPerTask);
+  torch::stable::parallel_for(0, samples * parts, 1 + 2 * kElementsPerTask * parts / std::max<int64_t>(1, size),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t task = begin; task < end; ++task) {
+                                  const int64_t n = task / parts, part = task % parts;
+                                  f(n, size * part / parts, size * (part + 1) / parts);
+                                }
+                              });
+}
+
 // Threads with a scratch memory each.
 struct Team {
   int64_t threads;

@@ -6,22 +6,6 @@
 namespace mixfeat {
 namespace {
 
-// Elements of a sample in one task. A thread gets at least twice as many.
-constexpr int64_t kElementsPerTask = 1 << 15;
-
-// f(n, begin, end) for elements [begin, end) of every sample n.
-template <typename F>
-void for_each_part(int64_t samples, int64_t size, const F& f) {
-  const int64_t parts = std::max<int64_t>(1, size / kElementsPerTask);
-  torch::stable::parallel_for(0, samples * parts, 1 + 2 * kElementsPerTask * parts / std::max<int64_t>(1, size),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t task = begin; task < end; ++task) {
-                                  const int64_t n = task / parts, part = task % parts;
-                                  f(n, size * part / parts, size * (part + 1) / parts);
-                                }
-                              });
-}
-
 // Guards the reads of index and lam. Python has checked the values of index.
 void check(const Tensor& rows, const Tensor& index, const Tensor& lam) {
   STD_TORCH_CHECK(rows.dim() == 2 && (rows.size(0) == 0 || rows.size(1) <= 1 || rows.stride(1) == 1), "unexpected layout");

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 
 __all__ = [
-    "CROSS_ENTROPY_CONFIGS", "MIXUP_CONFIG", "PAIRWISE_CONFIGS", "PATCH_CONV_TILES", "CrossEntropyConfig", "Direction",
-    "MixupConfig", "PairwiseConfig", "PatchConvConfig", "PatchConvTiles", "cross_entropy_config", "pairwise_config",
-    "patch_conv_tiles", "vector_size",
+    "BINARY_CROSS_ENTROPY_CONFIG", "CROSS_ENTROPY_CONFIGS", "CUTMIX_CONFIG", "MIXUP_CONFIG", "PAIRWISE_CONFIGS",
+    "PATCH_CONV_TILES", "CrossEntropyConfig", "Direction", "MixupConfig", "PairwiseConfig", "PatchConvConfig",
+    "PatchConvTiles", "cross_entropy_config", "pairwise_config", "patch_conv_tiles", "vector_size",
 ]  # fmt: skip
 
 Direction = Literal["forward", "backward_input", "backward_weight"]
@@ -213,6 +213,9 @@ class MixupConfig:
 # that are not aligned load single elements, eight times.
 MIXUP_CONFIG = MixupConfig(vectors=512, elements=1024)
 
+# cutmix holds two masks and a position for each element, so a thread has one vector of each of the two images.
+CUTMIX_CONFIG = MixupConfig(vectors=128, elements=512)
+
 
 @dataclass(frozen=True)
 class CrossEntropyConfig:
@@ -263,6 +266,11 @@ CROSS_ENTROPY_CONFIGS = {
     "float32": CrossEntropyConfig(32, 128, 128, max_warps=16),
     "other": CrossEntropyConfig(16, 96, 80),  # dense targets take as many registers again, single elements masks
 }
+
+
+# It needs no whole row at a time. A thread holds few logits, as each takes the registers of an exponential and a
+# logarithm.
+BINARY_CROSS_ENTROPY_CONFIG = CrossEntropyConfig(8, 128, 128, min_warps=4, max_warps=4)
 
 
 def cross_entropy_config(num_classes: int, itemsize: int, vector: int, dense: bool) -> CrossEntropyConfig:

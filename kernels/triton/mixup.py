@@ -20,14 +20,14 @@ from torch import Tensor
 
 from . import configs, launch
 
-__all__ = ["mixup", "mixup_backward"]
+__all__ = ["inverse", "mixup", "mixup_backward", "pointers_to", "tile_of"]
 
 # Integers that must not cost a compilation per batch size. K and the strides of samples are in vectors.
 _SIZES = ["N", "K", "stride_lam", "stride_source", "stride_result"]
 
 
 @triton.jit
-def _tile(N, K, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def tile_of(N, K, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Return this program's samples n, its first element, the elements k after that, and the mask of elements.
 
     Samples beyond the last are clamped to it: they write the same result again.
@@ -41,7 +41,7 @@ def _tile(N, K, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constex
 
 
 @triton.jit
-def _rows(tensor, n, stride, VECTOR: tl.constexpr):
+def pointers_to(tensor, n, stride, VECTOR: tl.constexpr):
     """Return pointers (BLOCK_N, 1) to samples n of a tensor whose samples lie ``stride`` vectors apart."""
     return (tensor + n * (stride.to(tl.int64) * VECTOR))[:, None]
 
@@ -55,15 +55,15 @@ def mixup_forward_kernel(
 
     input (N,K), index (N,), lam (N,) or (), output (N,K); VECTOR elements of output are up to 16 bytes.
     """
-    n, start, k, mask = _tile(N, K, VECTOR, BLOCK_N, BLOCK_K)
+    n, start, k, mask = tile_of(N, K, VECTOR, BLOCK_N, BLOCK_K)
     input += start
-    x = tl.load(_rows(input, n, stride_source, VECTOR) + k, mask=mask, other=0.0)
+    x = tl.load(pointers_to(input, n, stride_source, VECTOR) + k, mask=mask, other=0.0)
     partner = tl.load(index + n * stride_index.to(tl.int64))
     exists = (partner >= 0) & (partner < N)
     ratio = tl.where(exists, tl.load(lam + n * stride_lam.to(tl.int64)), float("nan"))[:, None]
-    other = tl.load(_rows(input, tl.where(exists, partner, 0), stride_source, VECTOR) + k, mask=mask, other=0.0)
+    other = tl.load(pointers_to(input, tl.where(exists, partner, 0), stride_source, VECTOR) + k, mask=mask, other=0.0)
     mixed = tl.fma(ratio, x.to(tl.float32), (1.0 - ratio) * other.to(tl.float32))
-    tl.store(_rows(output + start, n, stride_result, VECTOR) + k, mixed.to(output.dtype.element_ty), mask=mask)
+    tl.store(pointers_to(output + start, n, stride_result, VECTOR) + k, mixed.to(output.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -76,10 +76,10 @@ def mixup_backward_kernel(
     grad (N,K), index (N,), lam (N,) or (), input_grad (N,K); order (N,) the samples by their partner and
     first (N + 1,) where in it those with partner i begin.
     """
-    i, start, k, mask = _tile(N, K, VECTOR, BLOCK_N, BLOCK_K)
+    i, start, k, mask = tile_of(N, K, VECTOR, BLOCK_N, BLOCK_K)
     grad += start
     stride_lam = stride_lam.to(tl.int64)
-    own = tl.load(_rows(grad, i, stride_source, VECTOR) + k, mask=mask, other=0.0)
+    own = tl.load(pointers_to(grad, i, stride_source, VECTOR) + k, mask=mask, other=0.0)
     partner = tl.load(index + i)
     ratio = tl.where((partner >= 0) & (partner < N), tl.load(lam + i * stride_lam), float("nan"))
     accum = ratio[:, None] * own.to(tl.float32)
@@ -89,9 +89,13 @@ def mixup_backward_kernel(
         n = tl.load(order + begin + j, mask=j < count, other=0)
         partner_ratio = 1.0 - tl.load(lam + n * stride_lam)
         in_list = mask & (j < count)[:, None]
-        other = tl.load(_rows(grad, n, stride_source, VECTOR) + k, mask=in_list, other=0.0)
+        other = tl.load(pointers_to(grad, n, stride_source, VECTOR) + k, mask=in_list, other=0.0)
         accum = tl.where(in_list, tl.fma(partner_ratio[:, None], other.to(tl.float32), accum), accum)
-    tl.store(_rows(input_grad + start, i, stride_result, VECTOR) + k, accum.to(input_grad.dtype.element_ty), mask=mask)
+    tl.store(
+        pointers_to(input_grad + start, i, stride_result, VECTOR) + k,
+        accum.to(input_grad.dtype.element_ty),
+        mask=mask,
+    )
 
 
 def mixup(input: Tensor, index: Tensor, lam: Tensor, output: Tensor) -> None:
@@ -110,11 +114,18 @@ def mixup_backward(grad: Tensor, index: Tensor, lam: Tensor, input_grad: Tensor)
     A sample whose partner is out of range gets NaN.
     """
     grad, index = launch.interpretable(grad), index.contiguous()
-    # The samples whose partner is i come in ascending order, which fixes the order of each sum.
-    partners, order = index.sort(stable=True)
-    first = torch.searchsorted(partners, torch.arange(len(index) + 1, device=index.device))
+    order, first = inverse(index)
     with launch.rounded(input_grad) as result:
         _run(mixup_backward_kernel, (grad, index, lam, order, first, result), grad, result, _stride(lam))
+
+
+def inverse(index: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the samples (N,) by their partner, and (N + 1,) where among them those with partner i begin.
+
+    The samples of one partner come in ascending order, which fixes the order of each sum.
+    """
+    partners, order = index.sort(stable=True)
+    return order, torch.searchsorted(partners, torch.arange(len(index) + 1, device=index.device))
 
 
 def _stride(lam: Tensor) -> int:

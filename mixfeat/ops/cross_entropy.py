@@ -4,7 +4,7 @@ Each is one pass over the logits, which also yields the gradient; backward only 
 gradient, and where that is 1, as in the usual training step, has nothing left to do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,10 @@ from mixfeat import _checks, backends, reference
 from mixfeat.ops import fallback
 from mixfeat.ops.registration import Operator, graph_is_kept, is_batched, saved_tensors_are_hooked
 
-__all__ = ["mixup_cross_entropy", "soft_target_cross_entropy"]
+__all__ = [
+    "folds_mean", "gradient_may_be_overwritten", "mixup_cross_entropy", "rows_of", "scaled", "scaled_in_place",
+    "soft_target_cross_entropy", "weighted_mixup_cross_entropy",
+]  # fmt: skip
 
 
 def mixup_cross_entropy(
@@ -31,12 +34,40 @@ def mixup_cross_entropy(
     return _mixup_cross_entropy(input, target_a, target_b, lam, *options, False)
 
 
+def weighted_mixup_cross_entropy(
+    input: Tensor,
+    target_a: Tensor,
+    target_b: Tensor,
+    lam: Tensor,
+    weight: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """The same with a weight (C,) for each class, in plain PyTorch; lam and weight of the loss's dtype."""
+    _checks.lam_values(lam)
+    num_classes, valid = input.shape[1], []
+    for key, target in (("a", target_a), ("b", target_b)):
+        bad = (target != ignore_index) & ((target < 0) | (target >= num_classes))
+        if input.device.type == "cpu" and bool(bad.any()):
+            raise _out_of_range(key, int(target[bad][0]), num_classes, ignore_index)
+        valid.append(~bad)
+    loss = reference.mixup_cross_entropy(
+        input.to(lam.dtype), target_a.where(valid[0], 0), target_b.where(valid[1], 0), lam, weight=weight,
+        label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
+    )  # fmt: skip
+    if input.device.type == "cpu":
+        return loss
+    missing = ~(valid[0] & valid[1])
+    return loss.where(~(missing if reduction == "none" else missing.any()), torch.nan)
+
+
 def soft_target_cross_entropy(input: Tensor, target: Tensor, label_smoothing: float, reduction: str) -> Tensor:
     """Return the loss, () or (N,)."""
     return _soft_target_cross_entropy(input, target, label_smoothing, reduction, False)
 
 
-def _folds_mean(dtype: torch.dtype) -> bool:
+def folds_mean(dtype: torch.dtype) -> bool:
     """Whether the gradient that forward yields has the mean's 1/N in it: float16 would lose small numbers to it."""
     return dtype != torch.float16
 
@@ -52,13 +83,13 @@ def _mixup_forward(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     num_samples, num_classes = input.shape
-    mean, fold = reduction == "mean", _folds_mean(input.dtype)
+    mean, fold = reduction == "mean", folds_mean(input.dtype)
     name = backends.serving(input.device.type, input.dtype)
     _checks.lam_values(lam)
     if name == "cpu":
         targets = target_a.contiguous(), target_b.contiguous()
         loss, grad, bad = torch.ops.mixfeat_cpu.mixup_cross_entropy.default(
-            _rows(input), *targets, lam, label_smoothing, ignore_index, mean, fold, reduction != "none", need_grad
+            rows_of(input), *targets, lam, label_smoothing, ignore_index, mean, fold, reduction != "none", need_grad
         )
         if bad >= 0:
             raise _out_of_range("ab"[bad % 2], int(targets[bad % 2][bad // 2]), num_classes, ignore_index)
@@ -75,7 +106,7 @@ def _mixup_forward(
     if name == "triton":
         from mixfeat.kernels.triton.cross_entropy import cross_entropy as launch
 
-        launch(_rows(input), *arguments, loss, grad if need_grad else None)
+        launch(rows_of(input), *arguments, loss, grad if need_grad else None)
     else:
         _fill(loss, grad, fallback.mixup_cross_entropy_rows(input.to(loss.dtype), *arguments, need_grad))
     return _reduce(loss, reduction, fold), grad
@@ -85,14 +116,14 @@ def _soft_target_forward(
     input: Tensor, target: Tensor, label_smoothing: float, reduction: str, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
     num_samples, num_classes = input.shape
-    mean, fold = reduction == "mean", _folds_mean(input.dtype)
+    mean, fold = reduction == "mean", folds_mean(input.dtype)
     name = backends.serving(input.device.type, input.dtype)
     weight = 1 / num_samples if num_samples and mean and fold else 1.0
     if name == "cpu":
         if target.dtype not in (input.dtype, torch.float32) or input.dtype == torch.float64:
             target = target.to(_checks.accumulation(input.dtype))
         loss, grad = torch.ops.mixfeat_cpu.soft_target_cross_entropy.default(
-            _rows(input), _rows(target), weight, label_smoothing, reduction != "none", need_grad
+            rows_of(input), rows_of(target), weight, label_smoothing, reduction != "none", need_grad
         )
         loss = loss / num_samples if mean and not fold else loss
     else:
@@ -100,7 +131,7 @@ def _soft_target_forward(
         if name == "triton":
             from mixfeat.kernels.triton.cross_entropy import soft_target_cross_entropy as launch
 
-            launch(_rows(input), _rows(target), weight, label_smoothing, loss, grad if need_grad else None)
+            launch(rows_of(input), rows_of(target), weight, label_smoothing, loss, grad if need_grad else None)
         else:
             label = (target.to(loss.dtype) * (1 - label_smoothing) + label_smoothing / num_classes) * weight
             _fill(loss, grad, fallback.soft_target_cross_entropy_rows(input.to(loss.dtype), label, need_grad))
@@ -114,7 +145,7 @@ def _empty(input: Tensor, need_grad: bool) -> tuple[Tensor, Tensor]:
     return loss, input.new_empty(input.shape if need_grad else 0)
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def rows_of(tensor: Tensor) -> Tensor:
     """With the classes of a row side by side."""
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
 
@@ -136,11 +167,11 @@ def _fill(loss: Tensor, grad: Tensor, rows: tuple[Tensor, Tensor | None]) -> Non
         grad.copy_(rows[1])
 
 
-def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+def scaled(grad: Tensor, factor: Tensor) -> Tensor:
     return (grad * (factor if factor.dim() == 0 else factor[:, None])).to(grad.dtype)
 
 
-def _scaled_in_place(grad: Tensor, factor: Tensor) -> Tensor:
+def scaled_in_place(grad: Tensor, factor: Tensor) -> Tensor:
     """The same in grad's own memory, which nobody else will read."""
     if grad.device.type == "cpu" and factor.dim() == 0 and factor.item() == 1:
         return grad
@@ -163,15 +194,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     tensors = [value for value in inputs if isinstance(value, Tensor)]
     ctx.options = inputs[len(tensors) : -1]
     ctx.save_for_backward(output[1], *tensors)
-    ctx.divisor = input.shape[0] if reduction == "mean" and not _folds_mean(input.dtype) else 1
-    ctx.is_alone = ctx.direct and not saved_tensors_are_hooked()  # nobody else holds the gradient
+    ctx.divisor = input.shape[0] if reduction == "mean" and not folds_mean(input.dtype) else 1
+    ctx.may_overwrite = gradient_may_be_overwritten(ctx)
 
 
 def _backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor]:
     input_grad, *_ = ctx.saved_tensors
     factor = grad if ctx.divisor == 1 else grad / ctx.divisor
-    may_overwrite = ctx.is_alone and not graph_is_kept() and not is_batched(grad)
-    return ((_scaled_in_place if may_overwrite else _scaled)(input_grad, factor),)
+    return ((scaled_in_place if ctx.may_overwrite(grad) else scaled)(input_grad, factor),)
+
+
+def gradient_may_be_overwritten(ctx: Any) -> Callable[[Tensor], bool]:
+    """Return what tells, given the upstream gradient, whether nobody else will read the gradient that is saved now."""
+    is_alone = ctx.direct and not saved_tensors_are_hooked()
+    return lambda grad: is_alone and not graph_is_kept() and not is_batched(grad)
 
 
 def _mixup_recorded_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor]:
@@ -180,7 +216,7 @@ def _mixup_recorded_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> t
     arguments = (target_a, target_b, lam, label_smoothing, ignore_index, 1.0 if reduction == "mean" else None)
     _, rows = fallback.mixup_cross_entropy_rows(input.to(lam.dtype), *arguments, True)
     assert rows is not None
-    return (_scaled(rows, grad).to(input.dtype),)
+    return (scaled(rows, grad).to(input.dtype),)
 
 
 def _soft_target_recorded_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor]:
@@ -190,7 +226,7 @@ def _soft_target_recorded_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]
     label = (target.to(dtype) * (1 - label_smoothing) + label_smoothing / input.shape[1]) * weight
     _, rows = fallback.soft_target_cross_entropy_rows(input.to(dtype), label, True)
     assert rows is not None
-    return (_scaled(rows, grad).to(input.dtype),)
+    return (scaled(rows, grad).to(input.dtype),)
 
 
 def _mixup_definition(input: Tensor, target_a: Tensor, target_b: Tensor, lam: Tensor, *options: Any) -> Tensor:

@@ -16,8 +16,9 @@ from mixfeat._checks import accumulation
 from mixfeat.kernels.polynomial import Polynomial
 
 __all__ = [
-    "mixup", "mixup_backward", "mixup_cross_entropy_rows", "pairwise_mixup_block", "pairwise_mixup_loss", "patch_conv",
-    "patch_conv_backward", "patch_conv_double_backward", "soft_target_cross_entropy_rows",
+    "cutmix", "cutmix_backward", "mixup", "mixup_backward", "mixup_binary_cross_entropy", "mixup_cross_entropy_rows",
+    "pairwise_mixup_block", "pairwise_mixup_loss", "patch_conv", "patch_conv_backward", "patch_conv_double_backward",
+    "soft_target_cross_entropy_rows",
 ]  # fmt: skip
 
 
@@ -45,6 +46,24 @@ def _spread(grad: Tensor, index: Tensor, lam: Tensor, dim: int) -> Tensor:
     """Give each sample along ``dim`` its own share of the mixed samples' gradient, and its partner the rest."""
     lam = lam.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1 - dim % grad.dim()))
     return (lam * grad).index_add(dim, index, (1 - lam) * grad)
+
+
+def cutmix(input: Tensor, index: Tensor, box: Tensor) -> Tensor:
+    """Paste boxes (N,ch,H,W). A partner that does not exist gives NaN, or in bytes 0."""
+    if input.device.type == "cpu":
+        return reference.cutmix(input, index, box)
+    exists = ((index >= 0) & (index < input.shape[0])).view(-1, 1, 1, 1)
+    mixed = reference.cutmix(input, index.where(exists.flatten(), 0), box)
+    missing = input.new_full((), torch.nan if input.is_floating_point() else 0)
+    return mixed.where(exists | ~reference.in_box(input, box), missing)
+
+
+def cutmix_backward(grad: Tensor, index: Tensor, box: Tensor) -> Tensor:
+    """Gradient of :func:`cutmix` to input: outside the box ``grad_i``, inside the sum of grad_n over index_n = i."""
+    inside = reference.in_box(grad, box)
+    exists = (index >= 0) & (index < grad.shape[0])
+    pasted = grad.where(inside & exists.view(-1, 1, 1, 1), 0)
+    return grad.where(~inside, 0).index_add(0, index.where(exists, 0), pasted)
 
 
 def patch_conv(
@@ -266,6 +285,31 @@ def mixup_cross_entropy_rows(
         label = label + weight[:, None] * label_smoothing / num_classes
         label = label.scatter_add(1, target[:, None], weight[:, None] * (1 - label_smoothing))
     return loss, _cross_entropy_grad(input, label, (label != 0).any(1, keepdim=True)) if need_grad else None
+
+
+def mixup_binary_cross_entropy(
+    input: Tensor,
+    target_a: Tensor,
+    target_b: Tensor,
+    lam: Tensor,
+    pos_weight: Tensor | None,
+    label_smoothing: float,
+    threshold: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Loss (N,C) of each class, and its derivative, of lam's dtype::
+
+        w_nc    = 1 + (pos_weight_c - 1) q_nc
+        loss_nc = (1 - q_nc) x_nc - w_nc log sigmoid(x_nc);  slope_nc = 1 - q_nc - w_nc sigmoid(-x_nc)
+
+    A target out of range makes its row NaN.
+    """
+    num_classes = input.shape[1]
+    q = reference.mixed_labels(target_a, target_b, lam, num_classes, label_smoothing, threshold, lam.dtype)
+    if input.device.type != "cpu":
+        exist = (target_a >= 0) & (target_a < num_classes) & (target_b >= 0) & (target_b < num_classes)
+        q = q.where(exist[:, None], torch.nan)
+    w = torch.ones_like(q) if pos_weight is None else 1 + (pos_weight - 1) * q
+    return (1 - q) * input - w * F.logsigmoid(input), 1 - q - w * torch.sigmoid(-input)
 
 
 def soft_target_cross_entropy_rows(input: Tensor, label: Tensor, need_grad: bool) -> tuple[Tensor, Tensor | None]:

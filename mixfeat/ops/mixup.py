@@ -9,7 +9,7 @@ from mixfeat import _checks, backends, reference
 from mixfeat.ops import fallback
 from mixfeat.ops.registration import Operator
 
-__all__ = ["mixup"]
+__all__ = ["empty_like", "in_shape_of", "mixup", "sample_order", "samples_of"]
 
 
 def mixup(input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> Tensor:
@@ -17,7 +17,7 @@ def mixup(input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> Tens
     return _mixup(input, index, lam, dtype)
 
 
-def _sample_order(tensor: Tensor) -> list[int]:
+def sample_order(tensor: Tensor) -> list[int]:
     """The dimensions, in the order in which each sample is one run of memory; as they are if there is none."""
     strides = tensor.stride()
     order = sorted(range(1, tensor.dim()), key=lambda d: -strides[d])
@@ -30,13 +30,13 @@ def _sample_order(tensor: Tensor) -> list[int]:
     return [0, *order]
 
 
-def _samples(tensor: Tensor, order: list[int]) -> Tensor:
+def samples_of(tensor: Tensor, order: list[int]) -> Tensor:
     """(N,K), a view where each sample is one run of memory in this order, else a copy."""
     samples = tensor.permute(order).flatten(1) if tensor.dim() > 1 else tensor[:, None]
     return samples if samples.stride(1) == 1 else samples.contiguous()
 
 
-def _shaped(samples: Tensor, tensor: Tensor, order: list[int]) -> Tensor:
+def in_shape_of(samples: Tensor, tensor: Tensor, order: list[int]) -> Tensor:
     """The inverse: (N,K), samples in this order, in the shape of ``tensor``."""
     shaped = samples.view([tensor.shape[d] for d in order])
     return shaped.permute([order.index(d) for d in range(tensor.dim())])
@@ -45,8 +45,8 @@ def _shaped(samples: Tensor, tensor: Tensor, order: list[int]) -> Tensor:
 def _forward(input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> Tensor:
     name = backends.serving(input.device.type, dtype)
     index = _checks.partners(index, lam, input.shape[0])
-    order = _sample_order(input)
-    samples = _samples(input, order)
+    order = sample_order(input)
+    samples = samples_of(input, order)
     if name == "cpu":
         mixed = torch.ops.mixfeat_cpu.mixup.default(samples, index, lam, dtype)
     elif name == "triton":
@@ -56,14 +56,14 @@ def _forward(input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> T
         launch(samples, index, lam, mixed)
     else:
         mixed = fallback.mixup(samples, index, lam, dtype).contiguous()
-    return _shaped(mixed, input, order)
+    return in_shape_of(mixed, input, order)
 
 
 def _backward(grad: Tensor, index: Tensor, lam: Tensor) -> Tensor:
     name = backends.serving(grad.device.type, grad.dtype)
     index = _checks.partners(index, lam, grad.shape[0])
-    order = _sample_order(grad)
-    samples = _samples(grad, order)
+    order = sample_order(grad)
+    samples = samples_of(grad, order)
     if name == "cpu":
         input_grad = torch.ops.mixfeat_cpu.mixup_backward.default(samples, index, lam)
     elif name == "triton":
@@ -73,18 +73,18 @@ def _backward(grad: Tensor, index: Tensor, lam: Tensor) -> Tensor:
         launch(samples, index, lam, input_grad)
     else:
         input_grad = fallback.mixup_backward(samples, index, lam).contiguous()
-    return _shaped(input_grad, grad, order)
+    return in_shape_of(input_grad, grad, order)
 
 
-def _like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    order = _sample_order(tensor)
-    return _shaped(tensor.new_empty([tensor.shape[d] for d in order], dtype=dtype), tensor, order)
+def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    order = sample_order(tensor)
+    return in_shape_of(tensor.new_empty([tensor.shape[d] for d in order], dtype=dtype), tensor, order)
 
 
 _mixup_backward = Operator(
     "mixup_backward(Tensor grad, Tensor index, Tensor lam) -> Tensor",
     forward=_backward,
-    fake=lambda grad, index, lam: _like(grad, grad.dtype),
+    fake=lambda grad, index, lam: empty_like(grad, grad.dtype),
 )
 
 
@@ -96,7 +96,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 _mixup = Operator(
     "mixup(Tensor input, Tensor index, Tensor lam, ScalarType dtype) -> Tensor",
     forward=_forward,
-    fake=lambda input, index, lam, dtype: _like(input, dtype),
+    fake=lambda input, index, lam, dtype: empty_like(input, dtype),
     differentiable=("input",),
     setup_context=_setup_context,
     backward=lambda ctx, grad, needs: (_mixup_backward.outputs(grad, *ctx.saved_tensors),),

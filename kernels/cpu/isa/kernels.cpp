@@ -7,6 +7,7 @@ namespace mixfeat::MIXFEAT_ISA {
 // Each is defined in the file of its operator.
 WeightedSum weighted_sum(Element input, Element output);
 CrossEntropy cross_entropy(Element logits, Element target);
+BinaryCrossEntropy binary_cross_entropy(Element logits);
 template <typename T>
 PatchConvKernels<T> patch_conv();
 template <typename T>
@@ -18,7 +19,8 @@ Kernels kernels() {
   return {{patch_conv<float>(), pairwise_mixup_loss<float>(), gradient_descent<float>()},
           {patch_conv<double>(), pairwise_mixup_loss<double>(), gradient_descent<double>()},
           weighted_sum,
-          cross_entropy};
+          cross_entropy,
+          binary_cross_entropy};
 }
 
 }  // namespace mixfeat::MIXFEAT_ISA

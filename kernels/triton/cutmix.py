@@ -1,0 +1,131 @@
+"""CutMix of a batch, forward and backward, in Triton: memory traffic and nothing else.
+
+    output_n = x_{index_n} inside the box, x_n outside
+    dL/dx_i  = sum_{n: index_n = i} dL/doutput_n inside the box, dL/doutput_i outside
+
+A sample whose partner is out of range gets NaN inside the box, or in bytes 0. Images come as samples of K elements:
+planes of HEIGHT rows of ROW elements, a pixel being PIXEL elements side by side (1, or with channels last ch).
+
+A program owns a tile, as in mixup.py. Elements are loaded a vector at a time from the sample and from its partner; a
+vector that is not at the box's edge is needed from one of them, and its other load is masked as a whole.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs, launch
+from .mixup import inverse, pointers_to, tile_of
+
+__all__ = ["cutmix", "cutmix_backward"]
+
+# Integers that must not cost a compilation per batch size. K and the strides of samples are in vectors.
+_SIZES = ["N", "K", "stride_source", "stride_result"]
+
+
+@triton.jit
+def _in_box(
+    box, start, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HEIGHT: tl.constexpr, ROW: tl.constexpr, PIXEL: tl.constexpr,
+):  # fmt: skip
+    """Return (BLOCK_N, BLOCK_K) whether an element is in its sample's box, and whether any or all of its vector's are.
+
+    ``box`` (BLOCK_N,) points to the samples' boxes.
+    """
+    k = ((start % (HEIGHT * ROW)).to(tl.int32) + tl.arange(0, BLOCK_K))[None, :]  # 32 bits divide without a call
+    y, x = k // ROW % HEIGHT, k % ROW
+    y0, y1 = tl.load(box)[:, None], tl.load(box + 1)[:, None]
+    x0, x1 = tl.load(box + 2)[:, None] * PIXEL, tl.load(box + 3)[:, None] * PIXEL
+    inside = ((y >= y0) & (y < y1) & (x >= x0) & (x < x1)).to(tl.int32)
+    vectors = tl.reshape(inside, [BLOCK_N, BLOCK_K // VECTOR, VECTOR])
+    any_inside = tl.broadcast_to(tl.max(vectors, 2)[:, :, None], vectors.shape)
+    all_inside = tl.broadcast_to(tl.min(vectors, 2)[:, :, None], vectors.shape)
+    return inside != 0, tl.reshape(any_inside, inside.shape) != 0, tl.reshape(all_inside, inside.shape) != 0
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "stride_index", "stride_box"])
+def cutmix_forward_kernel(
+    input, index, box, output, N, K, stride_source, stride_result, stride_index, stride_box,
+    VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HEIGHT: tl.constexpr, ROW: tl.constexpr, PIXEL: tl.constexpr,
+):  # fmt: skip
+    """``output_n = input_{index_n}`` inside the box, ``input_n`` outside
+
+    input (N,K), index (N,), box (4,) or (N,4): y0, y1, x0, x1, output (N,K).
+    """
+    n, start, k, mask = tile_of(N, K, VECTOR, BLOCK_N, BLOCK_K)
+    boxes = box + n * stride_box.to(tl.int64)
+    inside, any_inside, all_inside = _in_box(boxes, start, VECTOR, BLOCK_N, BLOCK_K, HEIGHT, ROW, PIXEL)
+    input += start
+    partner = tl.load(index + n * stride_index.to(tl.int64))
+    exists = (partner >= 0) & (partner < N)
+    own = tl.load(pointers_to(input, n, stride_source, VECTOR) + k, mask=mask & ~all_inside, other=0)
+    source = pointers_to(input, tl.where(exists, partner, 0), stride_source, VECTOR)
+    other = tl.load(source + k, mask=mask & any_inside & exists[:, None], other=0)
+    if input.dtype.element_ty.is_floating():
+        other = tl.where(exists[:, None], other, float("nan")).to(input.dtype.element_ty)
+    result = tl.where(inside, other, own)
+    tl.store(pointers_to(output + start, n, stride_result, VECTOR) + k, result, mask=mask)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def cutmix_backward_kernel(
+    grad, order, first, box, input_grad, N, K, stride_source, stride_result,
+    VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HEIGHT: tl.constexpr, ROW: tl.constexpr, PIXEL: tl.constexpr,
+):  # fmt: skip
+    """``input_grad_i = sum_{n: index_n = i} grad_n`` inside the box, ``grad_i`` outside
+
+    grad (N,K), input_grad (N,K); order (N,) the samples by their partner and first (N + 1,) where in it those with
+    partner i begin; box (4,).
+    """
+    i, start, k, mask = tile_of(N, K, VECTOR, BLOCK_N, BLOCK_K)
+    inside, any_inside, _ = _in_box(box + 0 * i, start, VECTOR, BLOCK_N, BLOCK_K, HEIGHT, ROW, PIXEL)
+    grad += start
+    accum = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    begin = tl.load(first + i)
+    count = (tl.load(first + i + 1) - begin).to(tl.int32)
+    for j in range(tl.max(count, 0)):
+        in_list = j < count
+        n = tl.load(order + begin + j, mask=in_list, other=0)
+        pasted = mask & any_inside & in_list[:, None]
+        other = tl.load(pointers_to(grad, n, stride_source, VECTOR) + k, mask=pasted, other=0.0)
+        accum += tl.where(inside & in_list[:, None], other.to(tl.float32), 0.0)
+    own = tl.load(pointers_to(grad, i, stride_source, VECTOR) + k, mask=mask, other=0.0)
+    result = tl.where(inside, accum, own.to(tl.float32)).to(input_grad.dtype.element_ty)
+    tl.store(pointers_to(input_grad + start, i, stride_result, VECTOR) + k, result, mask=mask)
+
+
+def cutmix(input: Tensor, index: Tensor, box: Tensor, height: int, width: int, pixel: int, output: Tensor) -> None:
+    """Copy ``input`` (N,K), float or uint8, with boxes of partners, into ``output`` (N,K): both of unit stride in K.
+
+    ``index`` (N,) and ``box`` (4,) or (N,4), int64. A pixel is ``pixel`` elements side by side.
+    """
+    box, strides = box.contiguous(), (index.stride(0), 4 * (box.dim() - 1))
+    _run(cutmix_forward_kernel, (input, index, box, output), height, width, pixel, *strides)
+
+
+def cutmix_backward(
+    grad: Tensor, index: Tensor, box: Tensor, height: int, width: int, pixel: int, input_grad: Tensor
+) -> None:
+    """Write the gradient of :func:`cutmix` to ``input_grad``, given ``grad`` = dL/doutput: (N,K), unit stride in K."""
+    grad = launch.interpretable(grad)
+    with launch.rounded(input_grad) as result:
+        _run(cutmix_backward_kernel, (grad, *inverse(index), box.contiguous(), result), height, width, pixel)
+
+
+def _run(kernel: Any, tensors: tuple[Tensor, ...], height: int, width: int, pixel: int, *strides: int) -> None:
+    """Launch, with the strides of the first tensor and of the last, the result, and then ``strides``."""
+    source, result = tensors[0], tensors[-1]
+    num_samples, size = result.shape
+    if not result.numel():
+        return
+    vector = configs.vector_size(result.itemsize, size, source.stride(0), result.stride(0))
+    tile = configs.CUTMIX_CONFIG.tile(num_samples, size, vector)
+    programs = triton.cdiv(num_samples, tile[0]) * triton.cdiv(size, tile[1])
+    sizes = (num_samples, size // vector, source.stride(0) // vector, result.stride(0) // vector, *strides)
+    constants = {"VECTOR": vector, "BLOCK_N": tile[0], "BLOCK_K": tile[1]}
+    constants |= {"HEIGHT": height, "ROW": width * pixel, "PIXEL": pixel}
+    launch.run(launch.Launch(kernel, programs, (*tensors, *sizes), constants, configs.CUTMIX_CONFIG.num_warps))
