@@ -1,4 +1,4 @@
-"""mixup_cross_entropy and soft_target_cross_entropy against what users write."""
+"""The losses of mixed samples against what users write."""
 
 import functools
 
@@ -15,13 +15,15 @@ from .timing import DEVICE, measure
 
 #: FLOP per logit: a maximum, a difference, an exponential, a sum; the gradient adds a product and a difference.
 FLOP = {"forward": 4, "forward + backward": 6}
+#: An exponential, a logarithm, two products, three sums; the gradient adds a quotient, a product and two differences.
+BINARY_FLOP = {"forward": 7, "forward + backward": 11}
 BOTH, FORWARD = ("forward + backward",), ("forward",)
 #: A loss is used with its gradient: only a few cases are timed without.
 CASES = cases(LOGITS, ("imagenet", "vocabulary", "cifar"), BOTH) + cases(["imagenet", "vocabulary"], (), FORWARD)
 SOFT_CASES = cases(["imagenet", "cifar"], ("imagenet",), BOTH) + cases(["imagenet"], (), FORWARD)
 
 
-def time_formulas(benchmark, capsys, case, formulas, x, targets, target_bytes):
+def time_formulas(benchmark, capsys, case, formulas, x, targets, target_bytes, flop=FLOP):
     """Time ``formulas`` of logits ``x`` and ``targets``, from which ``target_bytes`` must be read."""
     direction = case.direction
     contenders = {key: harness.directed(direction, functools.partial(f, x, *targets), x) for key, f in formulas.items()}
@@ -34,7 +36,7 @@ def time_formulas(benchmark, capsys, case, formulas, x, targets, target_bytes):
     bytes = x.nbytes * (1 + (direction != "forward")) + target_bytes  # the gradient is written
     harness.record(
         capsys, case, measured=measured, memory=harness.peak_bytes(contenders),
-        work=Work({"FLOP": FLOP[direction] * x.numel(), "bytes": bytes}, copy_limit(bytes)),
+        work=Work({"FLOP": flop[direction] * x.numel(), "bytes": bytes}, copy_limit(bytes)),
     )  # fmt: skip
 
 
@@ -68,3 +70,19 @@ def test_soft_target_cross_entropy(benchmark, capsys, name, dtype, direction):
     }
     case = harness.Case("soft_target_cross_entropy", f"{name} {(samples, classes)}", direction, dtype)
     time_formulas(benchmark, capsys, case, formulas, x, (target,), target.nbytes)
+
+
+@pytest.mark.parametrize(("name", "dtype", "direction"), SOFT_CASES)
+def test_mixup_binary_cross_entropy(benchmark, capsys, name, dtype, direction):
+    samples, classes = LOGITS[name]
+    x = torch.randn(samples, classes, device=DEVICE).to(dtype).requires_grad_()
+    targets = (*torch.randint(classes, (2, samples), device=DEVICE), torch.tensor(0.3, device=DEVICE))
+    formulas = {
+        "mixfeat": mf.mixup_binary_cross_entropy,
+        "torch.compile": baselines.compiled(baselines.sparse_binary_cross_entropy),
+        "timm, compiled": baselines.compiled(baselines.dense_binary_cross_entropy),
+        "naive": baselines.dense_binary_cross_entropy,
+        "best eager": baselines.sparse_binary_cross_entropy,
+    }
+    case = harness.Case("mixup_binary_cross_entropy", f"{name} {(samples, classes)}", direction, dtype)
+    time_formulas(benchmark, capsys, case, formulas, x, targets, 16 * samples, BINARY_FLOP)

@@ -138,7 +138,9 @@ def test_command_runs_chosen_cases(bench, monkeypatch, capsys):
     found = [(row["suite"], row["direction"]) for row in document["rows"]]
     both = ("forward", "forward + backward")
     expected = [(suite, direction) for suite in ("patch_conv", "pairwise_mixup_loss") for direction in both]
-    assert sorted(found) == sorted([*expected, ("mixup", both[0]), ("mixup_cross_entropy", both[1])])
+    assert sorted(found) == sorted(
+        [*expected, ("mixup", both[0]), ("cutmix", both[0]), ("mixup_cross_entropy", both[1])]
+    )
     for row in document["rows"]:
         assert {"mixfeat", "torch.compile", "naive"} <= set(row["timings"])
         assert row["cache"] == ("cold" if torch.cuda.is_available() else "warm")
