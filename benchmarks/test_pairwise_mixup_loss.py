@@ -172,7 +172,7 @@ def test_skipping(benchmark, capsys, data):
     grad = torch.empty_like(s)
 
     def run(skip):
-        arguments = ([0.5], [1 / samples**2], ACTIVATION.polynomial, grad, None)
+        arguments = ([0.5], [1 / samples**2], ACTIVATION.polynomial, grad, None, [0.5], 0.0, 0, None, None)
         return lambda: torch.ops.mixfeat_cpu.pairwise_mixup_loss(s, None, y, None, *arguments, skip)
 
     assert run(True)().item() == pytest.approx(run(False)().item(), rel=1e-6)

@@ -17,10 +17,11 @@ class Polynomial(NamedTuple):
 
     With ``t = z / threshold`` and ``u = t``, clamped to at least 0 if ``lower`` and to at most 1 if ``upper``::
 
-        phi(z)  = scale * (u^degree / degree + max(t - 1, 0) [if upper])
-        phi'(z) = scale / threshold * u^(degree - 1)
+        phi(z)  = scale * (u^degree / degree + max(t - 1, 0) [if upper] + negative_slope * min(t, 0))
+        phi'(z) = scale / threshold * (u^(degree - 1) + negative_slope [t <= 0])
 
-    where for ``degree == 1`` and ``lower`` the power ``u^0`` is the step ``[t > 0]``.
+    where for ``degree == 1`` and ``lower`` the power ``u^0`` is the step ``[t > 0]``. A negative slope needs ``lower``.
+    It is evaluated in plain PyTorch: kernels take polynomials without one.
     """
 
     degree: int
@@ -28,14 +29,15 @@ class Polynomial(NamedTuple):
     scale: float = 1.0
     lower: bool = True
     upper: bool = False
+    negative_slope: float = 0.0
 
     @classmethod
     def of(cls, fields: Sequence[float]) -> "Polynomial":
         """Return the polynomial with these fields; a PyTorch operator takes it as a list of numbers."""
         if isinstance(fields, Polynomial):
             return fields
-        degree, threshold, scale, lower, upper = fields
-        return cls(int(degree), threshold, scale, bool(lower), bool(upper))
+        degree, threshold, scale, lower, upper, negative_slope = fields
+        return cls(int(degree), threshold, scale, bool(lower), bool(upper), negative_slope)
 
     def __call__(self, z: Tensor) -> Tensor:
         """phi(z), elementwise and differentiable."""
@@ -44,13 +46,17 @@ class Polynomial(NamedTuple):
         if self.lower:
             u = torch.relu(u)
         curve = self.scale / self.degree * u**self.degree
-        return torch.where(t < 1, curve, self.scale * (t - (1 - 1 / self.degree))) if self.upper else curve
+        if self.upper:
+            curve = torch.where(t < 1, curve, self.scale * (t - (1 - 1 / self.degree)))
+        return torch.where(t > 0, curve, self.scale * self.negative_slope * t) if self.negative_slope else curve
 
     def slope(self, z: Tensor) -> Tensor:
         """phi'(z), elementwise."""
         t = z if self.threshold == 1 else z / self.threshold
         u = t.clamp(min=0 if self.lower else None, max=1 if self.upper else torch.inf)
         power = (t > 0).to(z.dtype) if self.lower and self.degree == 1 else _power(u, self.degree - 1)
+        if self.negative_slope:
+            power = torch.where(t > 0, power, self.negative_slope)
         return self.scale / self.threshold * power
 
     def curvature(self, z: Tensor) -> Tensor:

@@ -245,6 +245,59 @@ def classifier(input: Any, weight: Any, target: Any, activation_: Any, autocast:
     return input, weight
 
 
+def readout(value: Any, weight: Tensor) -> Tensor:
+    """Check the second layer (C,M) or (R,C,M) of filters (C,M,D) or (R,C,M,D); return it in the filters' dtype."""
+    floating("readout", value)
+    shape = tuple(weight.shape[-3:-1])
+    runs = weight.shape[:-3]
+    if value.shape not in (shape, (*runs, *shape)):
+        shapes = " or ".join(str(one) for one in dict.fromkeys((shape, (*runs, *shape))))
+        raise ValueError(f"readout must have shape {shapes}, one number for each filter, got {tuple(value.shape)}")
+    same_device("readout", value, weight.device, "weight's")
+    return value.to(weight.dtype)
+
+
+def partner_samples(partner: Any, target: Any, input: Tensor, weight: Tensor, pairs: str) -> tuple[Tensor, Tensor]:
+    """Check the second samples of pairs, and their classes, against the first ones and the filters; return both."""
+    if partner is None or target is None:
+        given, missing = ("partner", "partner_target") if target is None else ("partner_target", "partner")
+        raise ValueError(f"{missing} is needed where {given} is given")
+    if pairs == "distinct":
+        raise ValueError('pairs must be "all" or "different_class" where partner is given, got \'distinct\'')
+    _network_tensor("partner", partner, "(N',P,D) or (R,N',P,D)")
+    shape = (*input.shape[:-3], partner.shape[-3] if partner.dim() == input.dim() else "N'", *input.shape[-2:])
+    if partner.dim() != input.dim() or tuple(partner.shape) != shape or partner.dtype != input.dtype:
+        raise ValueError(
+            f"partner must have input's dtype {input.dtype} and shape {shape}, got {partner.dtype} and "
+            f"{tuple(partner.shape)}"
+        )
+    same_device("partner", partner, input.device)
+    runs = input.shape[:-3] or weight.shape[:-3]
+    classes("partner_target", target, (*runs, partner.shape[-3]), input.device)
+    return partner, target
+
+
+def labels(label_lam: Any, label_smoothing: Any, pairs: Any, nodes_: Tensor) -> tuple[Tensor | None, float, str]:
+    """Check what a pair's label is and which pairs count; return label_lam as (K,) on the CPU, like the nodes."""
+    smoothing = fraction("label_smoothing", label_smoothing)
+    if pairs not in ("all", "distinct", "different_class"):
+        raise ValueError(f'pairs must be "all", "distinct" or "different_class", got {pairs!r}')
+    if label_lam is None:
+        return None, smoothing, pairs
+    if not isinstance(label_lam, Tensor):
+        number = fraction("label_lam", label_lam, "a number, or a tensor of a number for each node")
+        return torch.full_like(nodes_, number), smoothing, pairs
+    floating("label_lam", label_lam)
+    if label_lam.shape != nodes_.shape and label_lam.dim():
+        raise ValueError(
+            f"label_lam must have shape {tuple(nodes_.shape)}, one for each node, got {tuple(label_lam.shape)}"
+        )
+    if label_lam.device.type != "cpu":
+        raise ValueError(f"label_lam must be on the CPU, where lam is, got {label_lam.device}")
+    constant("label_lam", label_lam, "gradients flow to input, weight and readout only")
+    return label_lam.to(nodes_.dtype).expand(nodes_.shape), smoothing, pairs
+
+
 def classes(name: str, target: Any, shape: tuple[int, ...], device: torch.device) -> None:
     """Check one class for each sample: of this shape, or of its last dimension alone."""
     int64_tensor(name, target, " of classes")
@@ -447,6 +500,13 @@ def node_values(lam: Tensor, lam_weight: Tensor) -> None:
         raise ValueError(f"lam must be in [0, 1], got {values}")
     if not abs(sum(weights) - 1) <= 4 * torch.finfo(lam_weight.dtype).eps * len(weights):
         raise ValueError(f"lam_weight must sum to 1, got {weights}, which sum to {sum(weights)}")
+
+
+def label_lam_values(label_lam: Tensor) -> None:
+    """Refuse shares of labels outside [0, 1]."""
+    values = label_lam.tolist()
+    if not all(0 <= value <= 1 for value in values):
+        raise ValueError(f"label_lam must be in [0, 1], got {values}")
 
 
 def lr_values(lr_: Tensor) -> None:

@@ -1,10 +1,13 @@
 """Activations: the polynomial ReLUs of the feature-learning literature, as small frozen values.
 
+Each takes a ``scale`` > 0, which multiplies it: 1/M makes the fixed second layer a mean. Kernels apply it once, outside
+their loops.
+
 Calling one applies its definition to a tensor (plain PyTorch, differentiable). Every kernel sees an activation only as
 a :class:`~mixfeat.kernels.polynomial.Polynomial`, the one family that holds them all.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +15,7 @@ from torch import Tensor
 from mixfeat import _checks
 from mixfeat.kernels.polynomial import Polynomial
 
-__all__ = ["Activation", "Identity", "PolyReLU", "Power", "PowerReLU", "ReLU"]
+__all__ = ["Activation", "Identity", "LeakyReLU", "PolyReLU", "Power", "PowerReLU", "ReLU"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,19 @@ class Activation:
         """Apply the activation elementwise; differentiable."""
         return self.polynomial(z)
 
-    def _set(self, **fields: Any) -> None:
-        for name, value in fields.items():
+    def __repr__(self) -> str:
+        """Show the fields, of the optional ones those that differ from their default."""
+        shown = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
+        options = {"scale": 1.0, "negative_slope": 0.0} if not isinstance(self, LeakyReLU) else {"scale": 1.0}
+        listed = (f"{name}={value}" for name, value in shown.items() if options.get(name) != value)
+        return f"{type(self).__name__}({', '.join(listed)})"
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
             object.__setattr__(self, name, value)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PolyReLU(Activation):
     """Smoothed ReLU: a polynomial near zero, linear above ``rho`` (Chidambaram et al. 2023, section 3)::
 
@@ -43,54 +53,89 @@ class PolyReLU(Activation):
         degree: the polynomial's degree, 1 to 16 (alpha in the paper).
         rho: threshold above which the activation is linear, > 0.
         clamp: with False the polynomial also serves z < 0, as in the authors' released code.
+        scale: multiplies phi, > 0.
+        negative_slope: with another number than 0, phi(z) = negative_slope z for z <= 0, as in a leaky ReLU. It needs
+            clamp, and is evaluated in plain PyTorch on every backend.
 
     Raises:
-        TypeError, ValueError: for a degree that is no integer in 1..16 or a rho that is not finite and positive.
+        TypeError, ValueError: for a degree that is no integer in 1..16, a rho or scale that is not finite and positive,
+            or a negative_slope that is not finite or stands beside clamp=False.
     """
 
     degree: int = 8
     rho: float = 0.1
     clamp: bool = True
+    scale: float = 1.0
+    negative_slope: float = 0.0
 
     def __post_init__(self) -> None:
         self._set(degree=_checks.degree(self.degree), rho=_checks.positive("rho", self.rho))
         _checks.boolean("clamp", self.clamp)
-        self._set(polynomial=Polynomial(self.degree, self.rho, self.rho, lower=self.clamp, upper=True))
+        self._set(scale=_checks.positive("scale", self.scale))
+        self._set(negative_slope=_checks.finite("negative_slope", self.negative_slope))
+        if self.negative_slope and not self.clamp:
+            raise ValueError(f"negative_slope must be 0 where clamp is False, got {self.negative_slope}")
+        self._set(
+            polynomial=Polynomial(
+                self.degree, self.rho, self.rho * self.scale, self.clamp, upper=True, negative_slope=self.negative_slope
+            )
+        )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PowerReLU(Activation):
-    """``phi(z) = max(z, 0)^degree``, degree 1 to 16."""
+    """``phi(z) = scale max(z, 0)^degree``, degree 1 to 16."""
 
     degree: int = 3
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
-        self._set(degree=_checks.degree(self.degree))
-        self._set(polynomial=Polynomial(self.degree, scale=float(self.degree)))
+        self._set(degree=_checks.degree(self.degree), scale=_checks.positive("scale", self.scale))
+        self._set(polynomial=Polynomial(self.degree, scale=self.scale * self.degree))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Power(Activation):
-    """``phi(z) = z^degree``, degree 1 to 16."""
+    """``phi(z) = scale z^degree``, degree 1 to 16."""
 
     degree: int = 2
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
-        self._set(degree=_checks.degree(self.degree))
-        self._set(polynomial=Polynomial(self.degree, scale=float(self.degree), lower=False))
+        self._set(degree=_checks.degree(self.degree), scale=_checks.positive("scale", self.scale))
+        self._set(polynomial=Polynomial(self.degree, scale=self.scale * self.degree, lower=False))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ReLU(Activation):
-    """``phi(z) = max(z, 0)``, with derivative 0 at 0."""
+    """``phi(z) = scale max(z, 0)``, with derivative 0 at 0."""
+
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
-        self._set(polynomial=Polynomial(1))
+        self._set(scale=_checks.positive("scale", self.scale))
+        self._set(polynomial=Polynomial(1, scale=self.scale))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
+class LeakyReLU(Activation):
+    """``phi(z) = scale max(z, 0) + scale negative_slope min(z, 0)``; evaluated in plain PyTorch on every backend."""
+
+    negative_slope: float = 0.01
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._set(negative_slope=_checks.finite("negative_slope", self.negative_slope))
+        self._set(scale=_checks.positive("scale", self.scale))
+        self._set(polynomial=Polynomial(1, scale=self.scale, negative_slope=self.negative_slope))
+
+
+@dataclass(frozen=True, repr=False)
 class Identity(Activation):
-    """``phi(z) = z``."""
+    """``phi(z) = scale z``."""
+
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
-        self._set(polynomial=Polynomial(1, lower=False))
+        self._set(scale=_checks.positive("scale", self.scale))
+        self._set(polynomial=Polynomial(1, scale=self.scale, lower=False))

@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["NAMES", "available", "backend", "describe", "serves_cuda", "serving"]
+from mixfeat.kernels.polynomial import Polynomial
+
+__all__ = ["NAMES", "available", "backend", "describe", "serves_cuda", "serving", "serving_network"]
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 
@@ -146,6 +148,12 @@ def serving(device_type: str, dtype: torch.dtype = torch.float32) -> str:
     if name == "triton" and dtype == torch.float64:
         raise ValueError("backend 'triton' does not serve torch.float64; use 'cpu' or 'reference'")
     return name
+
+
+def serving_network(device_type: str, dtype: torch.dtype, polynomial: Polynomial) -> str:
+    """Name of the backend that serves networks with an activation: of kernels' family, or else plain PyTorch."""
+    name = serving(device_type, dtype)
+    return "reference" if polynomial.negative_slope else name
 
 
 def serves_cuda() -> bool:

@@ -35,13 +35,14 @@ def patch_conv(
     *,
     index: Tensor | None = None,
     lam: float | Tensor | None = None,
+    readout: Tensor | None = None,
 ) -> Tensor:
     r"""Logits of a 2-layer patch-wise convolutional network, of samples or of samples mixed with a partner each.
 
     Mixing, convolution, activation and the sum over patches and filters are one operator::
 
         z_n    = lam_n x_n + (1 - lam_n) x_{index_n}
-        g[n,c] = sum_{p,m} phi(<w[c,m], z[n,p]>)
+        g[n,c] = sum_{p,m} readout[c,m] phi(<w[c,m], z[n,p]>)
 
     The pre-activations are never stored: the backward pass computes them again, but for up to 32 MiB of slopes phi'
     that the CPU backend keeps.
@@ -56,12 +57,14 @@ def patch_conv(
         index: partner of each sample, (N,) int64, any map into [0, N); the same for all R networks. Needs ``lam``.
         lam: weight of the sample itself; its partner has 1 - lam. A number in [0, 1], or a floating-point tensor of
             shape () or (N,), which must not require grad. Needs ``index``.
+        readout: the second layer, (C,M) or (R,C,M), floating; by default ones, as in the paper. With it the sums of
+            all filters, (N,C,M), are formed in input's dtype.
 
     Returns:
         g, (N,C), or (R,N,C) if input or weight has the run dimension; of input's dtype. Sums are formed in float32
         (float64 for float64). Under autocast input and weight are cast as they are for a convolution.
 
-    Gradients flow to ``input`` and ``weight``, and can be differentiated again. float32 products follow
+    Gradients flow to ``input``, ``weight`` and ``readout``, and can be differentiated again. float32 products follow
     ``torch.get_float32_matmul_precision()`` on CUDA.
 
     Raises:
@@ -73,7 +76,12 @@ def patch_conv(
     input, weight = _checks.network(input, weight, activation)
     if index is not None or lam is not None:
         lam = _checks.mixing(index, lam, input.shape[-3], input.device, input.dtype)
-    return _patch_conv(input, weight, index, lam, activation.polynomial)
+    if readout is None:
+        return _patch_conv(input, weight, index, lam, activation.polynomial)
+    readout = _checks.readout(readout, weight)
+    filters = weight.flatten(-3, -2)[..., None, :]  # each a class of its own
+    sums = _patch_conv(input, filters, index, lam, activation.polynomial)
+    return (sums.unflatten(-1, weight.shape[-3:-1]) * readout[..., None, :, :]).sum(-1)
 
 
 def pairwise_mixup_loss(
@@ -84,13 +92,19 @@ def pairwise_mixup_loss(
     *,
     lam: float | Tensor = 0.5,
     lam_weight: Tensor | None = None,
+    label_lam: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    pairs: str = "all",
+    readout: Tensor | None = None,
+    partner: Tensor | None = None,
+    partner_target: Tensor | None = None,
     group: ProcessGroup | Literal["world"] | None = None,
 ) -> Tensor:
     r"""The Mixup objective over all N^2 ordered pairs of samples: exact, in memory linear in N::
 
         L     = 1/N^2 sum_{i,j} [lam CE(g(z_ij), y_i) + (1 - lam) CE(g(z_ij), y_j)]
         z_ij  = lam x_i + (1 - lam) x_j
-        g(z)_c = sum_{p,m} phi(<w[c,m], z[p]>)
+        g(z)_c = sum_{p,m} readout[c,m] phi(<w[c,m], z[p]>)
 
     eq. 2.2 of Chidambaram et al. (ICML 2023), i = j included, and with quadrature nodes its expectation over lam.
     Mixing commutes with the convolution: N samples are convolved, and only the activations of their pairs are
@@ -105,6 +119,15 @@ def pairwise_mixup_loss(
         lam: weight of the first sample of a pair: a number in [0, 1], 1/2 being Midpoint Mixup; or (K,) nodes on the
             CPU, over which ``lam_weight`` takes the mean. :func:`beta_quadrature` gives those of Beta(alpha, alpha).
         lam_weight: (K,) weights of the nodes, on the CPU, of sum 1.
+        label_lam: the first sample's share of the label, by default lam: a number in [0, 1], or (K,) on the CPU, one
+            for each node. At lam = 1/2 over all pairs it changes nothing, as (i, j) and (j, i) are one mixed sample.
+        label_smoothing: in [0, 1]; this much of each label goes to all classes alike.
+        pairs: over which pairs the mean is: "all", "distinct" (i != j) or "different_class" (y_i != y_j). Over no pairs
+            (one sample, one class) the loss and its gradients are 0.
+        readout: the second layer, (C,M) or (R,C,M), floating; by default ones.
+        partner: x', (N',P,D) or (R,N',P,D): pairs are those of a row x_i with a column x'_j, and the mean is over N N'
+            of them, for stochastic training with a batch of rows. Gradients flow to it as well. Not with "distinct".
+        partner_target: the partners' classes, (N',) or (R,N').
         group: ranks of torch.distributed among which the samples are spread, "world" for all processes. Every rank
             calls with its own samples, any number of them, and with the same weight and settings; pairs are formed of
             the samples of all. Pre-activations travel, in a ring, while others are worked on.
@@ -118,14 +141,16 @@ def pairwise_mixup_loss(
     one. So the average over ranks of the gradient to ``weight``, which DistributedDataParallel takes, is that of L.
     Every rank must scale its loss alike. Ranks wait for each other: a call cannot be part of a CUDA graph.
 
-    Gradients flow to ``input`` and ``weight``, and can be differentiated again without a group. Under autocast input
-    and weight are cast as they are for a linear layer. The convolution follows
-    ``torch.get_float32_matmul_precision()``.
+    Gradients flow to ``input``, ``weight``, ``readout`` and ``partner``, and can be differentiated again without a
+    group. Under autocast input and weight are cast as they are for a linear layer. The convolution follows
+    ``torch.get_float32_matmul_precision()``. On a GPU, label_lam, label_smoothing, pairs and readout are served by
+    plain PyTorch, in linear memory.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes or devices that do not fit, fewer than 2 classes, lam outside [0, 1], lam_weight without
-            nodes or nodes without it, or weights that do not sum to 1.
+        ValueError: shapes or devices that do not fit, fewer than 2 classes, lam, label_lam or label_smoothing outside
+            [0, 1], lam_weight without nodes or nodes without it, weights that do not sum to 1, no such pairs, partner
+            without partner_target or with pairs="distinct"; with a group any option but lam and lam_weight.
         IndexError: a target outside [0, C) on a CPU. On CUDA, where it cannot be read without waiting for the device,
             it makes loss and gradients NaN.
         RuntimeError: group without torch.distributed initialised; another rank that died, or took longer than the
@@ -136,13 +161,30 @@ def pairwise_mixup_loss(
     """
     name = "" if group is None else sharding.group_name(group)
     try:
+        classifier_input = input
         input, weight = _checks.classifier(input, weight, target, activation)
         nodes, node_weights = _checks.nodes(lam, lam_weight)
+        label_nodes, smoothing, pairs = _checks.labels(label_lam, label_smoothing, pairs, nodes)
+        options = (label_lam, label_smoothing or None, readout, partner, None if pairs == "all" else pairs)
+        if name and any(option is not None for option in options):
+            raise ValueError("label_lam, label_smoothing, pairs, readout and partner are not served with a group")
+        if readout is not None:
+            readout = _checks.readout(readout, weight)
+        num_rows = 0
+        if partner is not None or partner_target is not None:
+            partner, partner_target = _checks.partner_samples(partner, partner_target, classifier_input, weight, pairs)
+            num_rows = input.shape[-3]
+            input = torch.cat([input, partner.to(input.dtype)], -3)
+            runs = input.shape[:-3] or weight.shape[:-3]
+            if target.dim() != partner_target.dim():
+                target, partner_target = (t.expand(*runs, t.shape[-1]) for t in (target, partner_target))
+            target = torch.cat([target, partner_target], -1)
     except Exception as error:
         if name:
             sharding.refuse(name, error)
         raise
-    loss = _pairwise_mixup_loss(input, weight, target, nodes, node_weights, activation.polynomial, name)
+    options_of_pairs = (label_nodes, activation.polynomial, smoothing, pairs, num_rows, name)
+    loss = _pairwise_mixup_loss(input, weight, readout, target, nodes, node_weights, *options_of_pairs)
     return loss if input.dim() == 4 or weight.dim() == 4 else loss[0]
 
 
@@ -158,6 +200,7 @@ def gradient_descent(
     steps: int,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
+    readout: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Train networks by full-batch gradient descent, all steps in one call, as a loop of :class:`torch.optim.SGD`::
 
@@ -186,6 +229,8 @@ def gradient_descent(
         steps: number of steps; with 0 the weight is returned as it is.
         momentum: in [0, 1).
         weight_decay: finite, not negative. It is not part of the loss returned.
+        readout: the second layer, (C,M) or (R,C,M), floating, which is not trained; by default ones. With it, steps are
+            calls of the operators.
 
     Returns:
         (weight, loss): weight after the last step, (C,M,D), or (R,C,M,D) if input or weight has the run dimension, of
@@ -212,9 +257,12 @@ def gradient_descent(
     rates = _checks.lr(lr, runs, steps)
     momentum, weight_decay = _checks.momentum(momentum), _checks.finite("weight_decay", weight_decay, 0)
     dtype = _checks.accumulation(weight.dtype)
+    if readout is not None:
+        _checks.constant("readout", readout := _checks.readout(readout, weight), "it is not trained")
+        readout = readout.to(dtype)
     trained, loss, _ = _gradient_descent(
         input.to(dtype), weight.to(dtype), target, nodes, node_weights, activation.polynomial, rates, steps, momentum,
-        weight_decay,
+        weight_decay, readout=readout,
     )  # fmt: skip
     trained = trained.to(weight.dtype)
     return (trained, loss) if runs else (trained[0], loss[0])

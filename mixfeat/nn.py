@@ -21,7 +21,8 @@ class TwoLayerPatchCNN(nn.Module):
 
         g[n,c] = sum_{p,m} phi(<w[c,m], x[n,p]>)
 
-    A hidden layer of filters shared by all patches, a second layer fixed to ones, no bias.
+    A hidden layer of filters shared by all patches, a second layer fixed to ones, no bias; or with a ``readout`` a
+    second layer of other numbers, fixed or trained.
 
     Args:
         num_classes: C, at least 1.
@@ -31,17 +32,21 @@ class TwoLayerPatchCNN(nn.Module):
         num_runs: R independent networks, trained in one launch; None for a single one without the run dimension.
         init_std: weights start as N(0, init_std^2). Default: 0.7 rho for PolyReLU, at which signals of norm up to 1/2
             start at a fixed fraction of the threshold, so that gradients vanish at no degree; else 1/sqrt(D).
+        readout: the second layer, (C,M) or (R,C,M): a tensor, which is copied and stays as it is, or an
+            ``nn.Parameter``, which becomes one of this module's and is trained; None for ones.
         generator: source of the initial weights.
         device, dtype: of the weights.
 
     Attributes:
         weight: (C,M,D), or (R,C,M,D).
+        readout: the second layer, or None.
 
     Raises:
         TypeError, ValueError: sizes that are not positive integers, an init_std that is not positive, no activation.
     """
 
     weight: nn.Parameter
+    readout: Tensor | None
 
     def __init__(
         self,
@@ -52,6 +57,7 @@ class TwoLayerPatchCNN(nn.Module):
         *,
         num_runs: int | None = None,
         init_std: float | None = None,
+        readout: Tensor | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -70,6 +76,12 @@ class TwoLayerPatchCNN(nn.Module):
         if dtype is not None:
             _checks.float_dtype("dtype", dtype)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if isinstance(readout, nn.Parameter):
+            _checks.readout(readout, self.weight)
+            self.readout = readout
+        else:
+            fixed = None if readout is None else _checks.readout(readout, self.weight).detach().clone()
+            self.register_buffer("readout", fixed)
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -78,7 +90,7 @@ class TwoLayerPatchCNN(nn.Module):
 
     def forward(self, input: Tensor, index: Tensor | None = None, lam: float | Tensor | None = None) -> Tensor:
         """Logits (N,C) or (R,N,C) of ``input``, mixed if ``index`` and ``lam`` say so (:func:`mixfeat.patch_conv`)."""
-        return functional.patch_conv(input, self.weight, self.activation, index=index, lam=lam)
+        return functional.patch_conv(input, self.weight, self.activation, index=index, lam=lam, readout=self.readout)
 
     def extra_repr(self) -> str:
         *runs, num_classes, filters_per_class, patch_dim = self.weight.shape
@@ -93,6 +105,7 @@ class PairwiseMixupLoss(nn.Module):
         lam: 0.5 (Midpoint Mixup), another number in [0, 1], or (K,) nodes, such as those of
             :func:`mixfeat.beta_quadrature`.
         lam_weight: (K,) weights of the nodes. Both stay on the CPU wherever the module goes.
+        label_lam, label_smoothing, pairs: as :func:`mixfeat.pairwise_mixup_loss` takes them.
         group: ranks of torch.distributed among which the samples are spread, "world" for all processes. Gradients are
             such that DistributedDataParallel around a module that calls this one gives the right step.
 
@@ -105,12 +118,16 @@ class PairwiseMixupLoss(nn.Module):
         lam: float | Tensor = 0.5,
         lam_weight: Tensor | None = None,
         *,
+        label_lam: float | Tensor | None = None,
+        label_smoothing: float = 0.0,
+        pairs: str = "all",
         group: ProcessGroup | Literal["world"] | None = None,
     ) -> None:
         super().__init__()
         nodes, weights = _checks.nodes(lam, lam_weight)
         _checks.node_values(nodes, weights)
         self.lam, self.lam_weight, self.group = nodes.clone(), weights.clone(), group
+        self.label_lam, self.label_smoothing, self.pairs = _checks.labels(label_lam, label_smoothing, pairs, nodes)
 
     def forward(self, model: nn.Module, input: Tensor, target: Tensor) -> Tensor:
         """The loss, () or (R,), of a network with ``weight`` and ``activation`` such as :class:`TwoLayerPatchCNN`.
@@ -127,11 +144,16 @@ class PairwiseMixupLoss(nn.Module):
                 f"{type(model).__name__}{hint}"
             )
         return functional.pairwise_mixup_loss(
-            input, weight, target, activation, lam=self.lam, lam_weight=self.lam_weight, group=self.group
-        )
+            input, weight, target, activation, lam=self.lam, lam_weight=self.lam_weight, label_lam=self.label_lam,
+            label_smoothing=self.label_smoothing, pairs=self.pairs, readout=getattr(model, "readout", None),
+            group=self.group,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return f"lam={self.lam.tolist()}, lam_weight={self.lam_weight.tolist()}"
+        text = f"lam={self.lam.tolist()}, lam_weight={self.lam_weight.tolist()}"
+        text += "" if self.label_lam is None else f", label_lam={self.label_lam.tolist()}"
+        text += f", label_smoothing={self.label_smoothing}" if self.label_smoothing else ""
+        return text + (f", pairs={self.pairs!r}" if self.pairs != "all" else "")
 
 
 class Mixup(nn.Module):

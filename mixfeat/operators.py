@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mixfeat import functional, reference
-from mixfeat.activations import Activation, Identity, PolyReLU, Power, PowerReLU, ReLU
+from mixfeat.activations import Activation, Identity, LeakyReLU, PolyReLU, Power, PowerReLU, ReLU
 
 __all__ = ["DTYPES", "OPERATORS", "Case", "Draw", "Operator", "deterministic", "relative_error", "same_bits"]
 
@@ -228,7 +228,7 @@ def _draw_lam(generator: torch.Generator, samples: int, kind: str) -> float | Te
 _POLY = PolyReLU(8, 0.1)
 _ACTIVATIONS = (
     PolyReLU(1, 0.3), PolyReLU(5, 0.2, clamp=False), PolyReLU(16, 0.5), PowerReLU(3), Power(2), Power(7), ReLU(),
-    Identity(),
+    Identity(), PolyReLU(4, 0.3, scale=0.25), PowerReLU(2, 0.5), LeakyReLU(0.1), PolyReLU(3, 0.2, negative_slope=0.3),
 )  # fmt: skip
 
 
@@ -244,14 +244,18 @@ def _degrees(*sizes: int) -> tuple[Case, ...]:
 
 
 def _draw_network(
-    generator: torch.Generator, sizes: tuple[int, ...], activation: Activation = _POLY, runs: str = ""
-) -> Arguments:
+    generator: torch.Generator, sizes: tuple[int, ...], activation: Activation = _POLY, runs: str = "",
+    readout: bool = False,
+) -> Arguments:  # fmt: skip
     """Pre-activations of the order of the threshold. ``runs`` names the arguments that have R = 3."""
     samples, patches, dim, classes, filters = sizes
     input = _normal(generator, *[3] * ("input" in runs), samples, patches, dim)
     weight = _normal(generator, *[3] * ("weight" in runs), classes, filters, dim)
     scale = getattr(activation, "rho", 0.5) / math.sqrt(max(1, dim))
-    return {"input": input, "weight": weight * scale, "activation": activation}
+    drawn = {"input": input, "weight": weight * scale, "activation": activation}
+    if readout:
+        drawn["readout"] = _normal(generator, *[3] * ("readout" in runs), classes, filters)
+    return drawn
 
 
 def _draw_patch_conv(generator: torch.Generator, *sizes: int, lam: str | None = None, **options: Any) -> Arguments:
@@ -264,10 +268,16 @@ def _draw_patch_conv(generator: torch.Generator, *sizes: int, lam: str | None = 
 
 def _draw_pairwise(
     generator: torch.Generator, *sizes: int, lam: float | None = None, nodes: int | str = 0, runs: str = "",
+    partners: int = 0, label_lam: float | None = None, label_smoothing: float = 0.0, pairs: str = "all",
     **options: Any,
 ) -> Arguments:  # fmt: skip
     """``lam`` is a number, ``nodes`` a quadrature's number of nodes or "any"; without them lam is left out."""
     drawn = _draw_network(generator, sizes, runs=runs, **options)
+    given = {"label_lam": (label_lam, None), "label_smoothing": (label_smoothing, 0.0), "pairs": (pairs, "all")}
+    drawn |= {name: value for name, (value, default) in given.items() if value != default}
+    if partners:
+        drawn["partner"] = _normal(generator, *drawn["input"].shape[:-3], partners, *sizes[1:3])
+        drawn["partner_target"] = torch.randint(sizes[3], (partners,), generator=generator)
     drawn["target"] = torch.randint(sizes[3], (*[3] * ("target" in runs), sizes[0]), generator=generator)
     if lam is not None:
         drawn["lam"] = lam
@@ -280,11 +290,10 @@ def _draw_pairwise(
 
 
 def _pairwise_formula(lam: float | Tensor = 0.5, lam_weight: Tensor | None = None, **arguments: Any) -> Tensor:
-    """The reference, which takes nodes as numbers; without samples the loss is 0."""
+    """The reference, which takes nodes as numbers."""
     nodes = lam.tolist() if isinstance(lam, Tensor) else lam
     weights = None if lam_weight is None else lam_weight.tolist()
-    loss = reference.pairwise_mixup_loss(**arguments, lam=nodes, lam_weight=weights)
-    return loss if arguments["input"].shape[-3] else loss.nan_to_num()
+    return reference.pairwise_mixup_loss(**arguments, lam=nodes, lam_weight=weights)
 
 
 _RUNS = ("input", "weight", "input weight")
@@ -298,6 +307,7 @@ _PATCH_CONV = Operator(
         *(_network(9, 4, 10, 3, 5, runs=runs) for runs in _RUNS),
         *(_network(9, 4, 10, 3, 5, runs=runs, lam="per sample") for runs in _RUNS),
         *(_network(7, 3, 12, 10, 5, lam="per sample", activation=activation) for activation in _ACTIVATIONS),
+        *(_network(9, 3, 10, 4, 3, readout=True, **options) for options in ({}, {"lam": "number"}, {"runs": "weight"})),
     ),
     degrees=_degrees(8, 2, 6, 8, 3),
     wide=tuple(
@@ -346,6 +356,15 @@ _PAIRWISE_MIXUP_LOSS = Operator(
         ),
         *(_network(7, 3, 12, 3, 5, activation=activation) for activation in _ACTIVATIONS),
         *(_network(7, 3, 12, 3, 5, lam=0.3, activation=activation) for activation in _ACTIVATIONS),
+        *(
+            _network(9, 3, 6, 4, 3, **options, **lam)
+            for options in (
+                {"readout": True}, {"readout": True, "runs": "weight readout"}, {"label_lam": 0.8},
+                {"label_smoothing": 0.1}, {"pairs": "distinct"}, {"pairs": "different_class", "runs": "weight target"},
+                {"partners": 5}, {"partners": 11, "label_lam": 1.0, "pairs": "different_class", "readout": True},
+            )
+            for lam in ({}, {"lam": 0.3}, {"nodes": "any"})
+        ),
     ),
     degrees=_degrees(6, 3, 8, 3, 4),
     wide=tuple(

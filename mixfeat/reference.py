@@ -50,19 +50,22 @@ def patch_conv(
     *,
     index: Tensor | None = None,
     lam: float | Tensor | None = None,
+    readout: Tensor | None = None,
 ) -> Tensor:
     """Logits of the 2-layer patch-wise network: mix, convolve, activate, sum over patches and filters::
 
         z_n = lam_n x_n + (1 - lam_n) x_{index_n}
-        g[n,c] = sum_{p,m} phi(<w[c,m], z[n,p]>)
+        g[n,c] = sum_{p,m} readout[c,m] phi(<w[c,m], z[n,p]>)
 
-    ``input`` (N,P,D) or (R,N,P,D), ``weight`` (C,M,D) or (R,C,M,D); result (N,C) or (R,N,C).
+    ``input`` (N,P,D) or (R,N,P,D), ``weight`` (C,M,D) or (R,C,M,D), ``readout`` (C,M) or (R,C,M), None for ones;
+    result (N,C) or (R,N,C).
     """
     if index is not None:
         assert lam is not None
         input = mixup(input, index, lam, dim=-3)
     s = torch.einsum("...npd,...cmd->...npcm", input, weight)
-    return activation(s).sum(dim=(-3, -1))
+    sums = activation(s).sum(dim=-3)
+    return sums.sum(-1) if readout is None else (sums * readout[..., None, :, :]).sum(-1)
 
 
 def pairwise_mixup_loss(
@@ -73,25 +76,39 @@ def pairwise_mixup_loss(
     *,
     lam: float | Sequence[float] = 0.5,
     lam_weight: Sequence[float] | None = None,
+    label_lam: float | Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+    pairs: str = "all",
+    readout: Tensor | None = None,
+    partner: Tensor | None = None,
+    partner_target: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of all N^2 ordered pairs of samples, mixed and each convolved: the definition, as it stands::
 
-        L = sum_k lam_weight_k 1/N^2 sum_{i,j} [lam_k CE(g(z_ij), y_i) + (1 - lam_k) CE(g(z_ij), y_j)]
+        L = sum_k lam_weight_k mean_{i,j} [l_k CE(g(z_ij), y_i) + (1 - l_k) CE(g(z_ij), y_j)],  l = label_lam, or lam
         z_ij = lam_k x_i + (1 - lam_k) x_j
 
-    ``input`` (N,P,D) or (R,N,P,D), ``weight`` (C,M,D) or (R,C,M,D), ``target`` (N,) or (R,N); result () or (R,).
+    ``input`` (N,P,D) or (R,N,P,D), ``weight`` (C,M,D) or (R,C,M,D), ``target`` (N,) or (R,N); result () or (R,). With
+    ``partner`` and ``partner_target`` the second sample of a pair is one of those. The mean is over the pairs that
+    ``pairs`` says: "all", "distinct" (i != j) or "different_class" (y_i != y_j); over no pairs it is 0.
     """
-    num_samples = input.shape[-3]
-    i, j = torch.cartesian_prod(*[torch.arange(num_samples, device=input.device)] * 2).unbind(1)
+    other, other_target = (input, target) if partner is None or partner_target is None else (partner, partner_target)
+    rows, columns = (torch.arange(t.shape[-3], device=t.device) for t in (input, other))
+    i, j = torch.cartesian_prod(rows, columns).unbind(1)
+    first, second = target[..., i], other_target[..., j]
+    counts = {"all": first == first, "distinct": (i != j).expand_as(first), "different_class": first != second}[pairs]
     loss = torch.zeros((), dtype=input.dtype, device=input.device)
     nodes = lam if isinstance(lam, Sequence) else [lam]
-    for node, node_weight in zip(nodes, lam_weight or [1.0], strict=True):
-        mixed = node * input[..., i, :, :] + (1 - node) * input[..., j, :, :]
-        log_p = patch_conv(mixed, weight, activation).log_softmax(-1)
-        first, second = (
-            torch.take_along_dim(log_p, target[..., k, None].expand(*log_p.shape[:-1], 1), -1) for k in (i, j)
+    labels = nodes if label_lam is None else label_lam if isinstance(label_lam, Sequence) else [label_lam] * len(nodes)
+    for node, node_weight, label in zip(nodes, lam_weight or [1.0], labels, strict=True):
+        mixed = node * input[..., i, :, :] + (1 - node) * other[..., j, :, :]
+        log_p = patch_conv(mixed, weight, activation, readout=readout).log_softmax(-1)
+        of_first, of_second = (
+            torch.take_along_dim(log_p, y[..., None].expand(*log_p.shape[:-1], 1), -1).squeeze(-1)
+            for y in (first, second)
         )
-        loss = loss - node_weight * (node * first + (1 - node) * second).squeeze(-1).mean(-1)
+        ce = -(1 - label_smoothing) * (label * of_first + (1 - label) * of_second) - label_smoothing * log_p.mean(-1)
+        loss = loss + node_weight * ce.where(counts, 0).sum(-1) / counts.sum(-1).clamp(min=1)
     return loss
 
 

@@ -79,7 +79,7 @@ struct AllPairs {
   }
 
   // Adds the loss of all pairs, weighted by lam_weight, to `losses`, one for each row of the schedule, and its gradient to both
-  // sides. `for_each(tasks, work, f)` runs f(task, scratch) for all tasks.
+  // sides, and to readout_grad (rows of the schedule, C*M). `for_each(tasks, work, f)` runs f(task, scratch) for all tasks.
   template <typename F>
   void add(const PairwiseMixup<T>& a, double lam_weight, double* losses, const F& for_each) const {
     const auto& block_pair = typed_kernels<T>().pairwise_mixup_loss.block_pair;
@@ -92,6 +92,7 @@ struct AllPairs {
         for (int64_t i = row_group * group; i < std::min((row_group + 1) * group, row_blocks); ++i) {
           const int64_t first = symmetric && row_group == column_group ? i : column_group * group;
           for (int64_t j = first; j < std::min((column_group + 1) * group, column_blocks); ++j) {
+            b.readout_grad = a.readout_grad ? a.readout_grad + task * a.classes : nullptr;
             b.pair_weight = lam_weight * (mirrored && i != j ? 2 : 1);
             losses[task] += block_pair(b, i, j, mirrored && i == j, scratch);
             if (symmetric && !mirrored && i != j) losses[task] += block_pair(b, j, i, false, scratch);

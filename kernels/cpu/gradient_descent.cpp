@@ -56,7 +56,8 @@ struct Problem {
   }
 
   PairwiseMixup<T> pair_sizes() const {
-    return {classes, filters / classes * patches, padded_length, pairs.block, {}, {}, 0, activation, true};
+    return {classes, filters / classes * patches, padded_length, classes, pairs.block, {},   {}, 0, 0,
+            false,   false,                       nullptr,       nullptr, activation,  true};
   }
 
   // The column of sample n's first patch, and the distance of its patches.
@@ -156,7 +157,7 @@ struct Network {
         p.pair_kernel.bounds(first, std::min(end, p.samples) - begin, p.classes, a.length, p.padded_length,
                              bounds[side] + block * 2 * p.sample_size());
       });
-      return MixupSide<T>{p.samples, weight, t[side], bounds[side], t_grad, view.target};
+      return MixupSide<T>{p.samples, weight, weight, t[side], bounds[side], t_grad, view.target};
     };
     for_each_block([&](int64_t, int64_t begin, int64_t end) {
       std::fill(t_grad + begin * p.sample_size(), t_grad + end * p.sample_size(), T(0));

@@ -107,18 +107,25 @@ template <typename T>
 struct MixupSide {
   int64_t samples;
   double weight;    // lam for the rows, 1 - lam for the columns
+  double label;     // the share of the samples' labels in the pairs' labels
   const T* t;       // (samples in groups, C, padded_length): weight * s / threshold
   const T* bounds;  // (blocks, C, 2, padded_length): minimum and maximum of t over the samples of a block
   T* grad;          // like t: gradient to s in units of scale / threshold, added to; or null: not wanted
   const int64_t* target;
 };
 
+// With a readout, each filter is a class of its own, and the logit of class c is sum_m readout[c,m] (sum of filter (c, m)).
 template <typename T>
 struct PairwiseMixup {
-  int64_t classes, length, padded_length;  // C; P*M; and that in whole vectors
+  int64_t classes, length, padded_length;  // C; P*M; and that in whole vectors. With a readout C*M, and P
+  int64_t labels;                          // C
   int64_t block;                           // samples in a block: whole groups
   MixupSide<T> row, column;
   double pair_weight;
+  double label_smoothing;
+  bool distinct, different_class;  // whether pairs of a sample with itself, or of one class, do not count
+  const T* readout;                // (C, M), or null: ones
+  double* readout_grad;            // (C, M), added to, or null: not wanted
   Polynomial activation;
   bool skip;  // whether to look for blocks that are zero or linear
 };

@@ -56,9 +56,9 @@ struct Layout {
   Order order;
   int64_t samples, classes, length, padded_length, block, blocks, sample_size, size, bounds_size;
 
-  Layout(const Tensor& s, const Tensor& target, int64_t block)
+  Layout(const Tensor& s, const Tensor& target, int64_t labels, int64_t block)
       : s(s),
-        order(target, s.size(0), s.size(1), s.size(3)),
+        order(target, s.size(0), s.size(1), labels),
         samples(s.size(1)),
         classes(s.size(3)),
         length(s.size(2) * s.size(4)),
@@ -123,8 +123,8 @@ struct Side {
     });
   }
 
-  MixupSide<T> with_weight(double weight) const {
-    return {layout.samples, weight, t, bounds, grad, layout.order.target.data() + run * layout.order.stride};
+  MixupSide<T> with_weight(double weight, double label) const {
+    return {layout.samples, weight, label, t, bounds, grad, layout.order.target.data() + run * layout.order.stride};
   }
 };
 
@@ -132,7 +132,8 @@ template <typename T>
 Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Tensor& row_target,
                const std::optional<Tensor>& column_target, const std::vector<double>& lam, const std::vector<double>& lam_weight,
                const Polynomial& activation, const std::optional<Tensor>& row_grad, const std::optional<Tensor>& column_grad,
-               bool skip) {
+               const std::vector<double>& label_lam, double label_smoothing, int64_t pairs_that_count,
+               const std::optional<Tensor>& readout, const std::optional<Tensor>& readout_grad, bool skip) {
   const PairwiseMixupKernels<T>& kernel = typed_kernels<T>().pairwise_mixup_loss;
   const bool symmetric = !column, need_grad = row_grad || column_grad;
   STD_TORCH_CHECK(lam.size() == lam_weight.size() && row.dim() == 5 && (symmetric || column->dim() == 5), "unexpected shape");
@@ -140,20 +141,32 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
   for (int d = 0; d < 5; ++d) STD_TORCH_CHECK(!row_grad || row_grad->size(d) == row.size(d), "unexpected shape");
   for (int d = 0; d < 5; ++d) STD_TORCH_CHECK(!column_grad || column_grad->size(d) == column->size(d), "unexpected shape");
   const int64_t runs = row.size(0), classes = row.size(3), length = row.size(2) * row.size(4);
+  STD_TORCH_CHECK(label_lam.size() == lam.size(), "unexpected shape");
+  if (readout) {
+    STD_TORCH_CHECK(readout->dim() == 3 && readout->scalar_type() == kType<T> && readout->is_contiguous(), "unexpected readout");
+    STD_TORCH_CHECK(readout->size(0) == 1 || readout->size(0) == runs, "unexpected readout");
+    STD_TORCH_CHECK(readout->size(1) * readout->size(2) == classes && row.size(4) == 1, "unexpected readout");
+  }
+  STD_TORCH_CHECK(!readout_grad || (readout && need_grad && readout_grad->numel() == runs * classes &&
+                                    readout_grad->is_contiguous() && readout_grad->scalar_type() == kType<T>),
+                  "unexpected readout");
+  const int64_t labels = readout ? readout->size(1) : classes;
 
   const int64_t padded_length = round_up(length, kernel.lanes);
   const AllPairs<T> pairs(row.size(1), symmetric ? row.size(1) : column->size(1), symmetric, classes, padded_length, 8);
-  const Layout<T> rows(row, row_target, pairs.block);
+  const Layout<T> rows(row, row_target, labels, pairs.block);
   // unless every lam is 1/2, rows and columns have different weights even if they are the same samples
   const bool one_side = symmetric && std::all_of(lam.begin(), lam.end(), [](double l) { return l == 0.5; });
   std::optional<Layout<T>> columns;
-  if (!one_side) columns.emplace(symmetric ? row : *column, symmetric ? row_target : *column_target, pairs.block);
+  if (!one_side) columns.emplace(symmetric ? row : *column, symmetric ? row_target : *column_target, labels, pairs.block);
   const bool need_column_grad = need_grad && !symmetric;
   const int64_t row_size = rows.workspace_size(need_grad);
   const int64_t workspace_size = row_size + (columns ? columns->workspace_size(need_column_grad) : 0);
 
   const int64_t work = pairs.work * int64_t(lam.size());
-  const PairwiseMixup<T> sizes{classes, length, padded_length, pairs.block, {}, {}, 0, activation, skip};
+  PairwiseMixup<T> sizes{classes, length,         padded_length, labels, pairs.block, {}, {}, 0, label_smoothing,
+                         pairs_that_count == 1 && symmetric, pairs_that_count == 2, nullptr, nullptr, activation, skip};
+  if (readout) sizes.readout = data<T>(*readout);  // for the size of the scratch memory
   const T factor = T(activation.scale / activation.threshold);
   Tensor loss = empty({runs}, kType<T>);
 
@@ -163,13 +176,17 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
     const Side<T> row_side(rows, r, need_grad, workspace);
     std::optional<Side<T>> column_side;
     if (columns) column_side.emplace(*columns, r, need_column_grad, workspace + row_size);
-    std::vector<double> losses(pairs.schedule.rows, 0.0);
+    std::vector<double> losses(pairs.schedule.rows, 0.0), readout_sums(readout_grad ? pairs.schedule.rows * classes : 0);
     for (size_t k = 0; k < lam.size(); ++k) {
       row_side.pack(T(lam[k] / activation.threshold), skip);
       if (column_side) column_side->pack(T((1 - lam[k]) / activation.threshold), skip);
       PairwiseMixup<T> a = sizes;
-      a.row = row_side.with_weight(lam[k]);
-      a.column = column_side ? column_side->with_weight(1 - lam[k]) : a.row;
+      // at lam = 1/2 pairs (i, j) and (j, i) are one, with the mean of their labels
+      const double label = symmetric && lam[k] == 0.5 ? 0.5 : label_lam[k];
+      a.row = row_side.with_weight(lam[k], label);
+      a.column = column_side ? column_side->with_weight(1 - lam[k], 1 - label) : a.row;
+      if (readout) a.readout = data<T>(*readout) + (readout->size(0) > 1 ? r * classes : 0);
+      if (readout_grad) a.readout_grad = readout_sums.data();
       if (symmetric) a.column.grad = a.row.grad;
       pairs.add(a, lam_weight[k], losses.data(), [&](int64_t tasks, int64_t round_work, const auto& f) {
         for_each_task(tasks, round_work, kernel.scratch_bytes(sizes), f);
@@ -178,6 +195,11 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
     data<T>(loss)[r] = T(std::accumulate(losses.begin(), losses.end(), 0.0));
     if (row_grad) row_side.unpack(Samples<T>(*row_grad), factor);
     if (column_grad) column_side->unpack(Samples<T>(*column_grad), factor);
+    for (int64_t f = 0; readout_grad && f < classes; ++f) {
+      double sum = 0;
+      for (int64_t k = 0; k < pairs.schedule.rows; ++k) sum += readout_sums[k * classes + f];
+      data<T>(*readout_grad)[r * classes + f] = T(sum);
+    }
   };
 
   // One thread per network, if that keeps all threads busy: parallel loops inside then run on that one thread. The order of sums
@@ -194,9 +216,12 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
 
 Tensor pairwise_mixup_loss(Tensor row, std::optional<Tensor> column, Tensor row_target, std::optional<Tensor> column_target,
                            std::vector<double> lam, std::vector<double> lam_weight, std::vector<double> activation,
-                           std::optional<Tensor> row_grad, std::optional<Tensor> column_grad, bool skip) {
+                           std::optional<Tensor> row_grad, std::optional<Tensor> column_grad, std::vector<double> label_lam,
+                           double label_smoothing, int64_t pairs_that_count, std::optional<Tensor> readout,
+                           std::optional<Tensor> readout_grad, bool skip) {
   const auto f = row.scalar_type() == ScalarType::Float ? loss_of<float> : loss_of<double>;
-  return f(row, column, row_target, column_target, lam, lam_weight, polynomial_of(activation), row_grad, column_grad, skip);
+  return f(row, column, row_target, column_target, lam, lam_weight, polynomial_of(activation), row_grad, column_grad, label_lam,
+           label_smoothing, pairs_that_count, readout, readout_grad, skip);
 }
 
 }  // namespace
@@ -205,7 +230,8 @@ Tensor pairwise_mixup_loss(Tensor row, std::optional<Tensor> column, Tensor row_
 STABLE_TORCH_LIBRARY_FRAGMENT(mixfeat_cpu, m) {
   m.def(
       "pairwise_mixup_loss(Tensor row, Tensor? column, Tensor row_target, Tensor? column_target, float[] lam, "
-      "float[] lam_weight, float[] activation, Tensor(a!)? row_grad, Tensor(b!)? column_grad, bool skip=True) -> Tensor");
+      "float[] lam_weight, float[] activation, Tensor(a!)? row_grad, Tensor(b!)? column_grad, float[] label_lam, "
+      "float label_smoothing, int pairs_that_count, Tensor? readout, Tensor(c!)? readout_grad, bool skip=True) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CPU, m) { m.impl("pairwise_mixup_loss", TORCH_BOX(&mixfeat::pairwise_mixup_loss)); }

@@ -165,17 +165,23 @@ def pairwise_mixup_block(
     lam_weight: Sequence[float],
     polynomial: Polynomial,
     need_grad: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    label_lam: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+    pairs: str = "all",
+    readout: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The sum over pairs of a row sample and a column sample, and its gradients, from pre-activations, as formulas::
 
-        t_ijpcm = lam row_ipcm + (1 - lam) column_jpcm;  g_ijc = sum_{p,m} phi(t_ijpcm)
-        L       = sum_{i,j} lam_weight [lam CE(g_ij, y_i) + (1 - lam) CE(g_ij, y_j)], summed over the nodes lam
-        D_ijc   = lam_weight (softmax(g_ij)_c - lam [c = y_i] - (1 - lam) [c = y_j])
-        dL/drow_ipcm = lam sum_j D_ijc phi'(t_ijpcm);  dL/dcolumn_jpcm = (1 - lam) sum_i D_ijc phi'(t_ijpcm)
+        t_ijpcm = lam row_ipcm + (1 - lam) column_jpcm;  h_ijcm = sum_p phi(t_ijpcm);  g_ijc = sum_m a_cm h_ijcm
+        q_ijc   = (1 - eps) (l [c = y_i] + (1 - l) [c = y_j]) + eps / C,  l = label_lam, or lam
+        L       = - sum_{i,j} lam_weight sum_c q_ijc log softmax(g_ij)_c, summed over the nodes lam
+        D_ijc   = lam_weight (softmax(g_ij)_c - q_ijc), or 0 for a pair that does not count
+        dL/drow_ipcm = lam sum_j D_ijc a_cm phi'(t_ijpcm);  dL/dcolumn_jpcm = (1 - lam) sum_i D_ijc a_cm phi'(t_ijpcm)
+        dL/da_cm     = sum_{i,j} D_ijc h_ijcm
 
-    ``row`` (R,N,P,C,M), ``column`` (R,N',P,C,M) or None for row itself; targets (N,) or (R,N). Returns the loss (R,)
-    and both gradients, in float32, or float64 for float64; a few rows at a time, so in memory linear in N and N'. A
-    target out of range makes them NaN.
+    ``row`` (R,N,P,C,M), ``column`` (R,N',P,C,M) or None for row itself; targets (N,) or (R,N); ``readout`` a, (R or
+    1,C,M), None for ones. Returns the loss (R,) and the gradients, in float32, or float64 for float64; a few rows at a
+    time, so in memory linear in N and N'. A target out of range makes them NaN.
     """
     dtype = accumulation(row.dtype)
     num_classes = row.shape[3]
@@ -190,24 +196,47 @@ def pairwise_mixup_block(
     columns, column_label = (
         (rows, row_label) if column is None or column_target is None else prepare(column, column_target)
     )
+    a = None if readout is None else readout.to(dtype)[:, None, None]  # (R or 1,1,1,C,M)
     loss = rows.new_zeros(rows.shape[0])
     row_grad = torch.zeros_like(rows)
     column_grad = row_grad if column is None else torch.zeros_like(columns)
+    readout_grad = None if readout is None else rows.new_zeros(rows.shape[0], *readout.shape[1:])
     step = max(1, 2**24 // max(1, columns.numel()))
-    for node, weight in zip(lam, lam_weight, strict=True):
+    for node, weight, share in zip(lam, lam_weight, lam if label_lam is None else label_lam, strict=True):
         for part in torch.arange(rows.shape[1], device=row.device).split(step):
             t = node * rows[:, part, None] + (1 - node) * columns[:, None]
-            log_p = polynomial(t).sum(dim=(3, 5)).log_softmax(-1)
-            label = node * row_label[:, part, None] + (1 - node) * column_label[:, None]
-            loss -= weight * (label * log_p).sum(dim=(1, 2, 3))
+            h = polynomial(t).sum(dim=3)
+            log_p = (h if a is None else a * h).sum(-1).log_softmax(-1)
+            label = _mixed(row_label[:, part, None], column_label[:, None], share, label_smoothing)
+            counts = _counts(row_label[:, part], column_label, part, pairs)[..., None]
+            loss -= weight * (label * log_p).where(counts, 0).sum(dim=(1, 2, 3))
             if need_grad:
-                d = weight * (log_p.exp() - label)
+                d = (weight * (log_p.exp() - label)).where(counts, 0)
                 e = d[:, :, :, None, :, None] * polynomial.slope(t)
+                e = e if a is None else a[:, :, :, None] * e
                 row_grad.index_add_(1, part, node * e.sum(2))
                 column_grad += (1 - node) * e.sum(1)
+                if readout_grad is not None:
+                    readout_grad += (d[..., None] * h).sum(dim=(1, 2))
     if not need_grad:
-        return loss, None, None
-    return loss, row_grad, None if column is None else column_grad
+        return loss, None, None, None
+    return loss, row_grad, None if column is None else column_grad, readout_grad
+
+
+def _mixed(first: Tensor, second: Tensor, share: float, label_smoothing: float) -> Tensor:
+    """The labels of pairs, smoothed."""
+    label = share * first + (1 - share) * second
+    return (1 - label_smoothing) * label + label_smoothing / label.shape[-1] if label_smoothing else label
+
+
+def _counts(row_label: Tensor, column_label: Tensor, rows: Tensor, pairs: str) -> Tensor:
+    """Which pairs (R,n,N') count, of the rows at these places and all columns; labels are one-hot."""
+    if pairs == "different_class":
+        return (row_label[:, :, None] * column_label[:, None]).sum(-1) == 0
+    shape = (row_label.shape[0], len(rows), column_label.shape[1])
+    if pairs == "all":
+        return torch.ones(shape, dtype=torch.bool, device=rows.device)
+    return (rows[:, None] != torch.arange(shape[2], device=rows.device)).expand(shape)
 
 
 def pairwise_mixup_loss(
@@ -217,34 +246,51 @@ def pairwise_mixup_loss(
     lam: Sequence[float],
     lam_weight: Sequence[float],
     polynomial: Polynomial,
+    label_lam: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+    pairs: str = "all",
+    readout: Tensor | None = None,
+    num_rows: int = 0,
     *,
     linear_memory: bool,
 ) -> Tensor:
-    """The loss (R,) over all pairs of samples, differentiable any number of times.
+    """The sum (R,) over pairs of samples that count, over the number of all pairs; differentiable any number of times.
 
-    With ``linear_memory`` autograd computes a few rows' activations again instead of keeping those of all pairs.
+    ``num_rows`` > 0 pairs these first samples with all others. With ``linear_memory`` autograd computes a few rows'
+    activations again instead of keeping those of all pairs.
     """
     dtype, num_samples = accumulation(input.dtype), input.shape[-3]
     s = torch.einsum("...npd,...cmd->...npcm", input.to(dtype), weight.to(dtype))
     s = s if s.dim() == 5 else s[None]
     classes = torch.arange(s.shape[3], device=target.device)
     label = (target[..., None] == classes).to(dtype).expand(s.shape[0], num_samples, -1)
+    a = None if readout is None else readout.to(dtype)
+    a = a if a is None or a.dim() == 3 else a[None]
+    row_end, column_start = (num_rows, num_rows) if num_rows else (num_samples, 0)
+    all_rows, row_labels = s[:, :row_end], label[:, :row_end]
+    columns, column_label = s[:, column_start:], label[:, column_start:]
 
-    def part_loss(rows: Tensor, columns: Tensor, row_label: Tensor, node: float, factor: float) -> Tensor:
+    def part_loss(
+        rows: Tensor, columns: Tensor, a: Tensor | None, row_label: Tensor, place: Tensor, node: float, share: float,
+        factor: float,
+    ) -> Tensor:  # fmt: skip
         t = node * rows[:, :, None] + (1 - node) * columns[:, None]
-        log_p = polynomial(t).sum(dim=(3, 5)).log_softmax(-1)
-        shares = node * row_label[:, :, None] + (1 - node) * label[:, None]
-        return -factor * (shares * log_p).sum(dim=(1, 2, 3))
+        h = polynomial(t).sum(dim=3)
+        log_p = (h if a is None else a[:, None, None] * h).sum(-1).log_softmax(-1)
+        shares = _mixed(row_label[:, :, None], column_label[:, None], share, label_smoothing)
+        counts = _counts(row_label, column_label, place, pairs)[..., None]
+        return -factor * (shares * log_p).where(counts, 0).sum(dim=(1, 2, 3))
 
     loss = s.new_zeros(s.shape[0])
-    step = max(1, 2**24 // max(1, s[0].numel() * s.shape[0]))
-    for node, node_weight in zip(lam, lam_weight, strict=True):
-        factor = node_weight / max(1, num_samples**2)
-        for rows, row_label in zip(s.split(step, 1), label.split(step, 1), strict=True):
-            if linear_memory:
-                part = checkpoint(part_loss, rows, s, row_label, node, factor, use_reentrant=False)
-            else:
-                part = part_loss(rows, s, row_label, node, factor)
+    step = max(1, 2**24 // max(1, columns.numel()))
+    places = torch.arange(row_end, device=s.device)
+    for node, node_weight, share in zip(lam, lam_weight, lam if label_lam is None else label_lam, strict=True):
+        factor = node_weight / max(1, row_end * columns.shape[1])
+        for rows, row_label, place in zip(
+            all_rows.split(step, 1), row_labels.split(step, 1), places.split(step), strict=True
+        ):
+            arguments = (rows, columns, a, row_label, place, node, share, factor)
+            part = checkpoint(part_loss, *arguments, use_reentrant=False) if linear_memory else part_loss(*arguments)
             loss = loss + part
     return loss
 

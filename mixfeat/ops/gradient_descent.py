@@ -36,6 +36,7 @@ def gradient_descent(
     momentum: float,
     weight_decay: float,
     momentum_buffer: Tensor | None = None,
+    readout: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Take ``steps`` steps from ``weight`` and return the weight, the loss of each step and the momentum buffer.
 
@@ -50,11 +51,14 @@ def gradient_descent(
         lr: float64 on the CPU, (1 or R, 1 or steps).
         steps, momentum, weight_decay: as :class:`torch.optim.SGD` has them.
         momentum_buffer: (R,C,M,D), as the call before returned it; None for zeros.
+        readout: the second layer, (C,M) or (R,C,M), which stays as it is; None for ones.
 
     Returns:
         weight (R,C,M,D), loss (R,steps), and the momentum buffer (R,C,M,D), empty if momentum is 0.
     """
-    args = (input, weight, target, lam, lam_weight, polynomial, lr, steps, momentum, weight_decay, momentum_buffer)
+    args = (
+        input, weight, target, lam, lam_weight, polynomial, lr, steps, momentum, weight_decay, momentum_buffer, readout
+    )  # fmt: skip
     with torch.no_grad():
         trained, loss, buffer = _gradient_descent.outputs(*args)
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad):
@@ -74,6 +78,7 @@ def _forward(
     momentum: float,
     weight_decay: float,
     momentum_buffer: Tensor | None,
+    readout: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if lam is not None and lam_weight is not None:
         _checks.node_values(lam, lam_weight)
@@ -87,7 +92,9 @@ def _forward(
         buffer = torch.zeros_like(weight) if momentum_buffer is None else momentum_buffer.expand(shape).clone()
 
     nodes = {} if lam is None or lam_weight is None else merged_nodes(lam, lam_weight, input.dtype)
-    name = backends.serving(input.device.type, input.dtype)
+    name = backends.serving_network(input.device.type, input.dtype, Polynomial.of(fields))
+    if readout is not None:
+        name = ""  # the loop over the operators
     if name == "triton" and input.dtype == torch.float32 and input.is_cuda and backends.serves_cuda():
         from mixfeat.kernels import cuda
         from mixfeat.kernels.cuda import gradient_descent as kernel
@@ -110,9 +117,9 @@ def _forward(
     def objective() -> tuple[Tensor, Tensor]:
         """The loss (R,) and its gradient."""
         if lam is None:
-            return _cross_entropy(input, weight, target, fields)
-        options = (lam, lam_weight, fields, "", False, True)
-        loss, _, grad = torch.ops.mixfeat.pairwise_mixup_loss.default(input, weight, target, *options)
+            return _cross_entropy(input, weight, readout, target, fields)
+        options = (lam, lam_weight, None, fields, 0.0, "all", 0, "", False, True, False)
+        loss, _, grad, _ = torch.ops.mixfeat.pairwise_mixup_loss.default(input, weight, readout, target, *options)
         return loss, grad
 
     device = input.device.type
@@ -121,17 +128,25 @@ def _forward(
     return weight, loss, buffer
 
 
-def _cross_entropy(input: Tensor, weight: Tensor, target: Tensor, fields: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _cross_entropy(
+    input: Tensor, weight: Tensor, readout: Tensor | None, target: Tensor, fields: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     """The mean cross-entropy of the samples (R,), 0 of none, and its gradient to weight (R,C,M,D)."""
-    logits, slope = torch.ops.mixfeat.patch_conv.default(input, weight, None, None, fields, 0)
+    classes = weight.shape[-3]
+    filters = weight if readout is None else weight.flatten(1, 2)[:, :, None]  # each a class of its own
+    logits, slope = torch.ops.mixfeat.patch_conv.default(input, filters, None, None, fields, 0)
+    if readout is not None:
+        logits = (logits.unflatten(-1, (classes, -1)) * readout[..., None, :, :]).sum(-1)
     runs, num_samples, num_classes = logits.shape
     label = target.expand(runs, -1)[..., None] == torch.arange(num_classes, device=target.device)
     log_p = logits.log_softmax(-1).where(label.any(-1, keepdim=True), torch.nan)  # NaN for a target out of range
     scale = 1 / max(1, num_samples)
     loss = -scale * (label * log_p).sum((1, 2))
     grad = scale * (log_p.exp() - label.to(log_p.dtype))
-    arguments = (grad, slope, input, weight, None, None, fields, False, True)
-    return loss, torch.ops.mixfeat.patch_conv_backward.default(*arguments)[1]
+    if readout is not None:
+        grad = (grad[..., None] * readout[..., None, :, :]).flatten(-2)
+    arguments = (grad, slope, input, filters, None, None, fields, False, True)
+    return loss, torch.ops.mixfeat.patch_conv_backward.default(*arguments)[1].view_as(weight)
 
 
 def _loop(
@@ -190,7 +205,7 @@ def _repeat(step: Callable[[], None], count: int, device: torch.device) -> None:
 
 
 def _fake(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, steps, momentum, _, _ = rest
+    *_, steps, momentum, _, _, _ = rest
     trained = weight.new_empty((count_runs(input, weight), *weight.shape[-3:]))
     buffer = torch.empty_like(trained) if momentum else trained.new_empty(0)
     return trained, trained.new_empty(trained.shape[0], steps), buffer
@@ -202,14 +217,15 @@ def _backward(*_: Any) -> tuple[None, ...]:
 
 def _flops(input: Tensor, weight: Tensor, *rest: Any) -> int:
     """Operations of the products of all patches with all filters, two of them a step."""
-    *_, steps, _, _, _ = rest
+    *_, steps, _, _, _, _ = rest
     filters = weight.shape[-3] * weight.shape[-2]
     return 4 * steps * count_runs(input, weight) * math.prod(input.shape[-3:]) * filters
 
 
 _gradient_descent = Operator(
     "gradient_descent(Tensor input, Tensor weight, Tensor target, Tensor? lam, Tensor? lam_weight, "
-    "float[] polynomial, Tensor lr, SymInt steps, float momentum, float weight_decay, Tensor? momentum_buffer) "
+    "float[] polynomial, Tensor lr, SymInt steps, float momentum, float weight_decay, Tensor? momentum_buffer, "
+    "Tensor? readout) "
     "-> (Tensor, Tensor, Tensor)",
     forward=_forward,
     fake=_fake,

@@ -9,7 +9,7 @@ every rank holds a block (:mod:`mixfeat.ops.sharding`).
 import contextlib
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,17 +19,52 @@ from mixfeat.kernels.polynomial import Polynomial
 from mixfeat.ops import fallback, sharding
 from mixfeat.ops.registration import Operator
 
-__all__ = ["pairwise_mixup_block", "pairwise_mixup_loss"]
+__all__ = ["PAIRS", "pairwise_mixup_block", "pairwise_mixup_loss"]
+
+
+class Objective(NamedTuple):
+    """What a pair's label is, and which pairs count.
+
+    Attributes:
+        label_lam: the first sample's share of the label at each node; None for the nodes themselves.
+        label_smoothing: how much of each label goes to all classes alike.
+        pairs: "all", "distinct" or "different_class".
+    """
+
+    label_lam: Sequence[float] | None = None
+    label_smoothing: float = 0.0
+    pairs: str = "all"
+
+    def labels(self, nodes: Sequence[float]) -> list[float]:
+        """Return the shares at the nodes."""
+        return list(nodes if self.label_lam is None else self.label_lam)
+
+
+PAIRS = ("all", "distinct", "different_class")
 
 
 def pairwise_mixup_loss(
-    input: Tensor, weight: Tensor, target: Tensor, lam: Tensor, lam_weight: Tensor, polynomial: Polynomial, group: str
+    input: Tensor,
+    weight: Tensor,
+    readout: Tensor | None,
+    target: Tensor,
+    lam: Tensor,
+    lam_weight: Tensor,
+    label_lam: Tensor | None,
+    polynomial: Polynomial,
+    label_smoothing: float = 0.0,
+    pairs: str = "all",
+    num_rows: int = 0,
+    group: str = "",
 ) -> Tensor:
     """Return the loss (R,), with R = 1 where neither input nor weight has runs.
 
-    Nodes and their weights (K,), on the CPU; the name of the process group whose samples are all meant, "" for none.
+    Nodes, their weights and their shares of the labels (K,), on the CPU; ``num_rows`` > 0 pairs these first samples
+    with all others, instead of all with all; the name of the process group whose samples are all meant, "" for none.
     """
-    return _pairwise_mixup_loss(input, weight, target, lam, lam_weight, polynomial, group, False, False)
+    options = (polynomial, label_smoothing, pairs, num_rows, group)
+    arguments = (input, weight, readout, target, lam, lam_weight, label_lam)
+    return _pairwise_mixup_loss(*arguments, *options, False, False, False)
 
 
 def pairwise_mixup_block(
@@ -59,31 +94,62 @@ def pairwise_mixup_block(
         the loss, and its gradients with respect to row and column, None where there are none; float32, float64 for
         float64.
     """
-    name = backends.serving(row.device.type, row.dtype)
     arguments = (row, column, row_target, column_target, lam, lam_weight, polynomial, need_grad)
-    if name == "triton":
+    return _block(*arguments, Objective(), None)[:3]
+
+
+def _block(
+    row: Tensor,
+    column: Tensor | None,
+    row_target: Tensor,
+    column_target: Tensor | None,
+    lam: Sequence[float],
+    lam_weight: Sequence[float],
+    polynomial: Polynomial,
+    need_grad: bool,
+    objective: Objective,
+    readout: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The same for any objective and ``readout`` (R or 1,C,M), to which it returns the gradient (R,C,M) as well."""
+    name = backends.serving_network(row.device.type, row.dtype, polynomial)
+    arguments = (row, column, row_target, column_target, lam, lam_weight, polynomial, need_grad)
+    if name == "triton" and objective == Objective() and readout is None:
         from mixfeat.kernels.triton.pairwise_mixup_loss import pairwise_mixup_loss as launch
 
-        return launch(*arguments)
-    if name == "reference":
-        return fallback.pairwise_mixup_block(*arguments)
+        return *launch(*arguments), None
+    if name != "cpu":
+        return fallback.pairwise_mixup_block(*arguments, *objective, readout)
     dtype = _checks.accumulation(row.dtype)
     row_grad, column_grad = (
         torch.empty(s.shape, dtype=dtype, device=s.device) if need_grad and s is not None else None
         for s in (row, column)
     )
+    readout_grad = None
+    if readout is not None:
+        readout = readout.to(dtype).contiguous()
+        readout_grad = readout.new_empty(row.shape[0], *readout.shape[1:]) if need_grad else None
+
+    def of_filters(s: Tensor | None) -> Tensor | None:
+        """With a readout every filter is a class of its own."""
+        return s if s is None or readout is None else s.flatten(3)[..., None]
+
     loss = torch.ops.mixfeat_cpu.pairwise_mixup_loss.default(
-        row.to(dtype),
-        None if column is None else column.to(dtype),
+        of_filters(row.to(dtype)),
+        of_filters(None if column is None else column.to(dtype)),
         row_target.contiguous(),
         None if column_target is None else column_target.contiguous(),
         lam,
         lam_weight,
         tuple(polynomial),
-        row_grad,
-        column_grad,
+        of_filters(row_grad),
+        of_filters(column_grad),
+        objective.labels(lam),
+        objective.label_smoothing,
+        PAIRS.index(objective.pairs),
+        readout,
+        readout_grad,
     )
-    return loss, row_grad, column_grad
+    return loss, row_grad, column_grad, readout_grad
 
 
 def merged_nodes(lam: Tensor, lam_weight: Tensor, dtype: torch.dtype) -> dict[float, float]:
@@ -96,6 +162,37 @@ def merged_nodes(lam: Tensor, lam_weight: Tensor, dtype: torch.dtype) -> dict[fl
     return merged
 
 
+def _nodes(
+    lam: Tensor, lam_weight: Tensor, label_lam: Tensor | None, dtype: torch.dtype, symmetric: bool
+) -> tuple[list[float], list[float], list[float] | None]:
+    """Nodes, their weights and shares of the labels; those of mirror images are one where pairs are symmetric."""
+    if label_lam is None and symmetric:
+        merged = merged_nodes(lam, lam_weight, dtype)
+        return list(merged), list(merged.values()), None
+    return lam.tolist(), lam_weight.tolist(), None if label_lam is None else label_lam.tolist()
+
+
+def _pair_factor(target: Tensor, pairs: str, num_rows: int, num_classes: int) -> Tensor | float:
+    """What the mean over all pairs is multiplied by to be the mean over those that count, a number or (1 or R,)."""
+    num_samples = target.shape[-1]
+    if pairs == "all":
+        return 1.0
+    if pairs == "distinct":
+        return num_samples / (num_samples - 1) if num_samples > 1 else 0.0
+    label = torch.atleast_2d(target)[..., None] == torch.arange(num_classes, device=target.device)
+    of_rows, of_columns = (label[:, :num_rows], label[:, num_rows:]) if num_rows else (label, label)
+    every = of_rows.shape[1] * of_columns.shape[1]
+    same = (of_rows.sum(1) * of_columns.sum(1)).sum(-1)
+    return torch.where(same < every, every / (every - same).clamp(min=1).double(), 0.0)
+
+
+def _of_runs(factor: Tensor | float, tensor: Tensor) -> Tensor | float:
+    """A factor (1 or R,) in the dtype of a tensor (R, ...), with which it broadcasts."""
+    if isinstance(factor, float):
+        return factor
+    return factor.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1))
+
+
 def count_runs(input: Tensor, weight: Tensor) -> int:
     return input.shape[0] if input.dim() == 4 else weight.shape[0] if weight.dim() == 4 else 1
 
@@ -103,25 +200,31 @@ def count_runs(input: Tensor, weight: Tensor) -> int:
 def _forward(
     input: Tensor,
     weight: Tensor,
+    readout: Tensor | None,
     target: Tensor,
     lam: Tensor,
     lam_weight: Tensor,
+    label_lam: Tensor | None,
     fields: Sequence[float],
+    label_smoothing: float,
+    pairs: str,
+    num_rows: int,
     group: str,
     need_input: bool,
     need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    device = input.device.type
+    need_readout: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    device, polynomial = input.device.type, Polynomial.of(fields)
     *_, num_samples, num_patches, patch_dim = input.shape
     num_classes, filters = weight.shape[-3:-1]
     num_runs, dtype = count_runs(input, weight), _checks.accumulation(input.dtype)
-    need_grad = need_input or need_weight
+    need_grad = need_input or need_weight or need_readout
     sizes: tuple[int, ...] = (num_samples,)
     if group:
         settings = {
             "dtype": input.dtype, "device": device, "num_runs": num_runs, "target.dim()": target.dim(),
             "num_patches": num_patches, "patch_dim": patch_dim, "num_classes": num_classes,
-            "filters_per_class": filters, "activation": Polynomial.of(fields), "lam": lam.tolist(),
+            "filters_per_class": filters, "activation": polynomial, "lam": lam.tolist(),
             "lam_weight": lam_weight.tolist(), "whether gradients are wanted": need_grad,
         }  # fmt: skip
         sizes = sharding.agree(
@@ -130,17 +233,37 @@ def _forward(
     else:
         _check_values(target, num_classes, lam, lam_weight)
     x, w = input.flatten(-3, -2), weight.flatten(-3, -2)  # (..., N*P, D), (..., C*M, D)
-    if backends.serving(device, input.dtype) != "triton":
+    if backends.serving_network(device, input.dtype, polynomial) != "triton":
         x, w = x.to(dtype), w.to(dtype)
     with torch.autocast(device, enabled=False) if _checks.autocast_is_enabled(device) else contextlib.nullcontext():
         s = (x @ w.mT).view(num_runs, num_samples, num_patches, num_classes, filters)
-        nodes, polynomial = merged_nodes(lam, lam_weight, dtype), Polynomial.of(fields)
+        readout_grad = None
         if group:
             block = functools.partial(pairwise_mixup_block, polynomial=polynomial, need_grad=need_grad)
-            loss, grad = sharding.all_pairs(block, s, target, nodes, sizes, group)
+            loss, grad = sharding.all_pairs(block, s, target, merged_nodes(lam, lam_weight, dtype), sizes, group)
         else:
-            weights = [value / max(1, num_samples**2) for value in nodes.values()]
-            loss, grad, _ = pairwise_mixup_block(s, None, target, None, list(nodes), weights, polynomial, need_grad)
+            nodes, weights, labels = _nodes(lam, lam_weight, label_lam, dtype, not num_rows)
+            if label_lam is not None:
+                _checks.label_lam_values(label_lam)
+            count = num_rows * (num_samples - num_rows) if num_rows else num_samples**2
+            row, row_target = s, target
+            column: Tensor | None = None
+            column_target: Tensor | None = None
+            if num_rows:
+                row, column = s[:, :num_rows], s[:, num_rows:]
+                row_target, column_target = target[..., :num_rows], target[..., num_rows:]
+            shares = [value / max(1, count) for value in weights]
+            second_layer = None if readout is None else readout if readout.dim() == 3 else readout[None]
+            loss, grad, column_grad, readout_grad = _block(
+                row, column, row_target, column_target, nodes, shares, polynomial, need_grad,
+                Objective(labels, label_smoothing, pairs), second_layer,
+            )  # fmt: skip
+            if grad is not None and column_grad is not None:
+                grad = torch.cat([grad, column_grad], 1)
+            factor = _pair_factor(target, pairs, num_rows, num_classes)
+            if pairs != "all":
+                loss = loss * _of_runs(factor, loss)
+                grad, readout_grad = (None if g is None else g * _of_runs(factor, g) for g in (grad, readout_grad))
         del s
         input_grad, weight_grad = loss.new_empty(0), loss.new_empty(0)
         if grad is not None:
@@ -149,7 +272,12 @@ def _forward(
                 weight_grad = (grad.mT @ x.to(dtype)).view(num_runs, *weight.shape[-3:])
             if need_input:
                 input_grad = (grad @ w.to(dtype)).view(num_runs, *input.shape[-3:])
-    return loss, input_grad, weight_grad
+    return (
+        loss,
+        input_grad,
+        weight_grad,
+        readout_grad if need_readout and readout_grad is not None else loss.new_empty(0),
+    )
 
 
 def _check_values(target: Tensor, num_classes: int, lam: Tensor, lam_weight: Tensor) -> None:
@@ -158,44 +286,49 @@ def _check_values(target: Tensor, num_classes: int, lam: Tensor, lam_weight: Ten
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[1:], *inputs[:5])
-    ctx.fields, ctx.group = inputs[5:7]
+    ctx.save_for_backward(*output[1:], *inputs[:7])
+    ctx.options = inputs[7:12]
 
 
 def _backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
-    factor = grad[:, None, None, None]
     grads: list[Tensor | None] = []
-    for saved, tensor, need in zip(ctx.saved_tensors[:2], ctx.saved_tensors[2:4], needs, strict=True):
-        shape = tensor.shape if tensor.dim() == 4 else (1, *tensor.shape)  # what all runs share gets the sum over them
-        grads.append((factor * saved).sum_to_size(shape).view(tensor.shape).to(tensor.dtype) if need else None)
+    for saved, tensor, need in zip(ctx.saved_tensors[:3], ctx.saved_tensors[3:6], needs, strict=True):
+        if not need:
+            grads.append(None)
+            continue
+        factor = grad.view(-1, *[1] * (saved.dim() - 1))
+        shape = tensor.shape if tensor.dim() == saved.dim() else (1, *tensor.shape)  # shared by all runs: their sum
+        grads.append((factor * saved).sum_to_size(shape).view(tensor.shape).to(tensor.dtype))
     return grads
 
 
 def _recorded_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
-    _forbid_group(ctx.group, "differentiated twice")
-    _, _, input, weight, target, lam, lam_weight = ctx.saved_tensors
-    loss = _plain(input, weight, target, lam, lam_weight, ctx.fields, linear_memory=True)
-    wanted = [tensor for tensor, need in zip((input, weight), needs, strict=True) if need]
+    inputs, group = ctx.saved_tensors[3:], ctx.options[-1]
+    _forbid_group(group, "differentiated twice")
+    loss = _plain(*inputs, *ctx.options[:-1], linear_memory=True)
+    wanted = [tensor for tensor, need in zip(inputs[:3], needs, strict=True) if need]
     found = iter(torch.autograd.grad(loss, wanted, grad, create_graph=True))
     return [next(found) if need else None for need in needs]
 
 
-def _definition(
-    input: Tensor, weight: Tensor, target: Tensor, lam: Tensor, lam_weight: Tensor, fields: Sequence[float],
-    group: str, *needs: bool,
-) -> Tensor:  # fmt: skip
+def _definition(*args: Any) -> Tensor:
+    *inputs, group, _, _, _ = args
     _forbid_group(group, "transformed by torch.func or differentiated forward")
-    return _plain(input, weight, target, lam, lam_weight, fields, linear_memory=False)
+    return _plain(*inputs, linear_memory=False)
 
 
 def _plain(
-    input: Tensor, weight: Tensor, target: Tensor, lam: Tensor, lam_weight: Tensor, fields: Sequence[float],
+    input: Tensor, weight: Tensor, readout: Tensor | None, target: Tensor, lam: Tensor, lam_weight: Tensor,
+    label_lam: Tensor | None, fields: Sequence[float], label_smoothing: float, pairs: str, num_rows: int,
     *, linear_memory: bool,
 ) -> Tensor:  # fmt: skip
-    nodes = merged_nodes(lam, lam_weight, _checks.accumulation(input.dtype))
-    return fallback.pairwise_mixup_loss(
-        input, weight, target, list(nodes), list(nodes.values()), Polynomial.of(fields), linear_memory=linear_memory
-    )
+    nodes, weights, labels = _nodes(lam, lam_weight, label_lam, _checks.accumulation(input.dtype), not num_rows)
+    factor = _pair_factor(target, pairs, num_rows, weight.shape[-3])
+    loss = fallback.pairwise_mixup_loss(
+        input, weight, target, nodes, weights, Polynomial.of(fields), labels, label_smoothing, pairs, readout, num_rows,
+        linear_memory=linear_memory,
+    )  # fmt: skip
+    return loss * _of_runs(factor, loss)
 
 
 def _forbid_group(group: str, what: str) -> None:
@@ -203,15 +336,14 @@ def _forbid_group(group: str, what: str) -> None:
         raise NotImplementedError(f"pairwise_mixup_loss with a group cannot be {what}")
 
 
-def _fake(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, need_input, need_weight = rest
+def _fake(input: Tensor, weight: Tensor, readout: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs = rest[-3:]
     num_runs = count_runs(input, weight)
     loss = input.new_empty(num_runs, dtype=_checks.accumulation(input.dtype))
-    input_grad, weight_grad = (
-        loss.new_empty((num_runs, *t.shape[-3:]) if need else (0,))
-        for t, need in ((input, need_input), (weight, need_weight))
-    )
-    return loss, input_grad, weight_grad
+    sizes = (input.shape[-3:], weight.shape[-3:], () if readout is None else readout.shape[-2:])
+    grads = (loss.new_empty((num_runs, *size) if need else (0,)) for size, need in zip(sizes, needs, strict=True))
+    input_grad, weight_grad, readout_grad = grads
+    return loss, input_grad, weight_grad, readout_grad
 
 
 def _flops(input: Tensor, weight: Tensor, *rest: Any) -> int:
@@ -221,16 +353,17 @@ def _flops(input: Tensor, weight: Tensor, *rest: Any) -> int:
     """
     patches = input.shape[-3] * input.shape[-2]
     filters = weight.shape[-3] * weight.shape[-2]
-    return 2 * (1 + sum(rest[-2:])) * count_runs(input, weight) * patches * input.shape[-1] * filters
+    return 2 * (1 + sum(rest[-3:-1])) * count_runs(input, weight) * patches * input.shape[-1] * filters
 
 
 _pairwise_mixup_loss = Operator(
-    "pairwise_mixup_loss(Tensor input, Tensor weight, Tensor target, Tensor lam, Tensor lam_weight, "
-    "float[] polynomial, str group, bool need_input, bool need_weight) -> (Tensor, Tensor, Tensor)",
+    "pairwise_mixup_loss(Tensor input, Tensor weight, Tensor? readout, Tensor target, Tensor lam, Tensor lam_weight, "
+    "Tensor? label_lam, float[] polynomial, float label_smoothing, str pairs, SymInt num_rows, str group, "
+    "bool need_input, bool need_weight, bool need_readout) -> (Tensor, Tensor, Tensor, Tensor)",
     forward=_forward,
     fake=_fake,
-    differentiable=("input", "weight"),
-    request=lambda args: (*args[:-2], args[0].requires_grad, args[1].requires_grad),
+    differentiable=("input", "weight", "readout"),
+    request=lambda args: (*args[:-3], *(t is not None and t.requires_grad for t in args[:3])),
     setup_context=_setup_context,
     backward=_backward,
     recorded_backward=_recorded_backward,

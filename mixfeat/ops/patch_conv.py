@@ -53,7 +53,7 @@ def _forward(
     input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, fields: Sequence[float], saved: int
 ) -> tuple[Tensor, Tensor]:
     polynomial = Polynomial.of(fields)
-    name = backends.serving(input.device.type, input.dtype)
+    name = backends.serving_network(input.device.type, input.dtype, polynomial)
     if index is not None and lam is not None:
         index = _checks.partners(index, lam, input.shape[-3])
     if name == "cpu":
@@ -85,7 +85,7 @@ def _backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     polynomial = Polynomial.of(fields)
-    name = backends.serving(input.device.type, input.dtype)
+    name = backends.serving_network(input.device.type, input.dtype, polynomial)
     if index is not None and lam is not None:
         index = _checks.partners(index, lam, input.shape[-3])
     input_grad, weight_grad = input.new_empty(0), weight.new_empty(0)

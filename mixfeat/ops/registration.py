@@ -92,7 +92,7 @@ class Operator:
         if can_bypass_dispatcher(args, self._tensors):
             if self._apply is not None and torch.is_grad_enabled():
                 for place in self._places:
-                    if args[place].requires_grad:
+                    if args[place] is not None and args[place].requires_grad:
                         return self._apply(True, *args)
             output = self.forward(*args)
         elif self._definition is not None and is_transformed(args):
@@ -165,7 +165,9 @@ class Operator:
 
         # torch.library.register_autograd does the same at three times the cost of a call.
         def autograd(*args: Any) -> Any:
-            if torch.is_grad_enabled() and any(args[place].requires_grad for place in operator._places):
+            if torch.is_grad_enabled() and any(
+                args[place] is not None and args[place].requires_grad for place in operator._places
+            ):
                 return function.apply(False, *args)
             with below_autograd():
                 return operator.overload(*args)

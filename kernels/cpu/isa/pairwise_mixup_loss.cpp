@@ -61,6 +61,7 @@ template <typename T>
 struct Buffers {
   Scratch scratch;
   T* logits;                             // (tiles, C, pairs of a tile); then D = (softmax - target) * weight of the pair
+  T* combined;                           // (labels, pairs of a tile): a tile's logits, with a readout
   T *row_linear, *column_linear;         // (C, block): sums over the linear vectors
   T *row_d, *column_d;                   // (C, block): sums of D, for classes that have linear vectors
   int32_t *active_count, *linear_count;  // (C,): whole vectors
@@ -71,6 +72,7 @@ struct Buffers {
   Buffers(const PairwiseMixup<T>& a, void* memory)
       : scratch(memory),
         logits(scratch.take<T>(a.classes * a.block * a.block)),
+        combined(scratch.take<T>(a.readout ? a.labels * kPairs<T> : 0)),
         row_linear(scratch.take<T>(a.classes * a.block)),
         column_linear(scratch.take<T>(a.classes * a.block)),
         row_d(scratch.take<T>(a.classes * a.block)),
@@ -327,7 +329,8 @@ struct BlockPair {
     }
   }
 
-  // How often each pair of a tile counts: not at all for padding and below the diagonal, twice above the diagonal.
+  // How often each pair of a tile counts: not at all for padding and below the diagonal, twice above the diagonal; and not at all
+  // for a sample with itself, or for two of one class, where such pairs are left out.
   Vec<Lane<T>> counts(Vec<Lane<T>> row_target, Vec<Lane<T>> column_target, int64_t i, int64_t j) const {
     Vec<Lane<T>> count = Vec<Lane<T>>{} + (upper_triangle ? 2 : 1);
     if (upper_triangle && i + kRows<T> > j) {
@@ -336,24 +339,54 @@ struct BlockPair {
         count[k] = n > m ? 0 : n == m ? 1 : 2;
       }
     }
+    if (a.distinct && i < j + kColumns<T> && j < i + kRows<T>) {
+      for (int k = 0; k < kPairs<T>; ++k) count[k] = i + k / kColumns<T> == j + k % kColumns<T> ? 0 : count[k];
+    }
+    if (a.different_class) count = row_target == column_target ? Vec<Lane<T>>{} : count;
     return (row_target < 0) | (column_target < 0) ? Vec<Lane<T>>{} : count;
   }
 
   // Replaces the logits of a tile by D and returns the tile's share of the loss.
   double cross_entropy(T* logits, int64_t i, int64_t j) const {
+    if (!a.readout) return cross_entropy_of(logits, i, j);
+    constexpr int pairs = kPairs<T>;
+    const int64_t filters = a.classes / a.labels;
+    for (int64_t c = 0; c < a.labels; ++c) {
+      Vec<T> sum = {};
+      for (int64_t f = c * filters; f < (c + 1) * filters; ++f) sum += broadcast(a.readout[f]) * load(logits + f * pairs);
+      store(buffers.combined + c * pairs, sum);
+    }
+    const double loss = cross_entropy_of(buffers.combined, i, j);
+    if (!a.row.grad) return loss;
+    for (int64_t f = 0; f < a.classes; ++f) {
+      const Vec<T> d = load(buffers.combined + f / filters * pairs);
+      if (a.readout_grad) {
+        const Vec<T> sums = d == Vec<T>{} ? Vec<T>{} : d * load(logits + f * pairs);  // where there is no pair, it may be anything
+        for (int k = 0; k < pairs; ++k) a.readout_grad[f] += sums[k];
+      }
+      store(logits + f * pairs, broadcast(a.readout[f]) * d);
+    }
+    return loss;
+  }
+
+  double cross_entropy_of(T* logits, int64_t i, int64_t j) const {
     constexpr int pairs = kPairs<T>;
     const auto row_target = load(buffers.row_target + (i - row_begin) * kColumns<T>);
     const auto column_target = load(buffers.column_target + (j - column_begin) * kRows<T>);
     const auto count = counts(row_target, column_target, i, j);
-    const Vec<T> row_weight = broadcast(T(a.row.weight)), column_weight = broadcast(T(a.column.weight));
+    const double keep = 1 - a.label_smoothing;
+    const Vec<T> row_weight = broadcast(T(keep * a.row.label)), column_weight = broadcast(T(keep * a.column.label));
+    const Vec<T> spread = broadcast(T(a.label_smoothing / a.labels));
+    const bool smooth = a.label_smoothing != 0;
     Vec<T> max = load(logits);
-    for (int64_t c = 1; c < a.classes; ++c) max = clamp_min<T>(max, load(logits + c * pairs));
+    for (int64_t c = 1; c < a.labels; ++c) max = clamp_min<T>(max, load(logits + c * pairs));
     Vec<T> total = {}, target_logit = {};
-    for (int64_t c = 0; c < a.classes; ++c) {
+    for (int64_t c = 0; c < a.labels; ++c) {
       const Vec<T> remaining = load(logits + c * pairs) - max, e = exponential(remaining);
       total += e;
       target_logit += row_weight * (row_target == Lane<T>(c) ? remaining : Vec<T>{});
       target_logit += column_weight * (column_target == Lane<T>(c) ? remaining : Vec<T>{});
+      if (smooth) target_logit += spread * remaining;
       store(logits + c * pairs, e);
     }
     // All pairs share one logarithm, of the product of their sums of exponentials. A double holds it, because each sum lies
@@ -368,11 +401,12 @@ struct BlockPair {
     }
     if (a.row.grad) {
       const Vec<T> weight = broadcast(T(a.pair_weight)) * __builtin_convertvector(count, Vec<T>), norm = weight / total;
-      const Vec<T> row_label = row_weight * weight, column_label = column_weight * weight;
-      for (int64_t c = 0; c < a.classes; ++c) {
+      const Vec<T> row_label = row_weight * weight, column_label = column_weight * weight, every_label = spread * weight;
+      for (int64_t c = 0; c < a.labels; ++c) {
         Vec<T> d = load(logits + c * pairs) * norm;
         d -= row_target == Lane<T>(c) ? row_label : Vec<T>{};
         d -= column_target == Lane<T>(c) ? column_label : Vec<T>{};
+        if (smooth) d -= every_label;
         store(logits + c * pairs, count == 0 ? Vec<T>{} : d);
       }
     }
