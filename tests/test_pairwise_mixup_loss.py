@@ -69,7 +69,7 @@ def skipping(activation, dtype):
                 mine = pairwise_mixup_block(s, column, *arguments)
                 true = fallback.pairwise_mixup_block(
                     s.double(), None if column is None else column.double(), *arguments
-                )
+                )[:3]
                 for a, b in zip(mine, true, strict=True):
                     if b is not None:
                         assert error([a], [b]) <= (1e-5 if dtype == torch.float32 else 1e-13)
@@ -94,7 +94,7 @@ def test_blocks_of_rows_and_columns(backend, device, rows, columns, need_grad):
     row_target, column_target = (torch.randint(4, (2, n), device=device) for n in (rows, columns))
     arguments = (row_target, column_target, [0.3, 0.5], [0.01, 0.002], POLY.polynomial, need_grad)
     mine = pairwise_mixup_block(row, column, *arguments)
-    true = fallback.pairwise_mixup_block(row.double(), column.double(), *arguments)
+    true = fallback.pairwise_mixup_block(row.double(), column.double(), *arguments)[:3]
     for a, b in zip(mine, true, strict=True):
         assert (a is None) == (b is None)
         if b is not None:
