@@ -356,13 +356,16 @@ def test_is_not_differentiable():
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 @pytest.mark.parametrize("objective", ["erm", "any"])
-def test_opcheck(backend, device, objective, momentum):
+@pytest.mark.parametrize("second_layer", ["sum", "readout"])
+def test_opcheck(backend, device, second_layer, objective, momentum):
     if interpreted(backend):
         pytest.skip("long in the interpreter")
     x, w, y = make_inputs((5, 2, 3, 2, 2), runs="w", device=device)
     nodes = (None, None) if objective == "erm" else tuple(OBJECTIVES[objective].values())
     lr = torch.full((1, 1), 0.1, dtype=torch.float64)
-    arguments = (x, w, y, *nodes, list(POLY.polynomial), lr, 3, momentum, 0.1, w.clone() if momentum else None)
+    buffer = w.clone() if momentum else None
+    readout = torch.randn(w.shape[-3:-1], device=device) if second_layer == "readout" else None
+    arguments = (x, w, y, *nodes, list(POLY.polynomial), lr, 3, momentum, 0.1, buffer, readout)
     opcheck(torch.ops.mixfeat.gradient_descent.default, arguments)
 
 
