@@ -1,4 +1,4 @@
-"""Data: the multi-view distribution of the feature-learning theory, images of two features, images cut into patches."""
+"""Data: distributions of the feature-learning theories, images of two features, images cut into patches."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -8,7 +8,10 @@ from torch import Tensor
 
 from mixfeat import _checks
 
-__all__ = ["MultiViewData", "TwoFeatureImages", "images_to_patches", "multi_view"]
+__all__ = [
+    "CommonRareData", "MultiViewData", "SignalNoiseData", "TwoFeatureImages", "common_rare", "images_to_patches",
+    "multi_view", "signal_noise",
+]  # fmt: skip
 
 
 class MultiViewData(NamedTuple):
@@ -32,6 +35,12 @@ def multi_view(
     noise: tuple[float, float] = (0.25, 0.75),
     noise_scale: float = 0.02,
     views: Literal["both"] | int = "both",
+    positions: Literal["random", "fixed"] = "random",
+    patches_per_feature: int = 1,
+    single_view: float = 0.0,
+    off_class: float = 0.0,
+    off_class_signal: tuple[float, float] = (0.1, 0.2),
+    noise_std: float = 0.0,
     features: Tensor | None = None,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
@@ -52,15 +61,26 @@ def multi_view(
     a network has learned (:func:`mixfeat.features.learned`). Classes are balanced (their counts differ by at most one)
     and in random order.
 
+    The further options are those of the distribution of Allen-Zhu and Li (arXiv 2012.09816), which leaves open how a
+    feature's coefficient is spread over its patches: here evenly.
+
     Args:
         num_samples: N >= 0.
         num_classes: C >= 1 (k in the paper).
-        num_patches: P >= 2.
+        num_patches: P, at least twice patches_per_feature; with off_class, 2 C times.
         patch_dim: D >= 2 C; by default 2 C, or the features' own.
         signal: range of a signal coefficient; the two coefficients of a point sum to ``signal[0] + signal[1]``.
         noise: range of a noise coefficient, before ``noise_scale``.
         noise_scale: >= 0. The default separates ERM from Midpoint Mixup at C = 10; the authors' code has 10 / C**1.5.
         views: ``"both"``, 0 or 1.
+        positions: of the signal patches: ``"random"`` in each sample, or ``"fixed"``: those of view 0 first, then those
+            of view 1.
+        patches_per_feature: over how many patches the coefficient of each feature is spread, evenly.
+        single_view: probability that a sample carries only one of its views, either as likely. Needs ``views="both"``.
+        off_class: probability of each feature of another class to be in a sample, in patches of its own at random
+            positions, with a coefficient in all of U[off_class_signal].
+        off_class_signal: range of that coefficient.
+        noise_std: standard deviation of Gaussian noise, which is added to every number of every patch; >= 0.
         features: (C, 2, D) orthonormal features; by default drawn uniformly among all orthonormal sets.
         generator: source of all randomness. Draws are made on its device, so that a CPU generator gives the same data
             on every device.
@@ -75,48 +95,256 @@ def multi_view(
     """
     num_samples = _checks.integer("num_samples", num_samples, 0)
     num_classes = _checks.integer("num_classes", num_classes, 1)
+    patches_per_feature = _checks.integer("patches_per_feature", patches_per_feature, 1)
+    off_class = _checks.fraction("off_class", off_class)
     num_patches = _checks.integer("num_patches", num_patches, 2)
+    if num_patches < (least := 2 * patches_per_feature * (num_classes if off_class else 1)):
+        raise ValueError(
+            f"num_patches must be at least {least}, so that each feature has {patches_per_feature} of its own, "
+            f"got {num_patches}"
+        )
     signal_low, signal_high = _checks.interval("signal", signal)
     noise_low, noise_high = _checks.interval("noise", noise)
     noise_scale = _checks.finite("noise_scale", noise_scale, 0)
     views = _views(views)
+    _check_positions(positions)
+    single_view = _checks.fraction("single_view", single_view)
+    if single_view and views != "both":
+        raise ValueError(f'single_view needs views="both", got {single_view} with views={views}')
+    off_low, off_high = _checks.interval("off_class_signal", off_class_signal)
+    noise_std = _checks.finite("noise_std", noise_std, 0)
     _checks.generator(generator)
     if features is not None:
         _check_features(features, num_classes)
     patch_dim = _patch_dim(patch_dim, num_classes, features)
-    if dtype is None:
-        dtype = torch.get_default_dtype() if features is None else features.dtype
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point type, got {dtype}")
-    if device is None:
-        source = generator if features is None else features
-        device = torch.get_default_device() if source is None else source.device
-    draw_device = torch.device(device) if generator is None else generator.device
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def uniform(*size: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return torch.rand(size, generator=generator, device=draw_device, dtype=compute).mul_(high - low).add_(low)
+    draw = _Draw(generator, device, dtype, features)
 
     if features is None:
-        features = _orthonormal(2 * num_classes, patch_dim, generator, draw_device).view(num_classes, 2, patch_dim)
-    order = torch.randperm(num_samples, generator=generator, device=draw_device)
-    target = order % num_classes
+        features = draw.orthonormal(2 * num_classes, patch_dim).view(num_classes, 2, patch_dim)
+    target = draw.permutation(num_samples) % num_classes
 
     # a patch is its coefficients over all features, times the features: noise first, then the signal over it
-    coefficient = uniform(num_samples, num_patches, num_classes, 2, low=noise_low, high=noise_high).mul_(noise_scale)
-    sample = torch.arange(num_samples, device=draw_device)
+    coefficient = draw.uniform(num_samples, num_patches, num_classes, 2, low=noise_low, high=noise_high)
+    coefficient.mul_(noise_scale)
+    sample = torch.arange(num_samples, device=draw.device)
     coefficient[sample, :, target] = 0
-    position = uniform(num_samples, num_patches).argsort(1)[:, :2]
-    first = uniform(num_samples, low=signal_low, high=signal_high)
-    coefficient[sample[:, None], position] = 0
-    for i, value in enumerate((first, signal_low + signal_high - first)):
-        coefficient[sample, position[:, i], target, i if views == "both" else views] = value
+    order = draw.uniform(num_samples, num_patches).argsort(1)
+    if positions == "fixed":
+        order[:] = torch.arange(num_patches, device=draw.device)
+    position = order[:, : 2 * patches_per_feature].view(num_samples, 2, patches_per_feature)
+    first = draw.uniform(num_samples, low=signal_low, high=signal_high)
+    view = torch.tensor([0, 1] if views == "both" else [views, views], device=draw.device).expand(num_samples, 2)
+    if single_view:
+        only = (draw.uniform(num_samples) < 0.5).long()
+        view = torch.where((draw.uniform(num_samples) < single_view)[:, None], only[:, None], view)
+    coefficient[sample[:, None, None], position] = 0
+    total = torch.stack([first, signal_low + signal_high - first], 1) / patches_per_feature
+    coefficient[sample[:, None, None], position, target[:, None, None], view[..., None]] = total[..., None]
 
-    basis = features.to(draw_device, compute).flatten(0, 1)
+    if off_class:
+        # of the remaining places each feature of the other classes has its own, whether it is there or not
+        others = torch.arange(1, num_classes, device=draw.device)
+        other = ((target[:, None] + others) % num_classes).repeat_interleave(2 * patches_per_feature, 1)
+        places = order[:, 2 * patches_per_feature :]
+        if positions == "fixed":
+            places = places.gather(1, draw.uniform(*places.shape).argsort(1))
+        shape = (num_samples, 2 * (num_classes - 1))
+        value = draw.uniform(*shape, low=off_low, high=off_high) / patches_per_feature
+        value = value.repeat_interleave(patches_per_feature, 1)
+        there = (draw.uniform(*shape) < off_class).repeat_interleave(patches_per_feature, 1)
+        which = torch.arange(2, device=draw.device).repeat_interleave(patches_per_feature).repeat(num_classes - 1)
+        row, column = there.nonzero(as_tuple=True)
+        coefficient[row, places[row, column]] = 0
+        coefficient[row, places[row, column], other[row, column], which[column]] = value[row, column]
+
+    basis = features.to(draw.device, draw.compute).flatten(0, 1)
     input = coefficient.flatten(2) @ basis
-    return MultiViewData(input.to(device, dtype), target.to(device), features.to(device, dtype))
+    if noise_std:
+        input += draw.normal(*input.shape).mul_(noise_std)
+    return MultiViewData(draw.place(input), target.to(draw.target), draw.place(features))
+
+
+class SignalNoiseData(NamedTuple):
+    """A sample of the signal-noise distribution. What :func:`mixfeat.features.alignment` makes of its features is the
+    theory's signal learning; :func:`mixfeat.features.noise_memorization` takes its noise.
+    """
+
+    input: Tensor  #: (N, P, D) patches
+    target: Tensor  #: (N,) int64 classes, with the flips: 1 for y = +1, 0 for y = -1
+    features: Tensor  #: (2, V, D) the signals of each class: -mu and mu, V = 1; for XOR ±(a - b) and ±(a + b), V = 2
+    noise: Tensor  #: (N, P - 1, D) the noise patches
+    clean_target: Tensor  #: (N,) int64 classes before the flips, those of the signal patches
+
+
+def signal_noise(
+    num_samples: int,
+    patch_dim: int,
+    num_patches: int = 2,
+    *,
+    signal: float = 1.0,
+    noise_std: float = 1.0,
+    xor: bool = False,
+    flip: float = 0.0,
+    positions: Literal["random", "fixed"] = "random",
+    features: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> SignalNoiseData:
+    """Draw from the signal-noise distribution of the theory of benign overfitting.
+
+    A point of class y in {-1, +1} has one signal patch and P - 1 noise patches, which are orthogonal to the signals::
+
+        y mu,   |mu| = signal         and         xi ~ N(0, noise_std^2 (I - mu mu^T / |mu|^2))
+
+    as in Cao et al. 2022 (arXiv 2202.06526); with ``flip``, where labels are wrong with that probability, as in Kou et
+    al. 2023 (arXiv 2303.04145). With ``xor`` the signal patch is ±(a + b) for y = +1 and ±(a - b) for y = -1, either
+    sign as likely, of two orthogonal vectors of equal length, as in Meng et al. 2024. Classes are balanced before the
+    flips and in random order. The signal-to-noise ratio is signal / (noise_std sqrt(D)).
+
+    The network of these papers, F_y = 1/M sum_{p,m} max(<w[y,m], x[p]>, 0)^q and the logistic loss of y (F_+1 - F_-1),
+    is ``TwoLayerPatchCNN(2, M, D, PowerReLU(q, scale=1 / M))`` with the cross-entropy of its two logits.
+
+    Args:
+        num_samples: N >= 0.
+        patch_dim: D, at least 2, with ``xor`` 3: one dimension of noise beside the signals.
+        num_patches: P >= 2, one of them the signal.
+        signal: length of a signal patch, > 0.
+        noise_std: of each number of the noise, >= 0.
+        xor: four signals instead of two.
+        flip: probability in [0, 1] that ``target`` is the other class.
+        positions: of the signal patch: ``"random"`` in each sample, or ``"fixed"``, the first.
+        features: (2, V, D) signals of an earlier draw, as test data need them; they stand for ``signal``. By default
+            in directions drawn uniformly.
+        generator, device, dtype: as :func:`multi_view` takes them.
+
+    Returns:
+        ``SignalNoiseData(input (N,P,D), target (N,), features (2,V,D), noise (N,P-1,D), clean_target (N,))``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it needs.
+    """
+    num_samples = _checks.integer("num_samples", num_samples, 0)
+    _checks.boolean("xor", xor)
+    patch_dim = _checks.integer("patch_dim", patch_dim, 3 if xor else 2)
+    num_patches = _checks.integer("num_patches", num_patches, 2)
+    signal = _checks.positive("signal", signal)
+    noise_std = _checks.finite("noise_std", noise_std, 0)
+    flip = _checks.fraction("flip", flip)
+    _check_positions(positions)
+    _checks.generator(generator)
+    views = 2 if xor else 1
+    if features is not None:
+        _check_signals(features, views, patch_dim)
+    draw = _Draw(generator, device, dtype, features)
+
+    if features is None:
+        a = draw.orthonormal(views, patch_dim)  # mu; with xor a and b, whose difference and sum are orthogonal as well
+        first = torch.stack([a[0] - a[1], a[0] + a[1]]) / 2**0.5 if xor else torch.cat([-a, a])
+        features = signal * (torch.stack([first, -first], 1) if xor else first[:, None])
+    clean = draw.permutation(num_samples) % 2
+    which = (draw.uniform(num_samples) * views).long().clamp(max=views - 1)
+    patch = features.to(draw.device, draw.compute)[clean, which]
+
+    noise = draw.normal(num_samples, num_patches - 1, patch_dim)
+    directions = torch.nn.functional.normalize(features[:, 0] if xor else features[1], dim=1)
+    directions = directions.to(draw.device, draw.compute)
+    noise = (noise - noise @ directions.T @ directions) * noise_std
+    input = torch.cat([patch[:, None], noise], 1)
+    if positions == "random":  # the signal changes places with any patch, itself included
+        place = (draw.uniform(num_samples) * num_patches).long().clamp(max=num_patches - 1)
+        sample = torch.arange(num_samples, device=draw.device)
+        input[sample, 0] = input[sample, place]
+        input[sample, place] = patch
+    target = clean if not flip else torch.where(draw.uniform(num_samples) < flip, 1 - clean, clean)
+    classes = target.to(draw.target), clean.to(draw.target)
+    return SignalNoiseData(draw.place(input), classes[0], draw.place(features), draw.place(noise), classes[1])
+
+
+class CommonRareData(NamedTuple):
+    """A sample of the distribution of common and rare features."""
+
+    input: Tensor  #: (N, P, D) patches
+    target: Tensor  #: (N,) int64 classes, 0 or 1
+    features: Tensor  #: (2, 2, D) ``features[c, 0]`` is the common feature of class c, ``features[c, 1]`` the rare one
+    rare: Tensor  #: (N,) bool, whether a sample carries the rare feature
+
+
+def common_rare(
+    num_samples: int,
+    patch_dim: int,
+    num_patches: int = 5,
+    *,
+    rare: float = 0.1,
+    signal: float = 1.0,
+    feature_noise: float = 0.1,
+    num_feature_noise: int = 1,
+    noise_std: float = 0.1,
+    positions: Literal["random", "fixed"] = "random",
+    features: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> CommonRareData:
+    """Draw from the distribution of common and rare features of Zou et al. 2023 (arXiv 2303.08433).
+
+    Each of two classes has a common feature v[y,0] and a rare one v[y,1], all four orthogonal and of length ``signal``.
+    A point of class y has::
+
+        one patch                     v[y,1] with probability rare, else v[y,0]
+        num_feature_noise patches     feature_noise v[s,0], s either class, drawn for each patch
+        the others                    xi ~ N(0, noise_std^2 (I - projection onto the four features))
+
+    That feature noise is of the common features is our reading of the paper. Classes are balanced and in random order.
+    ``rare=0`` and ``rare=1`` are the test points of :func:`mixfeat.features.learned`.
+
+    Args:
+        num_samples: N >= 0.
+        patch_dim: D >= 5.
+        num_patches: P >= 1 + num_feature_noise.
+        rare: probability in [0, 1] of the rare feature (rho in the paper).
+        signal: length of the features, > 0.
+        feature_noise: >= 0 (alpha in the paper).
+        num_feature_noise: patches of feature noise, >= 0 (b in the paper).
+        noise_std: of each number of the noise patches, >= 0 (sigma_p in the paper).
+        positions: ``"random"`` in each sample, or ``"fixed"``, in the order above.
+        features: (2, 2, D) features of an earlier draw, as test data need them; they stand for ``signal``.
+        generator, device, dtype: as :func:`multi_view` takes them.
+
+    Returns:
+        ``CommonRareData(input (N,P,D), target (N,), features (2,2,D), rare (N,) bool)``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got and what it needs.
+    """
+    num_samples = _checks.integer("num_samples", num_samples, 0)
+    patch_dim = _checks.integer("patch_dim", patch_dim, 5)
+    num_feature_noise = _checks.integer("num_feature_noise", num_feature_noise, 0)
+    num_patches = _checks.integer("num_patches", num_patches, 1 + num_feature_noise)
+    rare = _checks.fraction("rare", rare)
+    signal = _checks.positive("signal", signal)
+    feature_noise = _checks.finite("feature_noise", feature_noise, 0)
+    noise_std = _checks.finite("noise_std", noise_std, 0)
+    _check_positions(positions)
+    _checks.generator(generator)
+    if features is not None:
+        _check_orthogonal(features, patch_dim)
+    draw = _Draw(generator, device, dtype, features)
+
+    if features is None:
+        features = signal * draw.orthonormal(4, patch_dim).view(2, 2, patch_dim)
+    target = draw.permutation(num_samples) % 2
+    is_rare = draw.uniform(num_samples) < rare
+    vectors = features.to(draw.device, draw.compute)
+    of_class = (draw.uniform(num_samples, num_feature_noise) < 0.5).long()
+    noise = draw.normal(num_samples, num_patches - 1 - num_feature_noise, patch_dim).mul_(noise_std)
+    directions = torch.nn.functional.normalize(vectors.flatten(0, 1), dim=1)
+    noise = noise - noise @ directions.T @ directions
+    input = torch.cat([vectors[target, is_rare.long()][:, None], feature_noise * vectors[of_class, 0], noise], 1)
+    if positions == "random":
+        order = draw.uniform(num_samples, num_patches).argsort(1)
+        input = input.gather(1, order[..., None].expand_as(input))
+    return CommonRareData(draw.place(input), target.to(draw.target), draw.place(features), is_rare.to(draw.target))
 
 
 def images_to_patches(images: Tensor, patch_size: int) -> Tensor:
@@ -287,10 +515,42 @@ def _pairing(num_classes: int, generator: torch.Generator | None, device: torch.
     return partner_class
 
 
-def _orthonormal(count: int, dim: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    gaussian = torch.randn(dim, count, generator=generator, device=device, dtype=torch.float64)
-    q, r = torch.linalg.qr(gaussian)
-    return (q * r.diagonal().sign()).T.contiguous()  # with the signs of r the set is uniformly distributed
+class _Draw:
+    """Random tensors of one distribution: drawn where the generator is, in float32 at least, then placed."""
+
+    def __init__(self, generator: torch.Generator | None, device: Any, dtype: Any, features: Tensor | None) -> None:
+        if dtype is None:
+            dtype = torch.get_default_dtype() if features is None else features.dtype
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+        if device is None:
+            source = generator if features is None else features
+            device = torch.get_default_device() if source is None else source.device
+        self.target = torch.device(device)
+        self.device = self.target if generator is None else generator.device
+        self.compute = torch.float64 if dtype == torch.float64 else torch.float32
+        self._generator, self._dtype = generator, dtype
+
+    def uniform(self, *size: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        options: Any = {"generator": self._generator, "device": self.device, "dtype": self.compute}
+        return torch.rand(size, **options).mul_(high - low).add_(low)
+
+    def normal(self, *size: int) -> Tensor:
+        return torch.randn(size, generator=self._generator, device=self.device, dtype=self.compute)
+
+    def permutation(self, count: int) -> Tensor:
+        return torch.randperm(count, generator=self._generator, device=self.device)
+
+    def orthonormal(self, count: int, dim: int) -> Tensor:
+        """(count, dim) in float64, uniformly distributed among all orthonormal sets."""
+        gaussian = torch.randn(dim, count, generator=self._generator, device=self.device, dtype=torch.float64)
+        q, r = torch.linalg.qr(gaussian)
+        return (q * r.diagonal().sign()).T.contiguous()  # the signs of r make it uniform
+
+    def place(self, value: Tensor) -> Tensor:
+        return value.to(self.target, self._dtype)
 
 
 def _check_features(features: Tensor, num_classes: int) -> None:
@@ -305,6 +565,40 @@ def _check_features(features: Tensor, num_classes: int) -> None:
         raise ValueError(
             f"features must be orthonormal to within {tolerance:.1g}, got an inner product off by {error:.3g}"
         )
+
+
+def _check_signals(features: Tensor, views: int, patch_dim: int) -> None:
+    """Signals as :func:`signal_noise` returns them: opposite ones, and for XOR a + b and a - b of equal length."""
+    _checks.tensor("features", features)
+    _checks.floating("features", features)
+    if features.shape != (2, views, patch_dim):
+        raise ValueError(f"features must be of shape (2, {views}, {patch_dim}), got {tuple(features.shape)}")
+    minus, plus = features.detach().double()
+    opposite = (plus, minus) if views == 1 else (features[:, 0], features[:, 1])
+    length = features.detach().double().norm(dim=-1)
+    tolerance = max(1e-4, 4 * torch.finfo(features.dtype).eps) * length.amax()
+    if not ((opposite[0] + opposite[1]).abs().amax() <= tolerance and 0 < length.amin() < torch.inf):
+        raise ValueError("features must be signals of both signs, as signal_noise returns them, got others")
+    if views == 2 and not (plus[0] @ minus[0]).abs() <= tolerance * length.amax():
+        raise ValueError("features must be those of two orthogonal vectors of equal length, got others")
+
+
+def _check_orthogonal(features: Tensor, patch_dim: int) -> None:
+    _checks.tensor("features", features)
+    _checks.floating("features", features)
+    if features.shape != (2, 2, patch_dim):
+        raise ValueError(f"features must be of shape (2, 2, {patch_dim}), got {tuple(features.shape)}")
+    flat = features.detach().flatten(0, 1).double()
+    product = flat @ flat.T
+    square = product.diagonal()
+    tolerance = max(1e-4, 4 * torch.finfo(features.dtype).eps) * square.amax()
+    if not (square.amin() > 0 and (product - square.diag()).abs().amax() <= tolerance):
+        raise ValueError("features must be orthogonal and not 0, got others")
+
+
+def _check_positions(positions: Any) -> None:
+    if positions not in ("random", "fixed"):
+        raise ValueError(f'positions must be "random" or "fixed", got {positions!r}')
 
 
 def _check_images(images: Tensor) -> None:

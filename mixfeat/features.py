@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from mixfeat import _checks
+from mixfeat.activations import Activation
 from mixfeat.data import MultiViewData
 
-__all__ = ["alignment", "learned"]
+__all__ = ["alignment", "feature_variance", "learned", "noise_memorization"]
 
 
 def alignment(weight: Tensor, features: Tensor) -> Tensor:
@@ -19,10 +20,13 @@ def alignment(weight: Tensor, features: Tensor) -> Tensor:
 
         alignment[c, v] = max_m <weight[c, m], features[c, v]>
 
+    Of :class:`mixfeat.data.SignalNoiseData` it is the signal learning of Cao et al. 2022, max_m <w[y,m], y mu>; of
+    :class:`mixfeat.data.CommonRareData` the learning of the common feature (v = 0) and of the rare one (v = 1).
+
     Args:
         weight: (..., C, M, D), e.g. ``model.weight``; floating.
-        features: (..., C, V, D), e.g. ``MultiViewData.features``; leading dimensions broadcast against
-            those of ``weight``.
+        features: (..., C, V, D), e.g. ``MultiViewData.features``, of any number of views V; leading dimensions
+            broadcast against those of ``weight``.
 
     Returns:
         (..., C, V), of the dtype to which both promote. No gradient.
@@ -30,28 +34,109 @@ def alignment(weight: Tensor, features: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: for anything but floating tensors whose shapes agree.
     """
-    for name, value, last in (("weight", weight, "C, M, D"), ("features", features, "C, V, D")):
-        _checks.tensor(name, value)
-        _checks.floating(name, value)
-        if value.dim() < 3:
-            raise ValueError(f"{name} must have at least 3 dimensions (..., {last}), got shape {tuple(value.shape)}")
+    _check_tensor("weight", weight, "C, M, D")
+    _check_tensor("features", features, "C, V, D")
     if weight.shape[-3] != features.shape[-3] or weight.shape[-1] != features.shape[-1]:
         raise ValueError(
             "features must have the classes C and the patch dimension D of weight, "
             f"got {tuple(features.shape)} for weight {tuple(weight.shape)}"
         )
-    if not weight.shape[-2]:
-        raise ValueError(f"weight must have at least one filter per class, got shape {tuple(weight.shape)}")
-    try:
-        torch.broadcast_shapes(weight.shape[:-3], features.shape[:-3])
-    except RuntimeError:
-        raise ValueError(
-            "features' leading dimensions must broadcast against weight's, "
-            f"got {tuple(features.shape)} for weight {tuple(weight.shape)}"
-        ) from None
+    _check_broadcast("features'", features, weight)
     dtype = torch.promote_types(weight.dtype, features.dtype)
     with torch.no_grad():
         return (weight.to(dtype) @ features.to(dtype).mT).amax(-2)
+
+
+def noise_memorization(weight: Tensor, noise: Tensor, target: Tensor) -> Tensor:
+    """How much of the noise of any one sample the filters of its class have learned by heart (Cao et al. 2022).
+
+    ::
+
+        noise_memorization[c] = max over m, and over samples n of class c and their noise patches p, of
+                                <weight[c, m], noise[n, p]>
+
+    Args:
+        weight: (..., C, M, D), e.g. ``model.weight``; floating.
+        noise: (..., N, P, D), e.g. ``SignalNoiseData.noise``; leading dimensions broadcast against those of ``weight``.
+        target: (N,) int64, the classes of the samples, in [0, C).
+
+    Returns:
+        (..., C), of the dtype to which both promote; -inf for a class without samples. No gradient.
+
+    Raises:
+        TypeError, ValueError, IndexError: naming the argument, what it got and what it needs.
+    """
+    _check_tensor("weight", weight, "C, M, D")
+    _check_tensor("noise", noise, "N, P, D")
+    if weight.shape[-1] != noise.shape[-1] or not noise.shape[-2]:
+        raise ValueError(
+            "noise must have the patch dimension D of weight and at least one patch, "
+            f"got {tuple(noise.shape)} for weight {tuple(weight.shape)}"
+        )
+    _check_broadcast("noise's", noise, weight)
+    _check_classes(target, noise.shape[-3], weight)
+    dtype = torch.promote_types(weight.dtype, noise.dtype)
+    classes = range(weight.shape[-3])
+    with torch.no_grad():
+        noise = noise.to(dtype)
+        best = [
+            (noise[..., target == c, :, :].flatten(-3, -2) @ weight[..., c, :, :].to(dtype).mT).flatten(-2)
+            for c in classes
+        ]
+        empty = weight.new_full((1,), -torch.inf, dtype=dtype)
+        return torch.stack([torch.cat([b, empty.expand(*b.shape[:-1], 1)], -1).amax(-1) for b in best], -1)
+
+
+def feature_variance(weight: Tensor, input: Tensor, target: Tensor, features: Tensor, activation: Activation) -> Tensor:
+    """How much the output of a class varies, over its samples, by each of its features alone.
+
+    ::
+
+        output[n, c, v] = sum_{p,m} phi(<weight[c, m], the part of input[n, p] along features[c, v]>)
+        feature_variance[c, v] = the variance of output[n, c, v] over the samples n of class c
+
+    Training with label smoothing or Mixup prefers the features of low variance (Chidambaram and Ge 2024, arXiv
+    2402.06855). The definition by projection is ours.
+
+    Args:
+        weight: (..., C, M, D), e.g. ``model.weight``; floating.
+        input: (N,P,D), the samples.
+        target: (N,) int64, their classes, in [0, C).
+        features: (C,V,D), none of them 0.
+        activation: phi.
+
+    Returns:
+        (..., C, V), of the dtype to which all promote: the mean square distance to the mean; NaN for a class without
+        samples. No gradient.
+
+    Raises:
+        TypeError, ValueError, IndexError: naming the argument, what it got and what it needs.
+    """
+    _check_tensor("weight", weight, "C, M, D")
+    _check_tensor("features", features, "C, V, D")
+    _check_tensor("input", input, "N, P, D")
+    _checks.activation(activation)
+    classes, _, patch_dim = weight.shape[-3:]
+    if features.dim() != 3 or (features.shape[0], features.shape[2]) != (classes, patch_dim):
+        raise ValueError(
+            "features must be (C,V,D) with the classes C and the patch dimension D of weight, "
+            f"got {tuple(features.shape)} for weight {tuple(weight.shape)}"
+        )
+    if input.dim() != 3 or input.shape[2] != patch_dim:
+        raise ValueError(
+            "input must be (N,P,D) with the patch dimension D of weight, "
+            f"got {tuple(input.shape)} for weight {tuple(weight.shape)}"
+        )
+    _check_classes(target, len(input), weight)
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, features.dtype), input.dtype)
+    weight, features, input = (t.detach().to(dtype) for t in (weight, features, input))
+    variances = []
+    for c in range(classes):
+        share = input[target == c] @ features[c].mT / features[c].square().sum(-1)  # (n, P, V)
+        along = weight[..., c, :, :] @ features[c].mT  # (..., M, V)
+        output = activation(along[..., None, None, :, :] * share[:, :, None, :]).sum((-3, -2))  # (..., n, V)
+        variances.append(output.var(-2, correction=0))
+    return torch.stack(variances, -2)
 
 
 def learned(
@@ -113,3 +198,28 @@ def _accuracy_of_classes(model: Callable[[Tensor], Tensor], data: Any, view: int
         missing = int((count == 0).nonzero()[0, -1])
         raise ValueError(f"data_of_each_view[{view}] must have test points of every class, got none of class {missing}")
     return (member * correct).sum(-2) / count
+
+
+def _check_tensor(name: str, value: Any, last: str) -> None:
+    _checks.tensor(name, value)
+    _checks.floating(name, value)
+    if value.dim() < 3:
+        shape = tuple(value.shape)
+        raise ValueError(f"{name} must have at least 3 dimensions (..., {last}), got shape {shape}")
+    if name == "weight" and not value.shape[-2]:
+        raise ValueError(f"weight must have at least one filter per class, got shape {tuple(value.shape)}")
+
+
+def _check_broadcast(whose: str, value: Tensor, weight: Tensor) -> None:
+    try:
+        torch.broadcast_shapes(weight.shape[:-3], value.shape[:-3])
+    except RuntimeError:
+        raise ValueError(
+            f"{whose} leading dimensions must broadcast against weight's, "
+            f"got {tuple(value.shape)} for weight {tuple(weight.shape)}"
+        ) from None
+
+
+def _check_classes(target: Any, samples: int, weight: Tensor) -> None:
+    _checks.classes("target", target, (samples,), weight.device)
+    _checks.class_values(target, weight.shape[-3])

@@ -409,3 +409,213 @@ def test_two_features_bad_arguments(changes, error, message):
 def test_two_features_bad_index(index, error, message):
     with pytest.raises(error, match=message):
         mf.data.TwoFeatureImages(IMAGES, TARGET)[index]
+
+
+# the options of Allen-Zhu and Li
+
+
+@pytest.mark.parametrize("positions", ["random", "fixed"])
+def test_patches_per_feature_and_positions(positions):
+    data = mf.data.multi_view(300, 4, 11, patches_per_feature=3, positions=positions, dtype=torch.float64)
+    own, _ = split(data)
+    present = own.abs() > 1e-9
+    assert (present.sum(1) == 3).all()  # each view in three patches
+    assert (present.sum(2) <= 1).all()
+    torch.testing.assert_close(own.sum((1, 2)), torch.full((300,), 0.75, dtype=torch.float64))
+    for view in (0, 1):
+        value = own[..., view][present[..., view]].view(300, 3)
+        torch.testing.assert_close(value, value[:, :1].expand(300, 3))
+    if positions == "fixed":
+        assert present[:, :3, 0].all()
+        assert present[:, 3:6, 1].all()
+    else:
+        assert (present.any(2).double().mean(0) - 6 / 11).abs().max() < 6 * (0.25 / 300) ** 0.5
+
+
+def test_a_share_of_samples_carries_one_view():
+    own, _ = split(mf.data.multi_view(2000, 3, 5, single_view=0.4, dtype=torch.float64))
+    count = (own.abs() > 1e-9).sum(1)  # (N, 2)
+    assert (count.sum(1) == 2).all()
+    both, first, second = (torch.tensor(c) for c in ([1, 1], [2, 0], [0, 2]))
+    for kind, share in ((both, 0.6), (first, 0.2), (second, 0.2)):
+        assert abs((count == kind).all(1).double().mean() - share) < 6 * 0.5 / 2000**0.5
+    torch.testing.assert_close(own.sum((1, 2)), torch.full((2000,), 0.75, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("positions", ["random", "fixed"])
+def test_features_of_other_classes(positions):
+    options = {"off_class": 0.3, "off_class_signal": (0.2, 0.4), "noise_scale": 0.0, "patches_per_feature": 2}
+    data = mf.data.multi_view(1000, 3, 13, positions=positions, dtype=torch.float64, **options)
+    _, other = split(data)
+    present = other.abs() > 1e-9
+    assert (present.sum((2, 3)) <= 1).all()  # no patch holds two
+    count = present.sum(1)
+    assert set(count.unique().tolist()) == {0, 2}
+    assert abs((count > 0).double().mean() - 0.3) < 6 * (0.21 / 4000) ** 0.5
+    total = other.sum(1)[count > 0]
+    assert total.min() >= 0.2 - 1e-9
+    assert total.max() <= 0.4 + 1e-9
+    assert abs(total.mean() - 0.3) < 6 * 0.2 / 12**0.5 / len(total) ** 0.5
+
+
+def test_gaussian_noise_in_patches():
+    def draw(noise_std):
+        return mf.data.multi_view(50, 3, 5, 40, noise_std=noise_std, generator=torch.Generator().manual_seed(3)).input
+
+    noise = (draw(0.3) - draw(0.0)) / 0.3
+    assert abs(noise.mean()) < 6 / noise.numel() ** 0.5
+    assert abs(noise.var() - 1) < 6 * (2 / noise.numel()) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_patches": 5, "patches_per_feature": 3}, "num_patches must be at least 6, .* got 5"),
+        ({"num_patches": 19, "off_class": 0.1}, "num_patches must be at least 20, .* got 19"),
+        ({"single_view": 1.5}, r"single_view must be in \[0, 1\], got 1.5"),
+        ({"single_view": 0.5, "views": 0}, 'single_view needs views="both", got 0.5 with views=0'),
+        ({"off_class": -0.5}, r"off_class must be in \[0, 1\], got -0.5"),
+        ({"off_class_signal": (1, 0)}, r"off_class_signal must have low <= high, got \(1.0, 0.0\)"),
+        ({"noise_std": -1.0}, "noise_std must be at least 0, got -1.0"),
+        ({"positions": "first"}, 'positions must be "random" or "fixed", got \'first\''),
+    ],
+)
+def test_bad_options_of_multi_view(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        mf.data.multi_view(4, **arguments)
+
+
+# signal and noise
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("xor", [False, True])
+def test_signal_noise(xor, given):
+    """Signals, noise and labels held to their definition, and the statistics of all that is drawn."""
+    options = {"signal": 2.0, "noise_std": 0.5, "xor": xor, "flip": 0.2, "dtype": torch.float64}
+    train = mf.data.signal_noise(2000, 30, 3, **options)
+    data = mf.data.signal_noise(2000, 30, 3, **options, features=train.features) if given else train
+    views = 2 if xor else 1
+    assert data.input.shape == (2000, 3, 30)
+    assert data.features.shape == (2, views, 30)
+    assert data.noise.shape == (2000, 2, 30)
+    assert not given or torch.equal(data.features, train.features)
+    flat = data.features.flatten(0, 1)
+    torch.testing.assert_close(flat.norm(dim=1), torch.full((2 * views,), 2.0, dtype=torch.float64))
+    if xor:
+        torch.testing.assert_close(data.features[:, 0], -data.features[:, 1])
+        assert abs(data.features[0, 0] @ data.features[1, 0]) < 1e-9
+    else:
+        torch.testing.assert_close(data.features[0], -data.features[1])
+    distance = (data.input[:, :, None] - flat).norm(dim=-1)  # (N, P, 2 V)
+    found = distance < 1e-9
+    assert (found.sum((1, 2)) == 1).all()
+    _, place, which = found.nonzero(as_tuple=True)
+    assert torch.equal(which // views, data.clean_target)
+    assert (place.bincount() / 2000 - 1 / 3).abs().max() < 6 * (2 / 9 / 2000) ** 0.5
+    assert (which.bincount() / 2000 - 0.5 / views).abs().max() < 6 * (0.25 / 2000) ** 0.5
+    assert data.clean_target.sum() == 1000
+    flipped = (data.target != data.clean_target).double().mean()
+    assert abs(flipped - 0.2) < 6 * (0.16 / 2000) ** 0.5
+    rest = data.input[~found.any(2)].view(2000, 2, 30)
+    torch.testing.assert_close(rest.sum(1), data.noise.sum(1))  # the noise patches, in some order
+    assert (data.noise @ flat.T).abs().max() < 1e-9
+    variance = data.noise.square().mean() / 0.25
+    degrees = (30 - views) / 30
+    assert abs(variance - degrees) < 6 * (2 * degrees / data.noise.numel()) ** 0.5
+
+
+def test_signal_noise_at_a_fixed_position_and_without_noise():
+    data = mf.data.signal_noise(9, 4, positions="fixed", noise_std=0.0)
+    assert torch.equal(data.input[:, 0], data.features[data.target, 0])
+    assert torch.equal(data.input[:, 1:], torch.zeros(9, 1, 4))
+    assert mf.data.signal_noise(0, 3).input.shape == (0, 2, 3)
+
+
+@pytest.mark.parametrize("draw", [mf.data.signal_noise, mf.data.common_rare])
+def test_draws_are_the_generators(draw):
+    before = torch.get_rng_state()
+    first, again, other = (draw(8, 9, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first.input, other.input)
+    assert torch.equal(before, torch.get_rng_state())
+    half = draw(8, 9, generator=torch.Generator().manual_seed(1), dtype=torch.bfloat16)
+    assert torch.equal(half.input, first.input.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_samples": -1}, ValueError, "num_samples must be at least 0, got -1"),
+        ({"patch_dim": 1}, ValueError, "patch_dim must be at least 2, got 1"),
+        ({"patch_dim": 2, "xor": True}, ValueError, "patch_dim must be at least 3, got 2"),
+        ({"num_patches": 1}, ValueError, "num_patches must be at least 2, got 1"),
+        ({"signal": 0.0}, ValueError, "signal must be"),
+        ({"noise_std": -1}, ValueError, "noise_std must be at least 0"),
+        ({"xor": 1}, TypeError, "xor must be"),
+        ({"flip": 2}, ValueError, r"flip must be in \[0, 1\], got 2"),
+        ({"positions": 0}, ValueError, 'positions must be "random" or "fixed", got 0'),
+        ({"features": torch.zeros(2, 2, 9)}, ValueError, r"features must be of shape \(2, 1, 9\), got \(2, 2, 9\)"),
+        ({"features": torch.ones(2, 1, 9)}, ValueError, "features must be signals of both signs"),
+        ({"features": torch.zeros(2, 1, 9)}, ValueError, "features must be signals of both signs"),
+        (
+            {"features": torch.ones(2, 2, 9) * torch.tensor([[1], [-1]]), "xor": True},
+            ValueError,
+            "features must be those of two orthogonal vectors",
+        ),
+    ],
+)
+def test_bad_arguments_of_signal_noise(arguments, error, message):
+    with pytest.raises(error, match=message):
+        mf.data.signal_noise(**{"num_samples": 4, "patch_dim": 9, **arguments})
+
+
+@pytest.mark.parametrize("positions", ["random", "fixed"])
+def test_common_rare(positions):
+    options = {"rare": 0.2, "signal": 2.0, "feature_noise": 0.3, "num_feature_noise": 2, "noise_std": 0.5}
+    data = mf.data.common_rare(2000, 24, 6, **options, positions=positions, dtype=torch.float64)
+    flat = data.features.flatten(0, 1)
+    torch.testing.assert_close(flat @ flat.T, 4 * torch.eye(4, dtype=torch.float64))
+    share = data.input @ flat.T / 4  # (N, P, 4)
+    own = (share - 1).abs() < 1e-9
+    assert (own.sum((1, 2)) == 1).all()
+    _, place, which = own.nonzero(as_tuple=True)
+    assert torch.equal(which, 2 * data.target + data.rare)
+    assert data.target.sum() == 1000
+    assert abs(data.rare.double().mean() - 0.2) < 6 * (0.16 / 2000) ** 0.5
+    noise = (share - 0.3).abs() < 1e-9
+    assert (noise.sum((1, 2)) == 2).all()
+    assert not noise[..., 1::2].any()  # of the common features
+    assert abs(noise[..., 0].sum() / 4000 - 0.5) < 6 * 0.5 / 4000**0.5
+    if positions == "random":
+        assert (place.bincount() / 2000 - 1 / 6).abs().max() < 6 * (5 / 36 / 2000) ** 0.5
+    else:
+        assert (place == 0).all()
+        assert noise[:, 1:3].any(2).all()
+    rest = data.input[~own.any(2) & ~noise.any(2)]
+    assert rest.shape == (6000, 24)
+    assert (rest @ flat.T).abs().max() < 1e-9
+    assert abs(rest.square().mean() / 0.25 - 20 / 24) < 6 * (2 / rest.numel()) ** 0.5
+    again = mf.data.common_rare(5, 24, 6, rare=1.0, features=data.features)
+    assert torch.equal(again.features, data.features)
+    assert again.rare.all()
+    assert ((again.input @ data.features[again.target, 1, :, None]).amax((1, 2)) - 4).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"patch_dim": 4}, ValueError, "patch_dim must be at least 5, got 4"),
+        ({"num_patches": 2, "num_feature_noise": 2}, ValueError, "num_patches must be at least 3, got 2"),
+        ({"num_feature_noise": -1}, ValueError, "num_feature_noise must be at least 0, got -1"),
+        ({"rare": 1.1}, ValueError, r"rare must be in \[0, 1\], got 1.1"),
+        ({"feature_noise": -0.1}, ValueError, "feature_noise must be at least 0"),
+        ({"features": torch.ones(2, 2, 9)}, ValueError, "features must be orthogonal and not 0"),
+        ({"features": torch.zeros(2, 2, 9)}, ValueError, "features must be orthogonal and not 0"),
+        ({"features": torch.ones(2, 1, 9)}, ValueError, r"features must be of shape \(2, 2, 9\)"),
+        ({"dtype": torch.int64}, ValueError, "dtype must be a floating-point type"),
+    ],
+)
+def test_bad_arguments_of_common_rare(arguments, error, message):
+    with pytest.raises(error, match=message):
+        mf.data.common_rare(**{"num_samples": 4, "patch_dim": 9, **arguments})

@@ -117,3 +117,75 @@ def test_learned_bad_arguments():
         mf.features.learned(model, [data], 1)
     with pytest.raises(TypeError, match=r"threshold must be a number, got '0.9'"):
         mf.features.learned(model, [data], "0.9")
+
+
+@pytest.mark.parametrize("runs", [(), (3,)])
+def test_noise_memorization(runs):
+    data = mf.data.signal_noise(7, 5, 3)
+    weight = torch.randn(*runs, 3, 2, 5, requires_grad=True)  # and a class without samples
+    result = mf.features.noise_memorization(weight, data.noise, data.target)
+    assert result.shape == (*runs, 3)
+    assert not result.requires_grad
+    for r, filters in enumerate(weight.detach().reshape(-1, 3, 2, 5)):
+        for c in range(3):
+            products = [
+                torch.dot(filters[c, m], xi) for m in range(2) for n in range(7) if data.target[n] == c
+                for xi in data.noise[n]
+            ]  # fmt: skip
+            expected = max(products) if products else torch.tensor(-torch.inf)
+            torch.testing.assert_close(result.view(-1, 3)[r, c], expected)
+
+
+@pytest.mark.parametrize("runs", [(), (3,)])
+def test_feature_variance(runs):
+    phi = mf.PolyReLU(3, 0.5)
+    data = mf.data.multi_view(12, 3, 4, 8, noise_std=0.1, dtype=torch.float64)
+    weight = torch.randn(*runs, 3, 2, 8, dtype=torch.float64, requires_grad=True)
+    result = mf.features.feature_variance(weight, data.input, data.target, 2 * data.features, phi)
+    assert result.shape == (*runs, 3, 2)
+    assert not result.requires_grad
+    for r, filters in enumerate(weight.detach().reshape(-1, 3, 2, 8)):
+        for c in range(3):
+            for view in range(2):
+                v = data.features[c, view]
+                outputs = []
+                for x in data.input[data.target == c]:
+                    part = (x @ v)[:, None] * v
+                    outputs.append(phi(part @ filters[c].T).sum())
+                expected = torch.stack(outputs).var(correction=0)
+                torch.testing.assert_close(result.view(-1, 3, 2)[r, c, view], expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"noise": torch.zeros(4, 2, 8)}, ValueError, "noise must have the patch dimension"),
+        ({"noise": torch.zeros(4, 0, 9)}, ValueError, "noise must have .* at least one patch"),
+        ({"noise": torch.zeros(2, 9)}, ValueError, "noise must have at least 3 dimensions"),
+        ({"target": torch.zeros(5).long()}, ValueError, r"target must have shape \(4,\), .* got \(5,\)"),
+        ({"target": torch.zeros(4)}, TypeError, "target must be"),
+        ({"target": torch.full((4,), 2)}, IndexError, r"target must lie in \[0, 2\), got 2"),
+    ],
+)
+def test_noise_memorization_bad_arguments(change, error, message):
+    good = {"weight": torch.zeros(2, 3, 9), "noise": torch.zeros(4, 1, 9), "target": torch.zeros(4).long()}
+    with pytest.raises(error, match=message):
+        mf.features.noise_memorization(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"features": torch.zeros(3, 2, 9)}, ValueError, "features must be .C,V,D. with the classes"),
+        ({"input": torch.zeros(4, 1, 8)}, ValueError, "input must be .N,P,D. with the patch dimension"),
+        ({"activation": torch.relu}, TypeError, "activation must be"),
+        ({"target": torch.full((4,), -1)}, IndexError, r"target must lie in \[0, 2\), got -1"),
+    ],
+)
+def test_feature_variance_bad_arguments(change, error, message):
+    good = {
+        "weight": torch.zeros(2, 3, 9), "input": torch.zeros(4, 1, 9), "target": torch.zeros(4).long(),
+        "features": torch.ones(2, 1, 9), "activation": mf.ReLU(),
+    }  # fmt: skip
+    with pytest.raises(error, match=message):
+        mf.features.feature_variance(**{**good, **change})
