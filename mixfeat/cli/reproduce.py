@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -24,7 +24,7 @@ from mixfeat.cli.common import (
     write_json,
 )
 from mixfeat.cli.info import environment
-from mixfeat.experiments import datasets, engine, images, sweep, theory
+from mixfeat.experiments import benign_overfitting, datasets, engine, images, sweep, theory
 from mixfeat.experiments.common import METHODS, BaseSettings, DivergedError, identity
 from mixfeat.experiments.engine import Record
 
@@ -32,8 +32,8 @@ __all__ = ["add_commands"]
 
 
 def add_commands(commands: Commands) -> None:
-    """Add ``reproduce theory``, ``reproduce images`` and ``sweep``."""
-    reproduce = commands.add_parser("reproduce", allow_abbrev=False, help="reproduce the paper's results")
+    """Add ``reproduce`` with its experiments, and ``sweep``."""
+    reproduce = commands.add_parser("reproduce", allow_abbrev=False, help="reproduce the results of papers")
     results = reproduce.add_subparsers(metavar="RESULT", required=True)
     parser = add_command(
         results,
@@ -59,6 +59,16 @@ def add_commands(commands: Commands) -> None:
     )  # fmt: skip
     _add_options(parser, images.Settings, Path("results/images"))
     parser = add_command(
+        results,
+        "benign-overfitting",
+        _reproduce_benign_overfitting,
+        help="networks that fit their samples: where the test error is low and where it is not",
+        description="Train networks by full-batch gradient descent on data of a signal and a noise patch, over a grid "
+        "of sample sizes and signal strengths, and draw the test error with the boundary n SNR^q = const of the theory "
+        "(arXiv 2202.06526). A grid can grow, with --resume.",
+    )
+    _add_options(parser, benign_overfitting.Settings, Path("results/benign-overfitting"))
+    parser = add_command(
         commands,
         "sweep",
         _sweep,
@@ -83,16 +93,17 @@ def add_commands(commands: Commands) -> None:
 
 def _add_options(
     parser: argparse.ArgumentParser,
-    kind_of_settings: type[theory.Settings] | type[images.Settings],
+    kind_of_settings: type[theory.Settings] | type[images.Settings] | type[benign_overfitting.Settings],
     folder: Path,
     defaults: Mapping[str, Any] | None = None,
 ) -> None:
     """Add the options that all experiments have, and one for each setting; a setting not given is no attribute."""
-    methods = list(METHODS)
-    parser.add_argument(
-        "--methods", nargs="+", choices=methods, default=methods, metavar="METHOD",
-        help=f"of {', '.join(methods)} (default: all)",
-    )  # fmt: skip
+    if kind_of_settings is not benign_overfitting.Settings:
+        methods = list(METHODS)
+        parser.add_argument(
+            "--methods", nargs="+", choices=methods, default=methods, metavar="METHOD",
+            help=f"of {', '.join(methods)} (default: all)",
+        )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, default=folder, metavar="FOLDER",
         help="for the results and the figure (default: %(default)s)",
@@ -103,9 +114,13 @@ def _add_options(
     )
     parser.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster whose workers train instead")
     for setting in fields(kind_of_settings):
-        pair = isinstance(setting.default, tuple)
-        kind: Any = float if pair else setting.type
-        shape: dict[str, Any] = {"nargs": 2, "metavar": ("LOW", "HIGH")} if pair else {"metavar": kind.__name__.upper()}
+        several = isinstance(setting.default, tuple)  # a pair, or any number of values
+        kind: Any = get_args(setting.type)[0] if several else setting.type
+        shape: dict[str, Any] = {"metavar": kind.__name__.upper()}
+        if several:
+            shape = (
+                {**shape, "nargs": "+"} if ... in get_args(setting.type) else {"nargs": 2, "metavar": ("LOW", "HIGH")}
+            )
         text, default = setting.metadata["help"], (defaults or {}).get(setting.name, setting.default)
         if default is not None:
             text += f" (default: {str(default).strip('()')})"
@@ -129,7 +144,7 @@ def _prepare(args: argparse.Namespace, kind_of_settings: Any) -> tuple[dict[str,
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a GPU's matrix products repeat only with this
     names = [setting.name for setting in fields(kind_of_settings)]
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    return given, [method for method in METHODS if method in args.methods], plots
+    return given, [method for method in METHODS if method in getattr(args, "methods", ())], plots
 
 
 def _reproduce_theory(args: argparse.Namespace) -> int:
@@ -176,6 +191,27 @@ def _reproduce_images(args: argparse.Namespace) -> int:
     facts = {"settings": settings.to_dict(), "settings_hash": settings.hash, "environment": environment()}
     write_json(json_file, {**facts, "results": results})
     print(f"{_images_table(settings, results)}\n\nfigure: {figure}")
+    return 0
+
+
+def _reproduce_benign_overfitting(args: argparse.Namespace) -> int:
+    given, _, plots = _prepare(args, benign_overfitting.Settings)
+    try:
+        settings = benign_overfitting.Settings(**given)
+        key = benign_overfitting.grid_identity(settings)
+    except (TypeError, ValueError) as error:
+        raise RefusedError(str(error)) from None
+    json_file = writable_file(args.json)
+    figure = writable_folder(args.out) / "benign-overfitting.png"
+
+    with _failures():
+        records = _train(args, "benign-overfitting", settings, key, benign_overfitting.runs_of(settings))
+    cells = benign_overfitting.summarise(settings, records)
+    boundary = benign_overfitting.boundary(settings, cells)
+    plots.plot_benign_overfitting(settings, cells, boundary, figure)
+    facts = {"settings": settings.to_dict(), "settings_hash": settings.hash, "environment": environment()}
+    write_json(json_file, {**facts, "cells": cells, "boundary": boundary})
+    print(f"{_benign_table(settings, cells, boundary)}\n\nfigure: {figure}")
     return 0
 
 
@@ -297,6 +333,21 @@ def _grid_table(grid: sweep.Sweep, method: str, tables: Mapping[str, Sequence[Se
     return f"{METHODS[method]}: classes with both features (alignment ratio)\n\n" + "\n".join(aligned(rows))
 
 
+def _benign_table(
+    settings: benign_overfitting.Settings, cells: Sequence[Mapping[str, Any]], boundary: Mapping[int, float | None]
+) -> str:
+    q = settings.degree
+    rows = [["n \\ |mu|", *(f"{signal:g}" for signal in settings.signal), "25% at", f"n SNR^{q} there"]]
+    for n in settings.num_samples:
+        errors = [benign_overfitting.mean_of(cell["test_error"]) for cell in cells if cell["num_samples"] == n]
+        at = boundary[n]
+        edge = ["", ""] if at is None else [f"{at:.1f}", f"{n * settings.snr(at) ** q:.2f}"]
+        rows.append([str(n), *(f"{100 * error:.1f}" for error in errors), *edge])
+    loss = max(benign_overfitting.mean_of(cell["train_loss"]) for cell in cells)
+    title = f"test error in percent, {_spread(settings, False)}; the training loss is at most {loss:.2g}"
+    return "\n".join([title, "", *aligned(rows)])
+
+
 def _images_table(settings: images.Settings, results: dict[str, dict[str, Any]]) -> str:
     columns = {
         "train accuracy": "train_accuracy", "test error, view 0": "test_error_view_0",
@@ -309,8 +360,10 @@ def _images_table(settings: images.Settings, results: dict[str, dict[str, Any]])
     return "\n".join([title, "", *aligned(rows)])
 
 
-def _spread(settings: theory.Settings | images.Settings) -> str:
-    return f"mean ± standard deviation over {settings.seeds} seeds" if settings.seeds > 1 else "one seed"
+def _spread(settings: theory.Settings | images.Settings | benign_overfitting.Settings, deviation: bool = True) -> str:
+    if settings.seeds == 1:
+        return "one seed"
+    return f"mean{' ± standard deviation' if deviation else ''} over {settings.seeds} seeds"
 
 
 def _theory_table(settings: theory.Settings, results: dict[str, dict[str, Any]]) -> str:

@@ -11,7 +11,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator
 
 from mixfeat._files import replacing
-from mixfeat.experiments import images, sweep, theory
+from mixfeat.experiments import benign_overfitting, images, sweep, theory
 from mixfeat.experiments.engine import Record
 from mixfeat.plotting import INK, MUTED, default_style, plain
 
@@ -127,6 +127,54 @@ def plot_images(settings: images.Settings, results: Mapping[str, Mapping[str, An
         handles=panels[0].lines, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5, labelcolor=INK
     )
     save(figure, path)
+
+
+@default_style()
+def plot_benign_overfitting(
+    settings: benign_overfitting.Settings, cells: Sequence[Mapping[str, Any]], boundary: Mapping[int, float | None],
+    path: Path,
+) -> None:  # fmt: skip
+    """Write a heat map of the test error over samples and signal, with the theory's line n SNR^q = const.
+
+    The constant is the median of those at the measured boundary; points that diverged stay grey.
+    """
+    n, signal = settings.num_samples, settings.signal
+    error = torch.tensor([benign_overfitting.mean_of(cell["test_error"]) for cell in cells], dtype=torch.float64)
+    size = (max(4.4, 0.7 * len(n) + 1.8), max(3.6, 0.42 * len(signal) + 1.4))
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    axes.set_facecolor("#d1d5db")
+    edges = _edges(n), _edges(signal)
+    mesh = axes.pcolormesh(*edges, 100 * error.view(len(n), len(signal)).T.numpy(), cmap="YlGnBu_r", vmin=0, vmax=50)
+    axes.set(xscale="log", yscale="log", xlim=edges[0][[0, -1]], ylim=edges[1][[0, -1]])
+    found = {count: at for count, at in boundary.items() if at is not None}
+    if found:
+        constants = torch.tensor([count * settings.snr(at) ** settings.degree for count, at in found.items()])
+        constant = constants.median().item()
+        unit = settings.noise_std * settings.patch_dim**0.5
+        line = [unit * (constant / count) ** (1 / settings.degree) for count in edges[0]]
+        axes.plot(edges[0], line, color=_SMALLER, label=f"theory: n SNR$^{settings.degree}$ = {constant:.2f}")
+        axes.plot(list(found), list(found.values()), "o", color=INK, markersize=4, label="measured: 25%")
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9.5, labelcolor=INK)
+    axes.set_xticks(n, [str(count) for count in n])
+    axes.set_yticks(signal, [f"{strength:g}" for strength in signal])
+    axes.minorticks_off()
+    axes.tick_params(colors=MUTED, length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("training samples n", color=MUTED)
+    axes.set_ylabel("signal |μ|", color=MUTED)
+    axes.set_title("Test error of networks that fit their samples", loc="left", fontsize=12, color=INK)
+    figure.colorbar(mesh, ax=axes, format="{x:g}%").outline.set_visible(False)
+    save(figure, path)
+
+
+def _edges(values: Sequence[float]) -> Any:
+    """Return the borders of cells around values on a logarithmic axis, as an array."""
+    log = torch.tensor(values, dtype=torch.float64).log()
+    if len(log) == 1:
+        return torch.stack([log[0] - 0.2, log[0] + 0.2]).exp().numpy()
+    middle = (log[1:] + log[:-1]) / 2
+    return torch.cat([2 * log[:1] - middle[:1], middle, 2 * log[-1:] - middle[-1:]]).exp().numpy()
 
 
 def save(figure: Figure, path: Path) -> None:
