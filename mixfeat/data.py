@@ -203,7 +203,8 @@ def signal_noise(
     flips and in random order. The signal-to-noise ratio is signal / (noise_std sqrt(D)).
 
     The network of these papers, ``F[y] = 1/M sum_{p,m} max(<w[y,m], x[p]>, 0)^q``, and the logistic loss of
-    ``y (F[+1] - F[-1])`` are ``TwoLayerPatchCNN(2, M, D, PowerReLU(q, scale=1 / M))`` and the cross-entropy of its logits.
+    ``y (F[+1] - F[-1])`` are ``TwoLayerPatchCNN(2, M, D, PowerReLU(q, scale=1 / M))`` and the cross-entropy of its
+    logits.
 
     Args:
         num_samples: N >= 0.
