@@ -345,7 +345,7 @@ _PATCH_CONV = Operator(
 
 _PAIRWISE_MIXUP_LOSS = Operator(
     "pairwise_mixup_loss", functional.pairwise_mixup_loss, _pairwise_formula, _draw_pairwise, ("input", "weight"),
-    main=(_network(6, 4, 10, 3, 4), _network(6, 4, 10, 3, 4, nodes="any")),
+    main=(_network(6, 4, 10, 3, 4), _network(5, 2, 10, 3, 2, nodes="any")),
     variants=(
         *(_network(7, 3, 6, 3, 4, lam=lam) for lam in (0.0, 0.3, 1.0)),
         *(_network(7, 3, 6, 3, 4, nodes=nodes) for nodes in (1, 2, 3)),

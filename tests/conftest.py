@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import mixfeat as mf
+from mixfeat.kernels import cpu
 from mixfeat.operators import relative_error as error
 
 __all__ = ["LONG", "ROOT", "SEED", "error", "interpreted"]
@@ -91,6 +92,13 @@ def pytest_report_header() -> str:
 def interpreted(backend: str) -> bool:
     """Whether Triton's interpreter runs the kernels: a hundred thousand times slower, they get what differs there."""
     return backend == "triton" and mf.backends.interpreted()
+
+
+def skip_what_others_run_on(capability: str) -> None:
+    """Skip the processor's best instruction set, on which all other tests run, and those that it lacks."""
+    sets = ("generic", "avx2", "avx512")
+    if sets.index(capability) >= sets.index(cpu.capability()):
+        pytest.skip(f"{cpu.capability()} is what all other tests run on")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
