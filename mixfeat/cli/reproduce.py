@@ -24,7 +24,7 @@ from mixfeat.cli.common import (
     write_json,
 )
 from mixfeat.cli.info import environment
-from mixfeat.experiments import benign_overfitting, datasets, engine, images, sweep, theory
+from mixfeat.experiments import benign_overfitting, datasets, engine, images, rare_features, sweep, theory
 from mixfeat.experiments.common import METHODS, BaseSettings, DivergedError, identity
 from mixfeat.experiments.engine import Record
 
@@ -67,7 +67,17 @@ def add_commands(commands: Commands) -> None:
         "of sample sizes and signal strengths, and draw the test error with the boundary n SNR^q = const of the theory "
         "(arXiv 2202.06526). A grid can grow, with --resume.",
     )
-    _add_options(parser, benign_overfitting.Settings, Path("results/benign-overfitting"))
+    _add_options(parser, benign_overfitting.Settings, Path("results/benign-overfitting"), methods={})
+    parser = add_command(
+        results,
+        "rare-features",
+        _reproduce_rare_features,
+        help="ERM learns the common features, Mixup the rare ones too",
+        description="Train networks by full-batch gradient descent on samples few of which carry a rare feature: by "
+        "ERM, by Mixup over all pairs, and by Mixup that is stopped early, and take the test error on points with the "
+        "common and with the rare feature (arXiv 2303.08433).",
+    )
+    _add_options(parser, rare_features.Settings, Path("results/rare-features"), methods=rare_features.METHODS)
     parser = add_command(
         commands,
         "sweep",
@@ -93,15 +103,15 @@ def add_commands(commands: Commands) -> None:
 
 def _add_options(
     parser: argparse.ArgumentParser,
-    kind_of_settings: type[theory.Settings] | type[images.Settings] | type[benign_overfitting.Settings],
+    kind_of_settings: Any,
     folder: Path,
     defaults: Mapping[str, Any] | None = None,
+    methods: Mapping[str, str] = METHODS,
 ) -> None:
     """Add the options that all experiments have, and one for each setting; a setting not given is no attribute."""
-    if kind_of_settings is not benign_overfitting.Settings:
-        methods = list(METHODS)
+    if methods:
         parser.add_argument(
-            "--methods", nargs="+", choices=methods, default=methods, metavar="METHOD",
+            "--methods", nargs="+", choices=list(methods), default=list(methods), metavar="METHOD",
             help=f"of {', '.join(methods)} (default: all)",
         )  # fmt: skip
     parser.add_argument(
@@ -129,7 +139,9 @@ def _add_options(
         )
 
 
-def _prepare(args: argparse.Namespace, kind_of_settings: Any) -> tuple[dict[str, Any], list[str], Any]:
+def _prepare(
+    args: argparse.Namespace, kind_of_settings: Any, methods: Mapping[str, str] = METHODS
+) -> tuple[dict[str, Any], list[str], Any]:
     """Return the given settings, the methods and the module of figures; find now whether a package is missing."""
     try:
         import joblib  # noqa: F401
@@ -144,7 +156,7 @@ def _prepare(args: argparse.Namespace, kind_of_settings: Any) -> tuple[dict[str,
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a GPU's matrix products repeat only with this
     names = [setting.name for setting in fields(kind_of_settings)]
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    return given, [method for method in METHODS if method in getattr(args, "methods", ())], plots
+    return given, [method for method in methods if method in args.methods], plots
 
 
 def _reproduce_theory(args: argparse.Namespace) -> int:
@@ -195,7 +207,7 @@ def _reproduce_images(args: argparse.Namespace) -> int:
 
 
 def _reproduce_benign_overfitting(args: argparse.Namespace) -> int:
-    given, _, plots = _prepare(args, benign_overfitting.Settings)
+    given, _, plots = _prepare(args, benign_overfitting.Settings, {})
     try:
         settings = benign_overfitting.Settings(**given)
         key = benign_overfitting.grid_identity(settings)
@@ -212,6 +224,28 @@ def _reproduce_benign_overfitting(args: argparse.Namespace) -> int:
     facts = {"settings": settings.to_dict(), "settings_hash": settings.hash, "environment": environment()}
     write_json(json_file, {**facts, "cells": cells, "boundary": boundary})
     print(f"{_benign_table(settings, cells, boundary)}\n\nfigure: {figure}")
+    return 0
+
+
+def _reproduce_rare_features(args: argparse.Namespace) -> int:
+    given, methods, plots = _prepare(args, rare_features.Settings, rare_features.METHODS)
+    try:
+        settings = rare_features.Settings(**given)
+        key = identity(settings)
+    except (TypeError, ValueError) as error:
+        raise RefusedError(str(error)) from None
+    json_file = writable_file(args.json)
+    figure = writable_folder(args.out) / "rare-features.png"
+
+    runs = rare_features.runs_of(settings, methods)
+    with _failures():
+        found = _train(args, "rare-features", settings, key, runs)
+        records = {m: rare_features.join([run for run in runs if run.method == m], found) for m in methods}
+    results = {method: rare_features.summarise(settings, record) for method, record in records.items()}
+    plots.plot_rare_features(settings, results, figure)
+    facts = {"settings": settings.to_dict(), "settings_hash": settings.hash, "environment": environment()}
+    write_json(json_file, {**facts, "results": results})
+    print(f"{_rare_table(settings, results)}\n\nfigure: {figure}")
     return 0
 
 
@@ -348,6 +382,17 @@ def _benign_table(
     return "\n".join([title, "", *aligned(rows)])
 
 
+def _rare_table(settings: rare_features.Settings, results: dict[str, dict[str, Any]]) -> str:
+    rows = [["", "train accuracy", "error, common", "error, rare", "alignment, common", "alignment, rare"]]
+    for method, result in results.items():
+        errors = (_mean_spread([100 * x for x in result[f"test_error_{kind}"]], 1) for kind in ("common", "rare"))
+        alignments = (_mean_spread(result[f"alignment_{kind}"], 2) for kind in ("common", "rare"))
+        accuracy = _mean_spread(result["train_accuracy"], 3)
+        rows.append([rare_features.METHODS[method], accuracy, *errors, *alignments])
+    title = f"test error in percent, on points with the common and with the rare feature; {_spread(settings)}"
+    return "\n".join([title, "", *aligned(rows)])
+
+
 def _images_table(settings: images.Settings, results: dict[str, dict[str, Any]]) -> str:
     columns = {
         "train accuracy": "train_accuracy", "test error, view 0": "test_error_view_0",
@@ -360,7 +405,7 @@ def _images_table(settings: images.Settings, results: dict[str, dict[str, Any]])
     return "\n".join([title, "", *aligned(rows)])
 
 
-def _spread(settings: theory.Settings | images.Settings | benign_overfitting.Settings, deviation: bool = True) -> str:
+def _spread(settings: Any, deviation: bool = True) -> str:
     if settings.seeds == 1:
         return "one seed"
     return f"mean{' ± standard deviation' if deviation else ''} over {settings.seeds} seeds"

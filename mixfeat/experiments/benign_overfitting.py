@@ -8,7 +8,6 @@ SNR = |mu| / (sigma_p sqrt(d)) the theorems tell two phases apart by n SNR^q. A 
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 
 import mixfeat as mf
 from mixfeat import _checks
-from mixfeat.experiments.common import BaseSettings, _deterministic, _generator, _setting, identity
+from mixfeat.experiments.common import BaseSettings, Pace, _deterministic, _generator, _setting, identity
 from mixfeat.experiments.engine import Record
 
 __all__ = ["QUANTITIES", "Run", "Settings", "boundary", "grid_identity", "runs_of", "summarise"]
@@ -147,8 +146,7 @@ def runs_of(settings: Settings) -> list[Run]:
 
 
 def _advance(runs: Sequence[Run], records: Sequence[Record | None], seconds: float) -> list[Record]:
-    started = time.monotonic()
-    settings = runs[0].settings
+    pace, settings = Pace(seconds), runs[0].settings
     # F_y = 1/m sum phi: the softmax cross-entropy of F_-1 and F_+1 is the logistic loss of y (F_+1 - F_-1)
     phi = mf.PowerReLU(settings.degree, scale=1 / settings.filters_per_class)
     drawn = [run.draw() for run in runs]
@@ -158,19 +156,13 @@ def _advance(runs: Sequence[Run], records: Sequence[Record | None], seconds: flo
         weight = torch.stack([record.state["weight"] for record in records if record]).to(weight.device)
         step = records[0].step
 
-    first, stride = step, 1
-    while step < settings.steps and (step == first or time.monotonic() - started < seconds):
-        now, count = time.monotonic(), min(stride, settings.steps - step)
-        weight, _ = mf.gradient_descent(input, weight, target, phi, lam=None, lr=settings.lr, steps=count)
-        step += count
-        if weight.is_cuda:
-            torch.cuda.synchronize(weight.device)
-        if time.monotonic() - now < seconds / 8:
-            stride *= 2
+    def train(weight: Tensor, count: int) -> Tensor:
+        return mf.gradient_descent(input, weight, target, phi, lam=None, lr=settings.lr, steps=count)[0]
 
+    weight, step = pace.descend(weight, step, settings.steps, train)
     finished = step == settings.steps
     finite = weight.flatten(1).isfinite().all(1).tolist()
-    spent = (time.monotonic() - started) / len(runs)
+    spent = pace.seconds() / len(runs)
     later = []
     for i, (data, test, _) in enumerate(drawn):
         record = records[i]

@@ -1,17 +1,19 @@
 """Shared by the experiments: the methods, settings that determine every number, and randomness by key."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import mixfeat as mf
 from mixfeat import _checks
 
-__all__ = ["METHODS", "BaseSettings", "DivergedError", "identity"]
+__all__ = ["METHODS", "BaseSettings", "DivergedError", "Pace", "identity"]
 
 METHODS = {"erm": "ERM", "uniform": "Uniform Mixup", "midpoint": "Midpoint Mixup"}
 
@@ -76,6 +78,32 @@ def identity(settings: BaseSettings) -> dict[str, Any]:
     """
     backend = mf.backends.serving(torch.device(settings.device).type, getattr(torch, settings.dtype))
     return {**settings.to_dict(), "backend": backend, "mixfeat": mf.__version__, "torch": torch.__version__}
+
+
+class Pace:
+    """Divides a chunk of training into calls: at least one step, and so many that it ends about when it should."""
+
+    def __init__(self, seconds: float) -> None:
+        self._started, self._seconds = time.monotonic(), seconds
+        self._stride, self._begun = 1, False
+
+    def seconds(self) -> float:
+        """Return the time since the start."""
+        return time.monotonic() - self._started
+
+    def descend(
+        self, weight: Tensor, step: int, stop: int, train: Callable[[Tensor, int], Tensor]
+    ) -> tuple[Tensor, int]:
+        """Go from ``step`` to ``stop``, or as far as time allows; ``train(weight, count)`` takes so many steps."""
+        while step < stop and not (self._begun and self.seconds() >= self._seconds):
+            now, count = time.monotonic(), min(self._stride, stop - step)
+            weight = train(weight, count)
+            step, self._begun = step + count, True
+            if weight.is_cuda:
+                torch.cuda.synchronize(weight.device)
+            if time.monotonic() - now < self._seconds / 8:
+                self._stride *= 2
+        return weight, step
 
 
 def _generator(*key: Any, device: str = "cpu") -> torch.Generator:

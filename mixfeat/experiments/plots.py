@@ -11,7 +11,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator
 
 from mixfeat._files import replacing
-from mixfeat.experiments import benign_overfitting, images, sweep, theory
+from mixfeat.experiments import benign_overfitting, images, rare_features, sweep, theory
 from mixfeat.experiments.engine import Record
 from mixfeat.plotting import INK, MUTED, default_style, plain
 
@@ -165,6 +165,35 @@ def plot_benign_overfitting(
     axes.set_ylabel("signal |μ|", color=MUTED)
     axes.set_title("Test error of networks that fit their samples", loc="left", fontsize=12, color=INK)
     figure.colorbar(mesh, ax=axes, format="{x:g}%").outline.set_visible(False)
+    save(figure, path)
+
+
+@default_style()
+def plot_rare_features(settings: rare_features.Settings, results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Write a figure of :func:`mixfeat.experiments.rare_features.summarise`: test errors over time, by feature.
+
+    Lines are means over seeds; the band holds all of them.
+    """
+    figure = Figure(figsize=(9.2, 4.1), layout="constrained", facecolor="white")
+    panels = figure.subplots(1, 2, sharey=True)
+    colours = dict(zip(rare_features.METHODS, _OF_METHOD.values(), strict=True))
+    for kind, axes in zip(("common", "rare"), panels, strict=True):
+        for method, result in results.items():
+            errors = 100 * torch.tensor(result["curves"][f"test_error_{kind}"], dtype=torch.float64)  # (E+1, R)
+            steps, colour = result["curves"]["step"], colours[method]
+            axes.fill_between(steps, *errors.aminmax(dim=1), color=colour, alpha=0.15, linewidth=0)
+            axes.plot(steps, errors.mean(1), color=colour, linewidth=1.8, label=rare_features.METHODS[method])
+        if "early" in results:
+            axes.axvline(settings.mixup_steps, color=MUTED, linewidth=0.8, linestyle=":")
+        axes.set_title(f"Test points with the {kind} feature", loc="left", fontsize=12, fontweight="bold", color=INK)
+        axes.yaxis.set_major_formatter("{x:g}%")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("gradient steps", color=MUTED)
+        plain(axes)
+    panels[0].set_ylabel("test error", color=MUTED)
+    handles = panels[0].lines[: len(results) + ("early" in results)]
+    handles = [line for line in handles if not line.get_label().startswith("_")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5, labelcolor=INK)
     save(figure, path)
 
 

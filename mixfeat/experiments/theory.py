@@ -11,7 +11,6 @@ samples. Midpoint Mixup: that of all ordered pairs of samples, mixed at lam = 1/
 eq. 2.2, :func:`mixfeat.pairwise_mixup_loss`). Uniform Mixup: its mean over lam ~ U[0, 1], by Gauss-Legendre nodes.
 """
 
-import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +23,7 @@ from torch import Tensor
 import mixfeat as mf
 from mixfeat import _checks
 from mixfeat.experiments import engine
-from mixfeat.experiments.common import METHODS, BaseSettings, DivergedError, _deterministic, _generator, _setting
+from mixfeat.experiments.common import METHODS, BaseSettings, DivergedError, Pace, _deterministic, _generator, _setting
 from mixfeat.experiments.engine import Record, Results, Workers
 
 __all__ = [
@@ -242,7 +241,7 @@ _CURVES = ("alignment", "train_accuracy", "cross_entropy")
 
 
 def _advance(runs: Sequence[Run], records: Sequence[Record | None], seconds: float) -> list[Record]:
-    started = time.monotonic()
+    pace = Pace(seconds)
     settings, method = runs[0].settings, runs[0].method
     problem, points = _problem(run.settings for run in runs), evaluation_steps(settings)
     step, weight, curves = _restored(settings, problem, records)
@@ -250,7 +249,7 @@ def _advance(runs: Sequence[Run], records: Sequence[Record | None], seconds: flo
     diverged: dict[int, int] = {}  # step at which the run of that index was found to have diverged
 
     def reached(**more: Tensor) -> list[Record]:
-        spent = (time.monotonic() - started) / len(runs)
+        spent = pace.seconds() / len(runs)
         state = {"weight": weight.cpu(), **more}
         later = []
         for i, record in enumerate(records):
@@ -263,24 +262,19 @@ def _advance(runs: Sequence[Run], records: Sequence[Record | None], seconds: flo
             later.append(Record(bool(more), step, after, of_run))
         return later
 
-    first, stride = step, 1
+    def train(weight: Tensor, count: int) -> Tensor:
+        return mf.gradient_descent(
+            problem.data.input, weight, problem.data.target, _activation(settings), lam=lam, lam_weight=lam_weight,
+            lr=settings.lr, steps=count,
+        )[0]  # fmt: skip
+
+    first = step
     for point, stop in enumerate(points):
         if stop < first:
             continue
-        while step < stop:
-            now = time.monotonic()
-            if step > first and now - started >= seconds:
-                return reached()
-            count = min(stride, stop - step)
-            weight, _ = mf.gradient_descent(
-                problem.data.input, weight, problem.data.target, _activation(settings), lam=lam, lam_weight=lam_weight,
-                lr=settings.lr, steps=count,
-            )  # fmt: skip
-            step += count
-            if weight.is_cuda:
-                torch.cuda.synchronize(weight.device)
-            if time.monotonic() - now < seconds / 8:  # so that a chunk ends about when it should
-                stride *= 2
+        weight, step = pace.descend(weight, step, stop, train)
+        if step < stop:
+            return reached()
         for i in _evaluate(weight, problem.data, curves, point, settings):
             diverged.setdefault(i, step)
         if len(diverged) == len(runs):
