@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import mixfeat as mf
 from mixfeat.experiments import engine, theory
+from mixfeat.experiments.common import DivergedError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -178,9 +179,7 @@ def test_divergence_is_found_and_disturbs_no_other_seed(monkeypatch):
         return data, tests, weight
 
     monkeypatch.setattr(theory, "_draw", poisoned)
-    with pytest.raises(
-        theory.DivergedError, match=r"erm left the finite numbers before step 0: try a smaller lr than 4.0"
-    ):
+    with pytest.raises(DivergedError, match=r"erm left the finite numbers before step 0: try a smaller lr than 4.0"):
         theory.train(settings, "erm")
     for together in (False, True):
         monkeypatch.setattr(theory.Run, "group", "one" if together else None)

@@ -13,7 +13,7 @@ from torch import Tensor
 import mixfeat as mf
 from mixfeat import _checks
 
-__all__ = ["METHODS", "BaseSettings", "DivergedError", "Pace", "identity"]
+__all__ = ["METHODS", "BaseSettings", "DivergedError", "Pace", "evaluation_steps", "identity"]
 
 METHODS = {"erm": "ERM", "uniform": "Uniform Mixup", "midpoint": "Midpoint Mixup"}
 
@@ -78,6 +78,11 @@ def identity(settings: BaseSettings) -> dict[str, Any]:
     """
     backend = mf.backends.serving(torch.device(settings.device).type, getattr(torch, settings.dtype))
     return {**settings.to_dict(), "backend": backend, "mixfeat": mf.__version__, "torch": torch.__version__}
+
+
+def evaluation_steps(settings: Any) -> list[int]:
+    """Return the steps at which the curves have a point: 0, then evenly spaced up to the last."""
+    return [settings.steps * i // settings.evaluations for i in range(settings.evaluations + 1)]
 
 
 class Pace:

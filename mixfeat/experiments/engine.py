@@ -18,7 +18,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -31,11 +31,11 @@ from torch import Tensor
 
 import mixfeat as mf
 from mixfeat._files import replacing
-from mixfeat.experiments.common import BaseSettings, identity
+from mixfeat.experiments.common import BaseSettings, DivergedError, identity
 
 __all__ = [
     "Cluster", "EngineError", "Local", "Record", "Results", "ResultsError", "Run", "WorkerDiedError", "Workers",
-    "cpu_count", "software_of", "train",
+    "cpu_count", "software_of", "stack", "train",
 ]  # fmt: skip
 
 CHUNK_SECONDS = 2.0  # of one chunk: about the most that a kill loses of each run in work
@@ -168,6 +168,25 @@ def train(
                 queue.appendleft(rest)
             deaths.pop(batch[0].name, None)
     return {run.name: records[run.name] for run in runs}
+
+
+def stack(runs: Sequence[Any], records: Mapping[str, Record], curves: Sequence[str]) -> Record:
+    """Stack the finished records of R runs of one method: ``curves`` (E+1,R,...), all else (R,...); seconds are summed.
+
+    Raises:
+        DivergedError: one of them has left the finite numbers.
+    """
+    found = [records[run.name] for run in runs]
+    for run, record in zip(runs, found, strict=True):
+        if record.diverged:
+            raise DivergedError(
+                f"{run.method} left the finite numbers before step {record.step}: "
+                f"try a smaller lr than {run.settings.lr}"
+            )
+    state = {
+        name: torch.stack([record.state[name] for record in found], int(name in curves)) for name in found[0].state
+    }
+    return Record(True, found[0].step, sum(record.seconds for record in found), state)
 
 
 def _finished(run: Run, records: dict[str, Record]) -> bool:

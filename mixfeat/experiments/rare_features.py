@@ -15,7 +15,8 @@ from torch import Tensor
 
 import mixfeat as mf
 from mixfeat import _checks
-from mixfeat.experiments.common import BaseSettings, DivergedError, Pace, _deterministic, _generator, _setting
+from mixfeat.experiments import engine
+from mixfeat.experiments.common import BaseSettings, Pace, _deterministic, _generator, _setting, evaluation_steps
 from mixfeat.experiments.engine import Record
 
 __all__ = ["METHODS", "Run", "Settings", "evaluation_steps", "join", "runs_of", "summarise"]
@@ -70,11 +71,6 @@ class Settings(BaseSettings):
         if self.mixup_steps > self.steps:
             raise ValueError(f"mixup_steps must be at most steps = {self.steps}, got {self.mixup_steps}")
         self._check_device()
-
-
-def evaluation_steps(settings: Settings) -> list[int]:
-    """Return the steps at which the curves have a point: 0, then evenly spaced up to the last."""
-    return [settings.steps * i // settings.evaluations for i in range(settings.evaluations + 1)]
 
 
 @dataclass(frozen=True)
@@ -202,18 +198,7 @@ def join(runs: Sequence[Run], records: Mapping[str, Record]) -> Record:
     Raises:
         DivergedError: one of them has left the finite numbers.
     """
-    found = [records[run.name] for run in runs]
-    for run, record in zip(runs, found, strict=True):
-        if record.diverged:
-            raise DivergedError(
-                f"{run.method} left the finite numbers before step {record.step}: "
-                f"try a smaller lr than {run.settings.lr}"
-            )
-    state = {
-        name: torch.stack([record.state[name] for record in found], int(name == "test_error"))
-        for name in found[0].state
-    }
-    return Record(True, found[0].step, sum(record.seconds for record in found), state)
+    return engine.stack(runs, records, ("test_error",))
 
 
 def summarise(settings: Settings, record: Record) -> dict[str, Any]:

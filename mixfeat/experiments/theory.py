@@ -23,7 +23,15 @@ from torch import Tensor
 import mixfeat as mf
 from mixfeat import _checks
 from mixfeat.experiments import engine
-from mixfeat.experiments.common import METHODS, BaseSettings, DivergedError, Pace, _deterministic, _generator, _setting
+from mixfeat.experiments.common import (
+    METHODS,
+    BaseSettings,
+    Pace,
+    _deterministic,
+    _generator,
+    _setting,
+    evaluation_steps,
+)
 from mixfeat.experiments.engine import Record, Results, Workers
 
 __all__ = [
@@ -129,11 +137,6 @@ def _stack(parts: Iterable[mf.data.MultiViewData]) -> mf.data.MultiViewData:
     return mf.data.MultiViewData(*map(torch.stack, zip(*parts, strict=True)))
 
 
-def evaluation_steps(settings: Settings) -> list[int]:
-    """Return the steps at which the curves have a point: 0, then evenly spaced up to the last."""
-    return [settings.steps * i // settings.evaluations for i in range(settings.evaluations + 1)]
-
-
 def objective(settings: Settings, method: str, data: mf.data.MultiViewData) -> Callable[[Tensor], Tensor]:
     """Return the method's loss, a function from weights (R,C,M,D) to (R,)."""
     activation = _activation(settings)
@@ -224,17 +227,7 @@ def join(runs: Sequence[Run], records: Mapping[str, Record]) -> Record:
     Raises:
         DivergedError: one of them has left the finite numbers.
     """
-    found = [records[run.name] for run in runs]
-    for run, record in zip(runs, found, strict=True):
-        if record.diverged:
-            raise DivergedError(
-                f"{run.method} left the finite numbers before step {record.step}: "
-                f"try a smaller lr than {run.settings.lr}"
-            )
-    state = {
-        name: torch.stack([record.state[name] for record in found], int(name in _CURVES)) for name in found[0].state
-    }
-    return Record(True, found[0].step, sum(record.seconds for record in found), state)
+    return engine.stack(runs, records, _CURVES)
 
 
 _CURVES = ("alignment", "train_accuracy", "cross_entropy")
