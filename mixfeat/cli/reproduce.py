@@ -377,7 +377,8 @@ def _benign_table(
         at = boundary[n]
         edge = ["", ""] if at is None else [f"{at:.1f}", f"{n * settings.snr(at) ** q:.2f}"]
         rows.append([str(n), *(f"{100 * error:.1f}" for error in errors), *edge])
-    loss = max(benign_overfitting.mean_of(cell["train_loss"]) for cell in cells)
+    losses = torch.tensor([benign_overfitting.mean_of(cell["train_loss"]) for cell in cells])
+    loss = losses.max().item()  # nan where a run diverged, which Python's max may pass over
     title = f"test error in percent, {_spread(settings, False)}; the training loss is at most {loss:.2g}"
     return "\n".join([title, "", *aligned(rows)])
 
