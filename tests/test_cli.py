@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from conftest import ROOT
 import mixfeat as mf
 from mixfeat import cli
 from mixfeat.experiments import datasets, engine, images, theory
+from mixfeat.kernels import cuda
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = [
@@ -417,6 +419,30 @@ def test_info(capsys, tmp_path):
     for name in mf.backends.NAMES:
         assert f"backends: {name} " in out
     assert facts["threads"] == torch.get_num_threads()
+
+
+def test_info_of_a_shape(capsys, monkeypatch):
+    monkeypatch.setattr(cuda, "unavailable", lambda: None)
+    assert cli.main(["info", "--shape", "50,12,20,10,5"]) == 0
+    found = {tuple(line.split()) for line in capsys.readouterr().out.splitlines() if "gradient_descent" in line}
+    words = {line[1:] for line in found}
+    assert ("Midpoint,", "sm_90", "one", "launch") in words
+    (reason,) = (" ".join(line) for line in words if line[:2] == ("Midpoint,", "sm_120"))
+    assert re.search(
+        r"a loop over the operators, in a CUDA graph: a network takes \d+ KiB of .* sm_120 has 99$", reason
+    )
+    monkeypatch.setattr(cuda, "unavailable", lambda: "cuda-bindings is missing")
+    assert cli.main(["info", "--shape", "50,12,20,10,5"]) == 0
+    assert "one launch" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", ["50", "1,2,3,4,x", "1,2,3,4,0", ""])
+def test_info_refuses_a_shape(shape, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["info", "--shape", shape])
+    error = capsys.readouterr().err
+    assert error.startswith("mixfeat info: error: argument --shape: needs five ")
+    assert error.endswith(f"got {shape!r}\n")
 
 
 def test_info_refuses_an_unwritable_file(capsys, tmp_path):

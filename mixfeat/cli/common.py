@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 from mixfeat._files import replacing
 
 __all__ = [
-    "Commands", "FailedError", "Parser", "RefusedError", "add_command", "aligned", "writable_file", "writable_folder",
-    "write_json",
+    "Commands", "FailedError", "Parser", "RefusedError", "add_command", "aligned", "problem_shape", "writable_file",
+    "writable_folder", "write_json",
 ]  # fmt: skip
 
 Commands = Any  # the result of ArgumentParser.add_subparsers, whose class argparse does not export
@@ -45,6 +45,17 @@ def add_command(
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
     parser.set_defaults(run=run, prog=parser.prog, patient=patient)
     return parser
+
+
+def problem_shape(text: str) -> tuple[int, int, int, int, int]:
+    """Parse ``N,P,D,C,M``: samples, patches, dimension of a patch, classes, filters for each class."""
+    try:
+        n, p, d, c, m = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"needs five integers N,P,D,C,M, got {text!r}") from None
+    if min(n, p, d, c, m) < 1:
+        raise argparse.ArgumentTypeError(f"needs five positive integers N,P,D,C,M, got {text!r}")
+    return n, p, d, c, m
 
 
 def writable_folder(folder: Path) -> Path:

@@ -10,14 +10,23 @@ from typing import Any
 import torch
 
 import mixfeat
-from mixfeat.cli.common import Commands, add_command, writable_file, write_json
+from mixfeat.cli.common import Commands, add_command, problem_shape, writable_file, write_json
+from mixfeat.kernels import cuda
+from mixfeat.kernels.cuda import gradient_descent
 
-__all__ = ["add_commands", "environment"]
+__all__ = ["add_commands", "environment", "one_launch"]
+
+# lam of the nodes; of a lam and 1 - lam, which mix the same pairs, the greater
+_OBJECTIVES = {"ERM": None, "Midpoint": (0.5,), "Uniform, 8 nodes": (9 / 16, 11 / 16, 13 / 16, 15 / 16)}
 
 
 def add_commands(commands: Commands) -> None:
     """Add ``info``."""
-    add_command(commands, "info", _info, "versions, devices, backends, compiler: for a bug report")
+    parser = add_command(commands, "info", _info, "versions, devices, backends, compiler: for a bug report")
+    parser.add_argument(
+        "--shape", type=problem_shape, metavar="N,P,D,C,M",
+        help="also say which GPUs run gradient_descent of this shape in one launch, and why the others do not",
+    )  # fmt: skip
 
 
 def environment() -> dict[str, Any]:
@@ -55,6 +64,22 @@ def environment() -> dict[str, Any]:
     }
 
 
+def one_launch(shape: tuple[int, int, int, int, int]) -> dict[str, str]:
+    """Return for each objective and kind of GPU whether gradient_descent of this shape is one launch, or why not.
+
+    The kinds are those of the GPUs here; without one, all for which the kernel is written.
+    """
+    here = [cuda.capability(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
+    answers = {}
+    for objective, nodes in _OBJECTIVES.items():
+        problem = gradient_descent.Problem(*shape, nodes, momentum=False)
+        for capability in sorted({*here}) or cuda.SHARED_KIB:
+            reason = gradient_descent.fits(problem, capability) or cuda.unavailable()
+            answer = f"a loop over the operators, in a CUDA graph: {reason}" if reason else "one launch"
+            answers[f"{objective}, sm_{capability}"] = answer
+    return answers
+
+
 def _cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -66,6 +91,8 @@ def _cpu_model() -> str:
 def _info(args: argparse.Namespace) -> int:
     json_file = writable_file(args.json)
     facts = environment()
+    if args.shape:
+        facts["gradient_descent"] = one_launch(args.shape)
     for name, value in _lines(facts):
         print(f"{name:<28}  {value}")
     write_json(json_file, facts)
