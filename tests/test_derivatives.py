@@ -1,5 +1,8 @@
 """Derivatives of every kind: twice, forward, batched, and by the transforms of torch.func."""
 
+import functools
+import importlib
+
 import pytest
 import torch
 from conftest import error
@@ -93,11 +96,66 @@ def test_transforms(backend, case, transform):
     torch.testing.assert_close(result(mf), result(reference))
 
 
-def test_vmap_over_weights_is_the_run_dimension(backend):
-    x, _ = inputs("xw")
-    weights = torch.randn(3, 3, 2, 3, dtype=torch.float64)
-    for call, _ in (CASES["patch_conv"], CASES["pairwise_mixup_loss"]):
-        torch.testing.assert_close(torch.func.vmap(lambda w: call(mf, x.detach(), w))(weights), call(mf, x, weights))  # noqa: B023
+#: by name: the call, the shapes of its tensors, and the dimension of each that is batched
+BATCHES = {
+    "patch_conv-weight": (lambda f, x, w: f.patch_conv(x, w, PHI), [(4, 2, 3), (3, 2, 3)], (None, 1)),
+    "patch_conv-both": (
+        lambda f, x, w: f.patch_conv(x, w, PHI, index=INDEX, lam=LAM), [(4, 2, 3), (3, 2, 3)], (0, 3)
+    ),
+    "patch_conv-runs": (lambda f, x, w: f.patch_conv(x, w, PHI), [(4, 2, 3), (2, 3, 2, 3)], (0, None)),
+    "pairwise_mixup_loss-weight": (
+        lambda f, x, w: f.pairwise_mixup_loss(x, w, TARGET, PHI), [(4, 2, 3), (3, 2, 3)], (None, 0)
+    ),
+    "pairwise_mixup_loss-runs": (
+        lambda f, x, w: f.pairwise_mixup_loss(x, w, TARGET, PHI), [(2, 4, 2, 3), (3, 2, 3)], (None, 0)
+    ),
+    "pairwise_mixup_loss-readout": (
+        lambda f, x, w, a: f.pairwise_mixup_loss(x, w, TARGET, PHI, readout=a, **nodes(f)),
+        [(4, 2, 3), (3, 2, 3), (3, 2)], (None, None, 2),
+    ),
+    "mixup": (lambda f, x: f.mixup(x, INDEX, LAM), [(4, 2, 3)], (2,)),
+}  # fmt: skip
+
+
+@pytest.fixture(params=BATCHES)
+def batch(request):
+    """A call, and its tensors with batches of five in them."""
+    call, shapes, dims = BATCHES[request.param]
+    shapes = [
+        shape if dim is None else (*shape[:dim], 5, *shape[dim:]) for shape, dim in zip(shapes, dims, strict=True)
+    ]
+    return call, dims, [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def test_vmap_is_one_call_of_the_kernel(backend, batch, monkeypatch):
+    """Values and gradients are those of the definition, and so is a vmap of a vmap."""
+    call, dims, tensors = batch
+    expected = torch.func.vmap(lambda *t: call(reference, *t), dims)(*tensors)
+    upstream = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, tensors, upstream)
+
+    def unused(*args):
+        raise AssertionError("the definition was called")
+
+    for name in ("patch_conv", "pairwise_mixup_loss", "mixup"):
+        operator = getattr(importlib.import_module(f"mixfeat.ops.{name}"), f"_{name}")
+        monkeypatch.setattr(operator, "_definition", unused)
+    found = torch.func.vmap(lambda *t: call(mf, *t), dims)(*tensors)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, tensors, upstream), gradients)
+    twice = torch.func.vmap(torch.func.vmap(lambda *t: call(mf, *t), dims))(*(torch.stack([t, -t]) for t in tensors))
+    torch.testing.assert_close(twice[0], expected)
+
+
+def test_vmap_of_what_has_no_runs(backend):
+    """Partners and lam of their own for each call of the batch."""
+    x, w = inputs("xw")
+    index, lam = torch.stack([INDEX, INDEX.flip(0)]), torch.stack([LAM, 1 - LAM])
+    for f in (lambda f, i, lam: f.patch_conv(x, w, PHI, index=i, lam=lam), lambda f, i, lam: f.mixup(x, i, lam)):
+        found, expected = (torch.func.vmap(functools.partial(f, module))(index, lam) for module in (mf, reference))
+        torch.testing.assert_close(found, expected)
+        for result in zip(*(torch.autograd.grad(y.square().sum(), x) for y in (found, expected)), strict=True):
+            torch.testing.assert_close(*result)
 
 
 def test_gradients_of_each_sample(backend):

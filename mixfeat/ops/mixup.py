@@ -1,5 +1,6 @@
 """``torch.ops.mixfeat.mixup``: each sample of a batch interpolated with a partner, and its backward pass."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from mixfeat import _checks, backends, reference
 from mixfeat.ops import fallback
-from mixfeat.ops.registration import Operator
+from mixfeat.ops.registration import Folded, Operator
 
 __all__ = ["empty_like", "in_shape_of", "mixup", "sample_order", "samples_of"]
 
@@ -93,6 +94,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*partners)
 
 
+def _fold(size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> Folded:
+    """A batch of inputs is a part of each sample."""
+    input, *partners = args
+    return (input.movedim(in_dims[0], 1), *partners), lambda mixed: mixed.movedim(1, 0)
+
+
 _mixup = Operator(
     "mixup(Tensor input, Tensor index, Tensor lam, ScalarType dtype) -> Tensor",
     forward=_forward,
@@ -102,4 +109,6 @@ _mixup = Operator(
     backward=lambda ctx, grad, needs: (_mixup_backward.outputs(grad, *ctx.saved_tensors),),
     recorded_backward=lambda ctx, grad, needs: (fallback.mixup_backward(grad, *ctx.saved_tensors),),
     definition=lambda input, index, lam, dtype: reference.mixup(input.to(lam.dtype), index, lam, dtype=dtype),
+    foldable=("input",),
+    fold=_fold,
 )

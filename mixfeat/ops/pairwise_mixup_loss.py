@@ -17,7 +17,7 @@ from torch import Tensor
 from mixfeat import _checks, backends
 from mixfeat.kernels.polynomial import Polynomial
 from mixfeat.ops import fallback, sharding
-from mixfeat.ops.registration import Operator
+from mixfeat.ops.registration import Folded, Operator, fold_runs
 
 __all__ = ["PAIRS", "pairwise_mixup_block", "pairwise_mixup_loss"]
 
@@ -311,10 +311,22 @@ def _recorded_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> Sequenc
     return [next(found) if need else None for need in needs]
 
 
+_TRANSFORMED = "transformed by torch.func or differentiated forward"
+
+
 def _definition(*args: Any) -> Tensor:
     *inputs, group, _, _, _ = args
-    _forbid_group(group, "transformed by torch.func or differentiated forward")
+    _forbid_group(group, _TRANSFORMED)
     return _plain(*inputs, linear_memory=False)
+
+
+def _fold(size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> Folded:
+    """Batches of inputs, weights, readouts and targets are runs."""
+    _forbid_group(args[11], _TRANSFORMED)
+    arguments, runs = fold_runs(size, in_dims, args, {0: 3, 1: 3, 2: 2, 3: 1})
+    if arguments[0].dim() == arguments[1].dim() == 3:  # the batch is one of readouts or targets
+        arguments[1] = arguments[1].expand(size, -1, -1, -1)
+    return arguments, lambda loss: loss.view(size, 1 if runs is None else runs)
 
 
 def _plain(
@@ -368,5 +380,7 @@ _pairwise_mixup_loss = Operator(
     backward=_backward,
     recorded_backward=_recorded_backward,
     definition=_definition,
+    foldable=("input", "weight", "readout", "target"),
+    fold=_fold,
     flops=_flops,
 )

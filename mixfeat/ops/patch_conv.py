@@ -13,7 +13,7 @@ from torch import Tensor
 from mixfeat import _checks, backends, reference
 from mixfeat.kernels.polynomial import Polynomial
 from mixfeat.ops import fallback
-from mixfeat.ops.registration import Operator, is_batched, is_transformed
+from mixfeat.ops.registration import Folded, Operator, fold_runs, is_batched, is_transformed
 
 __all__ = ["patch_conv"]
 
@@ -211,6 +211,12 @@ def _definition(
     return reference.patch_conv(x, w, Polynomial.of(fields), index=index, lam=lam).to(input.dtype)
 
 
+def _fold(size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> Folded:
+    """Batches of inputs and weights are runs."""
+    arguments, runs = fold_runs(size, in_dims, args, {0: 3, 1: 3})
+    return arguments, lambda logits: logits if runs is None else logits.unflatten(0, (size, runs))
+
+
 def _flops(input: Tensor, weight: Tensor, products: int) -> int:
     """The operations of products of all patches with all filters, 2 R N P D C M each."""
     runs = weight.shape[0] if input.dim() == 3 and weight.dim() == 4 else 1
@@ -235,5 +241,7 @@ _patch_conv = Operator(
     backward=lambda ctx, grad, needs: _patch_conv_backward.outputs(grad, *ctx.saved_tensors, ctx.fields, *needs),
     recorded_backward=_recorded_backward,
     definition=_definition,
+    foldable=("input", "weight"),
+    fold=_fold,
     flops=lambda input, weight, *rest: _flops(input, weight, 1),
 )

@@ -27,7 +27,12 @@ from torch.autograd import forward_ad
 
 from mixfeat import backends
 
-__all__ = ["Operator", "forbid_backward", "graph_is_kept", "is_batched", "is_transformed", "saved_tensors_are_hooked"]
+__all__ = [
+    "Folded", "Operator", "fold_runs", "forbid_backward", "graph_is_kept", "is_batched", "is_transformed",
+    "saved_tensors_are_hooked",
+]  # fmt: skip
+
+Folded = tuple[Sequence[Any], Callable[[Tensor], Tensor]]
 
 
 class Operator:
@@ -50,6 +55,10 @@ class Operator:
         recorded_backward: the same in plain PyTorch, for gradients that are to be differentiated again.
         definition: ``definition(*args)`` returns the result in plain PyTorch. It serves the transforms of
             :mod:`torch.func` and forward-mode differentiation.
+        foldable: names of the tensors whose batches under :func:`torch.func.vmap` one call can serve. Where another one
+            is batched, and under other transforms, the definition serves.
+        fold: ``fold(size, in_dims, args)`` returns the arguments of that call, which does the work of all ``size``, and
+            what puts the batch first in its result.
         flops: ``flops(*args)`` returns the floating-point operations of the matrix products, which is what
             :class:`torch.utils.flop_counter.FlopCounterMode` counts. An operator without any needs none.
     """
@@ -66,6 +75,8 @@ class Operator:
         backward: Callable[..., Sequence[Tensor | None]] | None = None,
         recorded_backward: Callable[..., Sequence[Tensor | None]] | None = None,
         definition: Callable[..., Tensor] | None = None,
+        foldable: Sequence[str] = (),
+        fold: Callable[[int, Sequence[Any], Sequence[Any]], Folded] | None = None,
         flops: Callable[..., int] = lambda *args: 0,
     ) -> None:
         self.name = schema[: schema.index("(")]
@@ -79,12 +90,15 @@ class Operator:
         self._num_arguments = len(arguments)
         self._tensors = [i for i, a in enumerate(self.overload._schema.arguments) if "Tensor" in str(a.type)]
         self._several = len(self.overload._schema.returns) > 1
+        self._foldable, self._fold = [arguments.index(name) for name in foldable], fold
         self._places = [arguments.index(name) for name in differentiable]
         self._apply: Callable[..., Any] | None = None
         torch.library.impl(qualified, "CompositeExplicitAutograd", forward)
         torch.library.register_fake(qualified, fake)
         if backward is not None:
             self._register_derivative(qualified)
+        if fold is not None:
+            self._register_vmap(qualified)
 
     def __call__(self, *args: Any) -> Tensor:
         """Return the result; the further outputs are for the backward pass alone."""
@@ -95,7 +109,7 @@ class Operator:
                     if args[place] is not None and args[place].requires_grad:
                         return self._apply(True, *args)
             output = self.forward(*args)
-        elif self._definition is not None and is_transformed(args):
+        elif self._definition is not None and is_transformed(args) and not self._is_foldable(args):
             return self._definition(*args)
         else:
             if self._apply is None and self._request is not None and torch.is_grad_enabled():
@@ -183,6 +197,29 @@ class Operator:
 
         torch.library.register_autograd(qualified, backward, setup_context=setup_context)
 
+    def _register_vmap(self, qualified: str) -> None:
+        rest = (None,) * (len(self.overload._schema.returns) - 1)
+
+        def batch(info: Any, in_dims: Sequence[Any], *args: Any) -> Any:
+            arguments, unfold = self._fold(info.batch_size, in_dims, args)  # type: ignore[misc]
+            result = unfold(self(*arguments))
+            if not self._several:
+                return result, 0
+            return (result, *(result.new_empty(0) for _ in rest)), (0, *rest)  # what serves backward is below vmap
+
+        torch.library.register_vmap(qualified, batch)
+
+    def _is_foldable(self, args: Sequence[Any]) -> bool:
+        """Whether vmap is the only transform, at any depth, and what is batched is foldable."""
+        if self._fold is None or _transforms is None or _is_batch is None or _has_tangent(args):
+            return False
+        if not all(str(level.key()).endswith("Vmap") for level in _transforms()):
+            return False
+        return not any(
+            args[place] is not None and place not in self._foldable and _is_batch(args[place])
+            for place in self._tensors
+        )
+
     def _save(self, ctx: Any, args: tuple[Any, ...], output: Any, direct: bool) -> Any:
         """Save for the backward pass, and return the outputs that autograd sees."""
         ctx.chosen, ctx.direct = backends.chosen(), direct
@@ -194,6 +231,36 @@ class Operator:
             return output[0]
         ctx.mark_non_differentiable(*output[1:])
         return output
+
+
+def fold_runs(
+    size: int, in_dims: Sequence[Any], args: Sequence[Any], dims: dict[int, int]
+) -> tuple[list[Any], int | None]:
+    """Make runs of the batch of :func:`torch.func.vmap`: arguments whose runs are the batch times the runs there were.
+
+    Args:
+        size: of the batch.
+        in_dims: the place of the batch among each argument's dimensions, or None.
+        args: of one call.
+        dims: by place, the number of a tensor's dimensions without runs; those that have none are shared by all.
+
+    Returns:
+        the arguments, and the number of runs that there were, or None.
+    """
+    folded, runs = list(args), None
+    for place in dims:
+        if in_dims[place] is not None:
+            folded[place] = args[place].movedim(in_dims[place], 0)
+        elif args[place] is not None and args[place].dim() > dims[place]:
+            folded[place] = args[place].expand(size, *args[place].shape)
+        if folded[place] is not None and folded[place].dim() == dims[place] + 2:
+            runs = folded[place].shape[1]
+    for place in dims if runs is not None else ():
+        tensor = folded[place]
+        if tensor is not None and tensor.dim() > dims[place]:
+            each = tensor if tensor.dim() == dims[place] + 2 else tensor[:, None].expand(-1, runs, *tensor.shape[1:])
+            folded[place] = each.flatten(0, 1)
+    return folded, runs
 
 
 class _Forbidden(torch.autograd.Function):
@@ -224,6 +291,8 @@ _below_autograd = _private(torch._C, "_AutoDispatchBelowAutograd")
 _num_dispatch_modes = _private(torch._C, "_len_torch_dispatch_stack")
 _dispatch_modes = _private(torch.utils._python_dispatch, "_get_current_dispatch_mode_stack")
 _transforms_are_active = _private(torch._C, "_are_functorch_transforms_active")
+_transforms = _private(_private(torch._C, "_functorch"), "get_interpreter_stack")
+_is_batch = _private(_private(torch._C, "_functorch"), "is_batchedtensor")
 _keep_graph = _private(_private(torch._C, "_autograd"), "_get_current_graph_task_keep_graph")
 _default_hooks = _private(_private(torch._C, "_autograd"), "_top_saved_tensors_default_hooks")
 _is_legacy_batch = _private(_private(torch._C, "_functorch"), "is_legacy_batchedtensor")
