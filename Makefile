@@ -1,5 +1,5 @@
-# make install | reproduce | test | test-long | test-triton-3.6 | coverage | lint | docs | wheel | bench | gpu
-# | gpu-sanitize
+# make install | reproduce | test | test-long | test-triton-3.6 | test-versions | coverage | lint | docs | wheel | bench
+# | gpu | gpu-sanitize
 # Each works on a fresh machine with python >= 3.11, a C++ compiler and git. PYTHON names another interpreter, OUT another folder.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ RUN := $(BIN)/python
 
 RESULTS ?= benchmarks/results
 
-.PHONY: install reproduce test test-native test-triton test-interpreted test-long test-triton-3.6 coverage lint docs wheel bench gpu \
+.PHONY: install reproduce test test-native test-triton test-interpreted test-long test-triton-3.6 test-versions coverage lint docs wheel bench gpu \
 	gpu-sanitize
 
 install: $(VENV)/installed
@@ -42,16 +42,35 @@ test-interpreted: install
 test-triton: install
 	$(RUN) -m pytest -m kernels
 
-# With new random inputs, whose seed is in the report: 1000 examples of every property (20 in the interpreter), 51 kills, every Triton kernel compiled for every target
+# With new random inputs, whose seed is in the report: 10,000 examples of every property (20 in the interpreter), 51 kills,
+# every Triton kernel compiled for every target; some three hours
 test-long: install
-	MIXFEAT_TEST_LONG=1 OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_properties.py tests/test_fuzz.py tests/test_kills.py tests/test_triton_compile.py
-	MIXFEAT_TEST_LONG=1 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest -m triton tests/test_properties.py
+	MIXFEAT_TEST_LONG=1 OMP_NUM_THREADS=1 $(RUN) -m pytest --timeout=7200 tests/test_properties.py tests/test_fuzz.py tests/test_kills.py tests/test_triton_compile.py
+	MIXFEAT_TEST_LONG=1 OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest --timeout=7200 -m triton tests/test_properties.py
 
 # The kernels on the oldest Triton that is served, whose interpreter needs a NumPy below 2.4, in an environment of its own
 test-triton-3.6:
 	mkdir -p build
 	sed -e 's/^triton==.*/triton==3.6.0/' -e 's/^numpy==.*/numpy==2.3.5/' constraints.txt > build/constraints-triton-3.6.txt
 	$(MAKE) VENV=.venv-triton-3.6 CONSTRAINTS=build/constraints-triton-3.6.txt test-triton test-interpreted
+
+# The operators on the oldest PyTorch that is served and on the newest, each in an environment of some GB, with the CPU
+# library that `make install` has built, which must load under all of them
+TORCH_VERSIONS ?= 2.10.0 2.14.1
+OPERATOR_TESTS := accuracy activations autograd binary_cross_entropy checks compile cross_entropy cutmix derivatives \
+	export gradient_descent infinities mixup nn pairwise_mixup_loss patch_conv registration surroundings
+
+test-versions: $(TORCH_VERSIONS:%=test-torch-%)
+
+test-torch-%: install
+	mkdir -p build
+	grep -vE '^(torch|triton|numpy|cuda-|nvidia-)' $(CONSTRAINTS) > build/constraints-torch.txt
+	$(PYTHON) -m venv .venv-torch-$*
+	.venv-torch-$*/bin/python -m pip install --quiet --constraint build/constraints-torch.txt torch==$* setuptools ninja
+	MIXFEAT_SKIP_CPU_BUILD=1 .venv-torch-$*/bin/python -m pip install --quiet --constraint build/constraints-torch.txt \
+		--no-build-isolation --editable '.[test]'
+	CXX=none .venv-torch-$*/bin/python -m mixfeat check --quick --backend cpu
+	.venv-torch-$*/bin/python -m pytest -m "not kernels" $(OPERATOR_TESTS:%=tests/test_%.py)
 
 # Branches of mixfeat/ that the suites run, child processes included
 coverage: install

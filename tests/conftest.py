@@ -34,7 +34,7 @@ else:
     fixtures = [hypothesis.HealthCheck.function_scoped_fixture]  # they hold for all examples: backend, device, threads
     slow = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large]
     hypothesis.settings.register_profile(
-        "mixfeat", max_examples=(20 if LONG else 5) if few else (1000 if LONG else 20), deadline=None,
+        "mixfeat", max_examples=(20 if LONG else 5) if few else (10_000 if LONG else 20), deadline=None,
         derandomize=False, database=None, suppress_health_check=fixtures + slow,
     )  # fmt: skip
     hypothesis.settings.load_profile("mixfeat")

@@ -62,7 +62,7 @@ def normal(generator, *size):
 def laid_out(draw, tensor, *, device="cpu", expand=True):
     """The tensor on the device in any layout: transposed, with gaps, an offset, or the same numbers along dimensions.
 
-    In the gaps is what must not be read: NaN, or a number that no index may be.
+    In the gaps is what must not be read: NaN, or a number that no index may be; in bytes 0.
     """
     tensor, dims, shape = tensor.to(device), tensor.dim(), tensor.shape
     if expand:
@@ -73,7 +73,7 @@ def laid_out(draw, tensor, *, device="cpu", expand=True):
         order = draw(st.permutations(range(dims)))
         steps = [draw(st.sampled_from([1, 1, 2, 3])) for _ in range(dims)]
         offset = draw(st.integers(0, 3))
-        gap = math.nan if tensor.is_floating_point() else -(2**62)
+        gap = math.nan if tensor.is_floating_point() else max(torch.iinfo(tensor.dtype).min, -(2**62))
         room = tensor.new_full([offset + max(0, tensor.shape[d] * steps[d]) for d in order], gap)
         view = room.permute([order.index(d) for d in range(dims)])
         view = view[tuple(slice(offset, None, steps[d]) for d in range(dims))]
@@ -495,6 +495,38 @@ def test_mixup(backend, device, data):
     assert torch.equal(mf.mixup(b.x, index, 0), b.x.index_select(0, index))
 
 
+@given(data=st.data())
+def test_cutmix(backend, device, data):
+    """Copies bytes: any images, partners and boxes, empty ones among them."""
+    dtype, generator = data.draw(dtypes(backend) | st.just(torch.uint8)), data.draw(generators())
+    samples, channels, height, width = data.draw(sizes(4, borders=(8, 17, 33)))
+    x = normal(generator, samples, channels, height, width)
+    x = (x * 50).abs().to(dtype) if dtype == torch.uint8 else x.to(dtype)
+    if data.draw(st.booleans()):
+        x = x.to(device, memory_format=torch.channels_last)
+    else:
+        x = data.draw(laid_out(x, device=device))
+    index = data.draw(partners(samples, generator, device))["index"]
+    shape = (samples,) if data.draw(st.booleans()) else ()
+    ends = (torch.randint(size + 1, (*shape, 2), generator=generator).sort(-1).values for size in (height, width))
+    box = data.draw(laid_out(torch.cat(list(ends), -1), device=device, expand=False))
+    assert torch.equal(mf.cutmix(x, index, box), reference.cutmix(x, index, box))
+    if dtype == torch.uint8:
+        return
+    grad = data.draw(gradients_like(x, generator))
+    mine = derived(lambda x: mf.cutmix(x, index, box), (x,), (True,), grad)
+    true = derived(lambda x: reference.cutmix(x, index, box), (x.double(),), (True,), grad.double())
+    size = derived(lambda x: reference.cutmix(x, index, box), (x.double(),), (True,), grad.double().abs())[1]
+    unit, sums = units(backend, dtype)
+    bounds = [Approximate(true[0], unit, sums), Approximate(true[1], unit, sums, (unit + (1 + samples) * sums) * size)]
+    hold(("mixed", "input grad"), mine, true, bounds, (dtype, dtype))
+    for direct, dispatched in zip(
+        mine, derived(lambda x: mf.cutmix(x, index, box), (x,), (True,), grad, watch=True), strict=True
+    ):
+        assert torch.equal(direct, dispatched)
+        assert direct.stride() == dispatched.stride()
+
+
 # cross-entropies
 
 
@@ -591,6 +623,51 @@ def test_soft_target_cross_entropy(backend, device, data):
         n, backend, lambda x: mf.soft_target_cross_entropy(x, target, **options), label,
         lambda x: F.cross_entropy(x, target.double(), **options), data,
     )  # fmt: skip
+
+
+@given(data=st.data())
+def test_mixup_binary_cross_entropy(backend, device, data):
+    n = data.draw(logits(backend, device))
+    a, b = (
+        data.draw(laid_out(t, device=device)) for t in torch.randint(n.classes, (2, n.samples), generator=n.generator)
+    )
+    given_lam = data.draw(lams(n.samples, n.generator, device))
+    lam = exact(given_lam, n.dtype).to(device)
+    options = {"label_smoothing": n.label_smoothing, "reduction": n.reduction}
+    options["threshold"] = data.draw(st.sampled_from([None, None, 0.2718]))
+    weight = 3 * torch.rand(n.classes, generator=n.generator) if data.draw(st.booleans()) else None
+    pos_weight = None if weight is None else data.draw(laid_out(weight, device=device))
+
+    def ours(x):
+        return mf.mixup_binary_cross_entropy(x, a, b, given_lam, pos_weight=pos_weight, **options)
+
+    def plain(x):
+        return reference.mixup_binary_cross_entropy(x, a, b, lam, pos_weight=pos_weight, **options)
+
+    grad = data.draw(gradients_like(ours(n.x), n.generator))
+    mine = derived(ours, (n.x,), (True,), grad)
+    true = derived(plain, (n.x.double(),), (True,), grad.double())
+    assume(n.samples or n.reduction != "mean")  # which is NaN
+    sums = UNIT[accumulation(n.dtype)]
+    unit = UNIT[n.dtype] if backend == "triton" else sums
+    x, upstream = n.x.double(), grad.double().expand(n.x.shape)
+    if n.reduction == "mean":
+        upstream = upstream / max(1, n.x.numel())
+    q = reference.mixed_labels(a, b, lam, n.classes, n.label_smoothing, options["threshold"], torch.float64)
+    positive = q if pos_weight is None else q * pos_weight
+    terms = positive * -F.logsigmoid(x) + (1 - q) * -F.logsigmoid(-x)
+    rounding = (
+        8 * unit * (terms + (positive + 1 - q) * (1 + x.abs()))
+    )  # a label is off by a unit, and so its share of x
+    loss = Approximate(terms, unit, sums, rounding)
+    if n.reduction != "none":
+        loss = loss.sum(0, 1) * (1 if n.reduction == "sum" else 1 / max(1, n.x.numel()))
+    # float16's gradient is kept before it is divided by the number of logits
+    underflow = torch.finfo(n.dtype).smallest_normal * grad.double().abs().max() if grad.numel() else 0
+    x_grad = Approximate(true[1], unit, sums, 8 * unit * upstream.abs() * (positive + 1 - q) + underflow)
+    hold(("loss", "grad"), mine, true, (loss, x_grad), (accumulation(n.dtype), n.dtype))
+    for direct, dispatched in zip(mine, derived(ours, (n.x,), (True,), grad, watch=True), strict=True):
+        assert torch.equal(direct, dispatched)
 
 
 @given(data=st.data())
