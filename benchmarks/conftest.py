@@ -1,9 +1,22 @@
-"""Order and isolate the benchmarks."""
+"""Set up pytest-benchmark: order, clock and seconds of the benchmarks, facts of the machine, what is kept of a run."""
 
+import subprocess
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from mixfeat._environment import environment
+
+from . import results, timing
+from .harness import CLOCK, Bench
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    timing.SECONDS = 0.0 if config.getoption("benchmark_disable") else float(config.getoption("benchmark_max_time"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -11,6 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     seen: Counter[str] = Counter()
     positions = {}
     for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=CLOCK))
         suite = item.nodeid.split("::")[0]
         positions[item] = seen[suite]
         seen[suite] += 1
@@ -21,3 +35,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _reset_compiler() -> None:
     """Forget earlier compilations, which would make torch.compile generalise shapes and finally give up."""
     torch.compiler.reset()
+
+
+@pytest.fixture
+def bench(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> Iterator[Bench]:
+    """Time and record contenders; what was found is printed as soon as the test ends."""
+    bench = Bench(benchmark)
+    yield bench
+    for row in results.rows({"benchmarks": bench.rows}):
+        with capsys.disabled():
+            print("\n" + results.describe(row))
+
+
+def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
+    facts = environment()
+    cpu = f"{facts['CPU']}, {facts['threads']} threads, {facts.get('CPU library' + chr(39) + 's instruction set')}"
+    return {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu, **facts}
+
+
+def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
+    """Name mixfeat's commit, wherever the run was started."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    return {"id": git("rev-parse", "HEAD") or "unknown", "dirty": bool(git("status", "--porcelain"))}
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    """Keep what the turns amount to, not every turn."""
+    for row in output_json["benchmarks"]:
+        row["stats"].pop("data", None)
+        del row["options"]

@@ -1,20 +1,19 @@
-"""Steps of a benchmark: make contenders, check their results, read their memory, record a row."""
+"""Steps of a benchmark: make contenders, check their results, time them in turn, record each by pytest-benchmark."""
 
-import json
-import os
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from .limits import Work
-from .results import describe, rates
-from .timing import CUDA, Contender, Measurement
+from .timing import CUDA, Contender, measure, medians
 
-__all__ = ["Case", "check", "directed", "peak_bytes", "record"]
+__all__ = ["CLOCK", "Bench", "Case", "check", "directed", "peak_bytes"]
 
 #: Largest relative error that still counts as rounding; beyond it a result is wrong.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -22,7 +21,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 @dataclass(frozen=True)
 class Case:
-    """Key of a row: the operator, the problem's name and shape, the direction, and the dtype."""
+    """What is timed: the operator, the problem's name and shape, the direction, and the dtype."""
 
     suite: str
     name: str
@@ -68,42 +67,106 @@ def _peak_on_cpu(run: Contender) -> int:
     return peak
 
 
-def record(
-    capsys: Any,
-    case: Case,
-    *,
-    measured: Measurement | None = None,
-    work: Work | None = None,
-    memory: Mapping[str, int] | None = None,
-    figures: Mapping[str, Any] | None = None,
-) -> None:
-    """Print a row of results, and append it to the JSON lines of ``MIXFEAT_BENCH_OUT``.
+class _Clock:
+    """A clock that pytest-benchmark reads: a call of :meth:`pass_by` takes the next of the seconds it was given."""
 
-    Args:
-        capsys: pytest's fixture, to print past its capture.
-        case: key of the row.
-        measured: times of ``"mixfeat"`` and of each baseline.
-        work: amounts of work, and the time that they need at least.
-        memory: peak bytes of each contender.
-        figures: anything else that was found, by name.
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.turns: Iterator[float] = iter([])
+
+    def __call__(self) -> float:
+        return self.now
+
+    def replay(self, turns: Sequence[float]) -> None:
+        self.turns = iter(turns)
+
+    def start(self) -> None:
+        self.now = 0.0  # so that no turn is rounded by those before
+
+    def pass_by(self) -> None:
+        self.now = next(self.turns)
+
+
+#: The timer of all benchmarks, which ``conftest.py`` gives them. Contenders have taken turns before it runs.
+CLOCK = _Clock()
+
+
+class Bench:
+    """Times the contenders of a case, and gives each a row of pytest-benchmark's: the case is the rows' group.
+
+    Attributes:
+        rows: what was recorded, as in pytest-benchmark's JSON; nothing under ``--benchmark-disable``.
     """
-    row: dict[str, Any] = {
-        "suite": case.suite,
-        "case": case.name,
-        "direction": case.direction,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "cache": ("cold" if CUDA else "warm") if measured else None,
-        "graph": measured.graph if measured else None,
-        "timings": {name: asdict(timing) for name, timing in measured.timings.items()} if measured else {},
-        "also": measured.also if measured else {},
-        "work": dict(work.amounts) if work else {},
-        "limit": asdict(work.limit) if work and work.limit else None,
-        "peak_bytes": dict(memory or {}),
-        "figures": dict(figures or {}),
-    }
-    row["rates"] = rates(row)
-    with capsys.disabled():
-        print("\n" + describe(row))
-    if "MIXFEAT_BENCH_OUT" in os.environ:
-        with open(os.environ["MIXFEAT_BENCH_OUT"], "a") as file:
-            file.write(json.dumps(row) + "\n")
+
+    def __init__(self, benchmark: BenchmarkFixture) -> None:
+        self._benchmark = benchmark
+        self.rows: list[dict[str, Any]] = []
+
+    def __call__(
+        self,
+        case: Case,
+        contenders: Mapping[str, Contender],
+        *,
+        work: Work | None = None,
+        share: float = 1.0,
+        pairwise: bool = False,
+        memory: bool = True,
+        figures: Callable[[dict[str, float]], Mapping[str, Any]] | None = None,
+        missing: Mapping[str, str] | None = None,
+    ) -> None:
+        """Time ``contenders`` in turn, and record them.
+
+        Args:
+            case: what they are contenders of.
+            contenders: functions to call; the first is ``"mixfeat"``.
+            work: amounts of work, and the time that they need at least.
+            share: multiplies the seconds that there are.
+            pairwise: meet mixfeat one by one, not all in turn.
+            memory: measure the peak of memory too.
+            figures: whatever else there is to say, by name, given the medians.
+            missing: contenders that cannot run here, and why.
+        """
+        measured = measure(contenders, share=share, pairwise=pairwise)
+        each: dict[str, dict[str, Any]] = {
+            name: {"also": {mode: times[name] for mode, times in measured.also.items() if name in times}}
+            for name in contenders
+        }
+        if memory:
+            for name, peak in peak_bytes(contenders).items():
+                each[name]["peak_bytes"] = peak
+        self.record(
+            case, measured.times, each=each, figures=figures(medians(measured.times)) if figures else {},
+            cache="cold" if CUDA else "warm", graph=measured.graph, missing=dict(missing or {}),
+            work=dict(work.amounts) if work else {}, limit=asdict(work.limit) if work and work.limit else None,
+        )  # fmt: skip
+
+    def record(
+        self,
+        case: Case,
+        times: Mapping[str, Sequence[float]],
+        *,
+        each: Mapping[str, Mapping[str, Any]] | None = None,
+        **shared: Any,
+    ) -> None:
+        """Record the seconds of each contender's turns.
+
+        Args:
+            case: what they are contenders of.
+            times: seconds, by contender; ratios are to the first.
+            each: more of a contender, by its name.
+            shared: more of the case: work, limit, figures.
+        """
+        dtype = str(case.dtype).removeprefix("torch.")
+        params = {"suite": case.suite, "case": case.name, "direction": case.direction, "dtype": dtype}
+        typical = medians(times)
+        first = next(iter(times))
+        rows = [self._benchmark, *(copy.copy(self._benchmark) for _ in range(len(times) - 1))]  # a row is used once
+        for row, (name, turns) in zip(rows, times.items(), strict=True):
+            row.group = " ".join(params.values())
+            row.name, row.param, row.params = name, name, params | {"contender": name}
+            row.fullname = f"{row.group}: {name}"
+            row.extra_info = {"ratio": typical[name] / typical[first]} | dict((each or {}).get(name, {}))
+            row.extra_info |= shared if name == first else {}
+            CLOCK.replay(turns)
+            row.pedantic(CLOCK.pass_by, setup=CLOCK.start, rounds=len(turns))
+            self.rows += [row.stats.as_dict(include_data=False)] if row.stats else []

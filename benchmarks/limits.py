@@ -5,7 +5,7 @@ import functools
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,12 @@ import torch
 from mixfeat.kernels import cpu
 from mixfeat.kernels.cpu.build import SOURCE, X86, compiler
 
-from .timing import CUDA, DEVICE, compare
+from .timing import CUDA, DEVICE, compare, medians
 
-__all__ = ["FLOP", "Limit", "Work", "activation_rates", "copy_limit", "copy_rates", "matrix_rate", "network_work"]
+__all__ = [
+    "FLOP", "Limit", "Work", "activation_rates", "copy_limit", "copy_rates", "matrix_rate", "network_work",
+    "of_old_copies",
+]  # fmt: skip
 
 #: FLOP of PolyReLU of degree 8: an activation, and a slope that is added to the gradient
 FLOP = {"forward": 8, "backward": 9}
@@ -44,7 +47,7 @@ def matrix_rate(dtype: torch.dtype) -> float:
     """Measure the multiply-adds per second of a large square matrix product."""
     n = 8192 if CUDA else 1536
     a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in range(2))
-    return n**3 / compare({"product": lambda: a @ b}, share=0.5)["product"].p20
+    return n**3 / min(compare({"product": lambda: a @ b}, share=0.5)["product"])
 
 
 def copy_rates(bytes: int) -> dict[str, float]:
@@ -54,13 +57,19 @@ def copy_rates(bytes: int) -> dict[str, float]:
     """
     source = torch.ones(max(bytes // 8, 1), device=DEVICE)
     target = torch.empty_like(source)
-    timings = compare({"old": lambda: target.copy_(source), "new": source.clone}, share=0.25)
-    return {name: bytes / timing.p50 for name, timing in timings.items()}
+    times = compare({"old": lambda: target.copy_(source), "new": source.clone}, share=0.25)
+    return {name: bytes / seconds for name, seconds in medians(times).items()}
 
 
 def copy_limit(bytes: int) -> Limit:
     """Bound memory traffic by a copy that allocates its result, as the operators must."""
     return Limit("a copy", bytes / copy_rates(bytes)["new"])
+
+
+def of_old_copies(bytes: int) -> Callable[[Mapping[str, float]], dict[str, float]]:
+    """Return a function of medians: the share of the rate of copies into mapped memory that mixfeat reaches."""
+    seconds = bytes / copy_rates(bytes)["old"]
+    return lambda medians: {"of a copy into memory that is there": seconds / medians["mixfeat"]}
 
 
 @functools.cache

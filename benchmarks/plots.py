@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullFo
 
 from mixfeat.plotting import INK, MUTED, default_style, plain
 
-from .results import GROWTH, fingerprint, of_limit, ratios
+from .results import GROWTH, about, fingerprint, of_limit, ratios, rows
 
 __all__ = ["MARK", "plot"]
 
@@ -40,23 +40,23 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
     A case that was timed with its gradient shows forward alone in the roofline only. Parts without rows are left out.
     The PNG holds the document's fingerprint, under MARK.
     """
-    timed = [row for row in document["rows"] if len(row["timings"]) > 1]
+    everything = rows(document)
+    timed = [row for row in everything if "mixfeat" in row["timings"] and len(row["timings"]) > 1]
     trained = [_problem(row) for row in timed if row["direction"] != "forward"]
     timed = [row for row in timed if row["direction"] != "forward" or _problem(row) not in trained]
-    counted = [row for row in document["rows"] if row["timings"] and {"FLOP", "bytes"} <= set(row["work"])]
-    curves = [row for row in document["rows"] if row["direction"].startswith(GROWTH)]
+    counted = [row for row in everything if {"FLOP", "bytes"} <= set(row["work"])]
+    curves = [row for row in everything if row["direction"].startswith(GROWTH)]
     suites = list(dict.fromkeys(row["suite"] for row in [*timed, *counted, *curves]))
     lines = len(timed) + len({row["suite"] for row in timed})
     parts = [(1.6 + 0.175 * lines, _table, timed), (4.4, _roofline, counted), (2.8, _curves, curves)]
     parts = [part for part in parts if part[2]]
     figure = Figure(figsize=(11, 0.4 + sum(part[0] for part in parts)), layout="constrained", facecolor="white")
-    where = f"{document['device']}, PyTorch {document['torch']}, mixfeat {document['version']}, {document['date']}"
-    figure.suptitle(where, x=0.01, ha="left", fontsize=9, color=MUTED)
+    figure.suptitle(about(document), x=0.01, ha="left", fontsize=9, color=MUTED)
     if parts:
         figures = figure.subfigures(len(parts), 1, height_ratios=[part[0] for part in parts], squeeze=False)[:, 0]
         colours = dict(zip(suites, itertools.cycle(_COLOURS), strict=False))
-        for subfigure, (_, draw, rows) in zip(figures, parts, strict=True):
-            draw(subfigure, rows, colours, document)
+        for subfigure, (_, draw, shown) in zip(figures, parts, strict=True):
+            draw(subfigure, shown, colours, everything)
     figure.savefig(path, dpi=160, format="png", metadata={MARK: fingerprint(document)})
 
 
@@ -65,18 +65,18 @@ def _problem(row: Mapping[str, Any]) -> tuple[str, ...]:
     return row["suite"], row["case"], row["dtype"]
 
 
-def _table(figure: Any, rows: _Rows, colours: Mapping[str, str], document: Mapping[str, Any]) -> None:
+def _table(figure: Any, shown: _Rows, colours: Mapping[str, str], everything: _Rows) -> None:
     """Draw a line per row, under its suite's name: times of baselines, peak memory, mixfeat's share of the limit."""
     speed, memory, limit = figure.subplots(1, 3, sharey=True, width_ratios=[3.4, 2, 1.5])
-    names = list(dict.fromkeys(name for row in rows for name in ratios(row)))
+    names = list(dict.fromkeys(name for row in shown for name in ratios(row)))
     styles = dict(zip(names, _styles(), strict=False))
     ticks, labels, y = [], [], 0
-    for suite in dict.fromkeys(row["suite"] for row in rows):
+    for suite in dict.fromkeys(row["suite"] for row in shown):
         speed.text(
             0, y, f"{suite}  ", transform=speed.get_yaxis_transform(), ha="right", va="center", fontsize=9,
             fontweight="bold", color=INK,
         )  # fmt: skip
-        for row in (row for row in rows if row["suite"] == suite):
+        for row in (row for row in shown if row["suite"] == suite):
             y += 1
             ticks.append(y)
             labels.append(_label(row))
@@ -153,12 +153,12 @@ def _share(axes: Axes, row: Mapping[str, Any], y: float) -> None:
     axes.text(0.02, y, text, fontsize=7.5, color=INK, va="center", zorder=3)
 
 
-def _roofline(figure: Any, rows: _Rows, colours: Mapping[str, str], document: Mapping[str, Any]) -> None:
+def _roofline(figure: Any, shown: _Rows, colours: Mapping[str, str], everything: _Rows) -> None:
     """Draw arithmetic rates against intensity, under the measured roofs."""
     axes = figure.subplots()
-    for row in rows:
+    for row in shown:
         colour, half = colours[row["suite"]], row["dtype"] == "bfloat16"
-        seconds = row["timings"]["mixfeat"]["p50"]
+        seconds = row["timings"]["mixfeat"]["median"]
         axes.plot(
             row["work"]["FLOP"] / row["work"]["bytes"], row["work"]["FLOP"] / seconds / 1e9, linestyle="none",
             marker="o" if row["direction"] == "forward" else "^", color=colour, markersize=7, zorder=3,
@@ -167,7 +167,7 @@ def _roofline(figure: Any, rows: _Rows, colours: Mapping[str, str], document: Ma
     axes.set_xscale("log")
     axes.set_yscale("log")
     left, right = axes.get_xlim()
-    limits: Mapping[str, float] = next((row["figures"] for row in document["rows"] if row["suite"] == "limits"), {})
+    limits: Mapping[str, float] = next((row["figures"] for row in everything if row["suite"] == "limits"), {})
     bandwidth = limits.get("bytes/s of copies")
     if bandwidth:
         flat = {name.removeprefix(_FLOP): rate for name, rate in limits.items() if name.startswith(_FLOP)}
@@ -196,7 +196,7 @@ def _roofline(figure: Any, rows: _Rows, colours: Mapping[str, str], document: Ma
     marks = {"forward": ("o", True), "with the gradient": ("^", True), "bfloat16": ("o", False)}
     handles = [
         Line2D([], [], color=colours[suite], marker="s", linestyle="none", label=suite)
-        for suite in dict.fromkeys(row["suite"] for row in rows)
+        for suite in dict.fromkeys(row["suite"] for row in shown)
     ]
     handles += [
         Line2D([], [], color=INK, marker=mark, linestyle="none", markerfacecolor=INK if full else "white", label=name)
@@ -205,12 +205,12 @@ def _roofline(figure: Any, rows: _Rows, colours: Mapping[str, str], document: Ma
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=8.5, labelcolor=INK)
 
 
-def _curves(figure: Any, rows: _Rows, colours: Mapping[str, str], document: Mapping[str, Any]) -> None:
+def _curves(figure: Any, shown: _Rows, colours: Mapping[str, str], everything: _Rows) -> None:
     """Draw a panel per growing dimension, with the fitted exponent at the end of each line."""
-    names = list(dict.fromkeys(row["direction"].removeprefix(GROWTH) for row in rows))
+    names = list(dict.fromkeys(row["direction"].removeprefix(GROWTH) for row in shown))
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
-        found = [row for row in rows if row["direction"] == f"{GROWTH}{name}"]
+        found = [row for row in shown if row["direction"] == f"{GROWTH}{name}"]
         below = 0.0  # end of the line below
         for row in sorted(found, key=lambda row: row["figures"]["ms"][-1]):
             values, times = row["figures"][name], row["figures"]["ms"]
@@ -236,6 +236,6 @@ def _curves(figure: Any, rows: _Rows, colours: Mapping[str, str], document: Mapp
     _plain_numbers(panels[0].yaxis)
     handles = [
         Line2D([], [], color=colours[suite], marker="o", label=suite)
-        for suite in dict.fromkeys(row["suite"] for row in rows)
+        for suite in dict.fromkeys(row["suite"] for row in shown)
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5, labelcolor=INK)

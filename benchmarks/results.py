@@ -1,4 +1,4 @@
-"""Results of the benchmarks: one JSON document per device, rows in words and in tables, comparison of two documents."""
+"""Results of the benchmarks: pytest-benchmark's JSON, cases in words and in tables, comparison of two documents."""
 
 import hashlib
 import json
@@ -6,10 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["GROWTH", "compare", "describe", "fingerprint", "load", "markdown", "of_limit", "rates", "ratios", "tables"]
+__all__ = [
+    "GROWTH", "about", "compare", "describe", "fingerprint", "load", "markdown", "of_limit", "rates", "ratios", "rows",
+    "tables",
+]  # fmt: skip
 
 #: Keys of a document.
-KEYS = ("version", "commit", "device", "torch", "triton", "date", "rows")
+KEYS = ("machine_info", "commit_info", "datetime", "benchmarks")
+#: What names a case.
+CASE = ("suite", "case", "direction", "dtype")
 #: A row with this direction, followed by the name of a dimension, has an exponent among its figures.
 GROWTH = "growth with "
 
@@ -25,9 +30,43 @@ def load(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     missing = [key for key in KEYS if key not in document] if isinstance(document, dict) else list(KEYS)
+    if not missing and "mixfeat" not in document["machine_info"]:
+        missing = ["mixfeat's version"]
     if missing:
         raise ValueError(f"{path} holds no results of `mixfeat bench`: it lacks {', '.join(missing)}")
     return document
+
+
+def rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Gather the contenders of each case into one row.
+
+    A row has what names the case (``suite``, ``case``, ``direction``, ``dtype``); by contender its ``timings``
+    (``q1``, ``median``, ``q3`` of its seconds), medians in other modes (``also``) and ``peak_bytes``; and what
+    the first contender's ``extra_info`` says of all of them.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    empty: dict[str, Any]
+    for bench in document["benchmarks"]:
+        params, info = bench["params"], dict(bench["extra_info"])
+        empty = {"timings": {}, "also": {}, "peak_bytes": {}, "work": {}, "limit": None, "figures": {}, "missing": {}}
+        row = found.setdefault(bench["group"], {name: params[name] for name in CASE} | empty)
+        name = params["contender"]
+        row["timings"][name] = {quantile: bench["stats"][quantile] for quantile in ("q1", "median", "q3")}
+        for mode, seconds in info.pop("also", {}).items():
+            row["also"].setdefault(mode, {})[name] = seconds
+        if "peak_bytes" in info:
+            row["peak_bytes"][name] = info.pop("peak_bytes")
+        del info["ratio"]
+        row |= info
+    return list(found.values())
+
+
+def about(document: Mapping[str, Any]) -> str:
+    """Say where, when and of what the results are."""
+    machine = document["machine_info"]
+    where = f"{machine['device']}, PyTorch {machine['torch']}"
+    where += f", Triton {machine['triton']}" if machine["GPUs"] else ""
+    return f"{where}; {document['datetime'][:10]}, mixfeat {machine['mixfeat']} at {document['commit_info']['id'][:10]}"
 
 
 def fingerprint(document: Mapping[str, Any]) -> str:
@@ -38,7 +77,7 @@ def fingerprint(document: Mapping[str, Any]) -> str:
 def ratios(row: Mapping[str, Any]) -> dict[str, float]:
     """Divide the median time of each baseline by mixfeat's."""
     times = row["timings"]
-    return {name: time["p50"] / times["mixfeat"]["p50"] for name, time in times.items() if name != "mixfeat"}
+    return {name: time["median"] / times["mixfeat"]["median"] for name, time in times.items() if name != "mixfeat"}
 
 
 def of_limit(row: Mapping[str, Any]) -> float | None:
@@ -46,33 +85,32 @@ def of_limit(row: Mapping[str, Any]) -> float | None:
 
     It exceeds 1 if mixfeat is faster than the measurement that defines the limit. None for a row without a limit.
     """
-    return row["limit"]["seconds"] / row["timings"]["mixfeat"]["p50"] if row["limit"] else None
+    return row["limit"]["seconds"] / row["timings"]["mixfeat"]["median"] if row["limit"] else None
 
 
 def rates(row: Mapping[str, Any]) -> dict[str, float]:
     """Divide each amount of work by mixfeat's median time: "evaluations/s", "FLOP/s", "bytes/s"."""
-    if not row["timings"]:
-        return {}
-    return {f"{unit}/s": amount / row["timings"]["mixfeat"]["p50"] for unit, amount in row["work"].items()}
+    return {f"{unit}/s": amount / row["timings"]["mixfeat"]["median"] for unit, amount in row["work"].items()}
 
 
 def describe(row: Mapping[str, Any]) -> str:
     """Write a row in one line."""
     parts = [f"{row['suite']} {row['case']} {row['direction']} {row['dtype']}:"]
-    if row["timings"]:
-        parts.append(f"{row['timings']['mixfeat']['p50'] * 1e3:.3g} ms")
+    if "mixfeat" in row["timings"]:
+        parts.append(f"{row['timings']['mixfeat']['median'] * 1e3:.3g} ms")
         parts += [f"{name} {ratio:.2f}x" for name, ratio in ratios(row).items()]
         parts += [_rate(unit, value) for unit, value in rates(row).items()]
     share = of_limit(row)
     if share is not None:
         parts.append(f"{share:.0%} of {row['limit']['name']}")
-    for mode, times in row.get("also", {}).items():
+    for mode, times in row["also"].items():
         parts.append(f"{mode}: {times['mixfeat'] * 1e3:.3g} ms")
     peaks = row["peak_bytes"]
     if peaks:
         parts.append("peak " + ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in peaks.items()))
     for name, value in row["figures"].items():
         parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+    parts += [f"without {name}: {reason}" for name, reason in row["missing"].items()]
     return "  ".join(parts)
 
 
@@ -82,37 +120,36 @@ def _rate(unit: str, value: float) -> str:
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(row[name] for name in ("suite", "case", "direction", "dtype"))
+    return tuple(row[name] for name in CASE)
 
 
 def compare(new: Mapping[str, Any], old: Mapping[str, Any], min_ratio: float = 1.05) -> list[str]:
     """List the rows that have become slower beyond noise, one line each.
 
-    A row counts if mixfeat's median is more than ``min_ratio`` times the old one, and its 20% quantile lies above the
-    old 80% quantile.
+    A row counts if mixfeat's median is more than ``min_ratio`` times the old one, and its first quartile lies above the
+    old third one.
 
     Raises:
         ValueError: the documents come from different devices.
     """
-    if new["device"] != old["device"]:
-        raise ValueError(f"results compare only on one device: {new['device']} here, {old['device']} there")
-    before = {_key(row): row["timings"].get("mixfeat") for row in old["rows"]}
+    here, there = (document["machine_info"]["device"] for document in (new, old))
+    if here != there:
+        raise ValueError(f"results compare only on one device: {here} here, {there} there")
+    before = {_key(row): row["timings"].get("mixfeat") for row in rows(old)}
     lines = []
-    for row in new["rows"]:
+    for row in rows(new):
         then, now = before.get(_key(row)), row["timings"].get("mixfeat")
-        if then and now and now["p20"] > then["p80"] and now["p50"] > min_ratio * then["p50"]:
-            ratio = now["p50"] / then["p50"]
-            lines.append(
-                f"{' '.join(_key(row))}: {then['p50'] * 1e3:.3g} ms -> {now['p50'] * 1e3:.3g} ms ({ratio:.2f}x)"
-            )
+        if then and now and now["q1"] > then["q3"] and now["median"] > min_ratio * then["median"]:
+            ms, before_ms = 1e3 * now["median"], 1e3 * then["median"]
+            lines.append(f"{' '.join(_key(row))}: {before_ms:.3g} ms -> {ms:.3g} ms ({ms / before_ms:.2f}x)")
     return lines
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown(table: Sequence[Sequence[str]]) -> str:
     """Format a table in Markdown; the first row is its head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in table
     ]
     return "\n".join([lines[0], "| " + " | ".join("-" * width for width in widths) + " |", *lines[1:]])
 
@@ -120,31 +157,31 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 def tables(document: Mapping[str, Any], *, brief: bool = False) -> str:
     """Format a document in Markdown: a table per operator, a table of growth exponents, a list of other figures.
 
-    ``brief`` keeps one row per timed case, preferably float32 with forward and backward, and every untimed row.
+    ``brief`` keeps one row per case with baselines, preferably float32 with forward and backward, and all others.
     """
-    where = f"{document['device']}, PyTorch {document['torch']}"
-    where += f", Triton {document['triton']}" if document["triton"] else ""
-    parts = [f"{where}; {document['date']}, mixfeat {document['version']} at {document['commit'][:10]}."]
-    everything = _selected(document["rows"]) if brief else document["rows"]
+    everything = _selected(rows(document)) if brief else rows(document)
+    parts = [f"{about(document)}."]
     parts[0] += "".join(f" Caches are {mode}." for mode in {row.get("cache") for row in everything} - {None})
-    timed = [row for row in everything if len(row["timings"]) > 1]
+    timed = [row for row in everything if _contested(row)]
     for suite in dict.fromkeys(row["suite"] for row in timed):
-        rows = [row for row in timed if row["suite"] == suite]
-        baselines = list(dict.fromkeys(name for row in rows for name in ratios(row)))
-        limit = next((row["limit"]["name"] for row in rows if row["limit"]), None)
+        chosen = [row for row in timed if row["suite"] == suite]
+        baselines = list(dict.fromkeys(name for row in chosen for name in ratios(row)))
+        limit = next((row["limit"]["name"] for row in chosen if row["limit"]), None)
         head = [f"`{suite}`", "mixfeat", *(f"over {name}" for name in baselines)]
         head += [f"of {limit}"] if limit else []
-        memory = any(row["peak_bytes"] for row in rows)
+        memory = any(row["peak_bytes"] for row in chosen)
         head += ["memory, of the least other"] if memory else []
         body = []
-        for row in rows:
+        for row in chosen:
             found, share = ratios(row), of_limit(row)
-            cells = [_name(row), f"{row['timings']['mixfeat']['p50'] * 1e3:.3g} ms"]
+            cells = [_name(row), f"{row['timings']['mixfeat']['median'] * 1e3:.3g} ms"]
             cells += [f"{found[name]:.1f}x" if name in found else "" for name in baselines]
             cells += [f"{share:.0%}" if share else ""] if limit else []
             cells += [_memory(row["peak_bytes"])] if memory else []
             body.append(cells)
         parts.append(markdown([head, *body]))
+        absent = {name: reason for row in chosen for name, reason in row["missing"].items() if name not in baselines}
+        parts.append("\n".join(f"- without {name}: {reason}" for name, reason in absent.items()))
     growth = [row for row in everything if row["direction"].startswith(GROWTH)]
     parts.append(_exponents(growth) if growth else "")
     others = [row for row in everything if row["figures"] and row not in growth]
@@ -152,14 +189,19 @@ def tables(document: Mapping[str, Any], *, brief: bool = False) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _selected(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Keep one row per timed case, and every untimed row."""
+def _contested(row: Mapping[str, Any]) -> bool:
+    """Whether mixfeat is timed against baselines, and not parts of it against each other."""
+    return "mixfeat" in row["timings"] and len(row["timings"]) > 1
+
+
+def _selected(everything: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Keep one row per case with baselines, and every other row."""
     order = ["forward + backward", "training step", "forward"]
-    timed = [row for row in rows if row["timings"] and row["direction"] in order]
+    timed = [row for row in everything if _contested(row) and row["direction"] in order]
     first: dict[tuple[str, str], Mapping[str, Any]] = {}
     for row in sorted(timed, key=lambda row: (row["dtype"] != "float32", order.index(row["direction"]))):
         first.setdefault((row["suite"], row["case"]), row)
-    return [row for row in rows if row not in timed or row in first.values()]
+    return [row for row in everything if row not in timed or row in first.values()]
 
 
 def _memory(peaks: Mapping[str, int]) -> str:
@@ -167,9 +209,9 @@ def _memory(peaks: Mapping[str, int]) -> str:
     return f"{peaks['mixfeat'] / 2**20:.1f} of {min(others) / 2**20:.1f} MiB" if others else ""
 
 
-def _exponents(rows: Sequence[Mapping[str, Any]]) -> str:
+def _exponents(growth: Sequence[Mapping[str, Any]]) -> str:
     """Format the exponents of growth: a row per operator, a column per dimension."""
-    found = {(row["suite"], row["direction"].removeprefix(GROWTH)): row["figures"]["exponent"] for row in rows}
+    found = {(row["suite"], row["direction"].removeprefix(GROWTH)): row["figures"]["exponent"] for row in growth}
     suites, names = (list(dict.fromkeys(key)) for key in zip(*found, strict=True))
     body = [
         [f"`{suite}`", *(f"{found[suite, n]:.2f}" if (suite, n) in found else "" for n in names)] for suite in suites

@@ -11,7 +11,7 @@ import mixfeat as mf
 from . import baselines, harness
 from .limits import Work, copy_limit
 from .shapes import LOGITS, cases
-from .timing import DEVICE, measure
+from .timing import DEVICE
 
 #: FLOP per logit: a maximum, a difference, an exponential, a sum; the gradient adds a product and a difference.
 FLOP = {"forward": 4, "forward + backward": 6}
@@ -23,7 +23,7 @@ CASES = cases(LOGITS, ("imagenet", "vocabulary", "cifar"), BOTH) + cases(["image
 SOFT_CASES = cases(["imagenet", "cifar"], ("imagenet",), BOTH) + cases(["imagenet"], (), FORWARD)
 
 
-def time_formulas(benchmark, capsys, case, formulas, x, targets, target_bytes, flop=FLOP):
+def time_formulas(bench, case, formulas, x, targets, target_bytes, flop=FLOP):
     """Time ``formulas`` of logits ``x`` and ``targets``, from which ``target_bytes`` must be read."""
     direction = case.direction
     contenders = {key: harness.directed(direction, functools.partial(f, x, *targets), x) for key, f in formulas.items()}
@@ -31,17 +31,12 @@ def time_formulas(benchmark, capsys, case, formulas, x, targets, target_bytes, f
     doubles = [t.double() if t.is_floating_point() else t for t in targets]
     truth = harness.directed(direction, functools.partial(formulas["naive"], exact, *doubles), exact)
     harness.check(contenders, truth(), case.dtype)
-    measured = measure(contenders)
-    benchmark.pedantic(contenders["mixfeat"], rounds=5)
     bytes = x.nbytes * (1 + (direction != "forward")) + target_bytes  # the gradient is written
-    harness.record(
-        capsys, case, measured=measured, memory=harness.peak_bytes(contenders),
-        work=Work({"FLOP": flop[direction] * x.numel(), "bytes": bytes}, copy_limit(bytes)),
-    )  # fmt: skip
+    bench(case, contenders, work=Work({"FLOP": flop[direction] * x.numel(), "bytes": bytes}, copy_limit(bytes)))
 
 
 @pytest.mark.parametrize(("name", "dtype", "direction"), CASES)
-def test_mixup_cross_entropy(benchmark, capsys, name, dtype, direction):
+def test_mixup_cross_entropy(bench, name, dtype, direction):
     samples, classes = LOGITS[name]
     x = torch.randn(samples, classes, device=DEVICE).to(dtype).requires_grad_()
     targets = (*torch.randint(classes, (2, samples), device=DEVICE), torch.tensor(0.3, device=DEVICE))
@@ -53,11 +48,11 @@ def test_mixup_cross_entropy(benchmark, capsys, name, dtype, direction):
         "timm": baselines.dense_cross_entropy,
     }
     case = harness.Case("mixup_cross_entropy", f"{name} {(samples, classes)}", direction, dtype)
-    time_formulas(benchmark, capsys, case, formulas, x, targets, 16 * samples)
+    time_formulas(bench, case, formulas, x, targets, 16 * samples)
 
 
 @pytest.mark.parametrize(("name", "dtype", "direction"), SOFT_CASES)
-def test_soft_target_cross_entropy(benchmark, capsys, name, dtype, direction):
+def test_soft_target_cross_entropy(bench, name, dtype, direction):
     samples, classes = LOGITS[name]
     x = torch.randn(samples, classes, device=DEVICE).to(dtype).requires_grad_()
     target = torch.rand(samples, classes, device=DEVICE).softmax(1).to(dtype)
@@ -69,11 +64,11 @@ def test_soft_target_cross_entropy(benchmark, capsys, name, dtype, direction):
         "timm": baselines.soft_cross_entropy_timm,
     }
     case = harness.Case("soft_target_cross_entropy", f"{name} {(samples, classes)}", direction, dtype)
-    time_formulas(benchmark, capsys, case, formulas, x, (target,), target.nbytes)
+    time_formulas(bench, case, formulas, x, (target,), target.nbytes)
 
 
 @pytest.mark.parametrize(("name", "dtype", "direction"), SOFT_CASES)
-def test_mixup_binary_cross_entropy(benchmark, capsys, name, dtype, direction):
+def test_mixup_binary_cross_entropy(bench, name, dtype, direction):
     samples, classes = LOGITS[name]
     x = torch.randn(samples, classes, device=DEVICE).to(dtype).requires_grad_()
     targets = (*torch.randint(classes, (2, samples), device=DEVICE), torch.tensor(0.3, device=DEVICE))
@@ -85,4 +80,4 @@ def test_mixup_binary_cross_entropy(benchmark, capsys, name, dtype, direction):
         "best eager": baselines.sparse_binary_cross_entropy,
     }
     case = harness.Case("mixup_binary_cross_entropy", f"{name} {(samples, classes)}", direction, dtype)
-    time_formulas(benchmark, capsys, case, formulas, x, targets, 16 * samples, BINARY_FLOP)
+    time_formulas(bench, case, formulas, x, targets, 16 * samples, BINARY_FLOP)

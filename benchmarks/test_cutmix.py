@@ -8,16 +8,16 @@ import torch
 import mixfeat as mf
 
 from . import baselines, harness
-from .limits import Work, copy_limit, copy_rates
+from .limits import Work, copy_limit, of_old_copies
 from .shapes import BATCHES, cases
-from .timing import DEVICE, measure
+from .timing import DEVICE
 
 #: Images need no gradient.
 CASES = cases(("imagenet", "cifar", "tiny"), ("imagenet", "cifar"), ("forward",))
 
 
 @pytest.mark.parametrize(("name", "dtype", "direction"), CASES)
-def test_operator(benchmark, capsys, name, dtype, direction):
+def test_operator(bench, name, dtype, direction):
     shape = BATCHES[name]
     x = torch.rand(shape, device=DEVICE).to(dtype)
     index = torch.randperm(shape[0], device=DEVICE)
@@ -31,12 +31,8 @@ def test_operator(benchmark, capsys, name, dtype, direction):
     }
     contenders = {key: functools.partial(f, x, index, box) for key, f in formulas.items()}
     harness.check(contenders, baselines.cutmix_where(x.double(), index, box), dtype)
-    measured = measure(contenders)
-    benchmark.pedantic(contenders["mixfeat"], rounds=5)
     bytes = 2 * x.nbytes  # each pixel is read once, and written
-    of_copy = bytes / copy_rates(bytes)["old"] / measured.timings["mixfeat"].p50
-    harness.record(
-        capsys, harness.Case("cutmix", f"{name} {shape}", direction, dtype), measured=measured,
-        memory=harness.peak_bytes(contenders), work=Work({"bytes": bytes}, copy_limit(bytes)),
-        figures={"of a copy into memory that is there": of_copy},
+    bench(
+        harness.Case("cutmix", f"{name} {shape}", direction, dtype), contenders, figures=of_old_copies(bytes),
+        work=Work({"bytes": bytes}, copy_limit(bytes)),
     )  # fmt: skip

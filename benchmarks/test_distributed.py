@@ -21,8 +21,8 @@ import torch.distributed as dist
 import mixfeat as mf
 from mixfeat.ops import sharding
 
-from .harness import Case, record
-from .timing import compare, warm
+from .harness import Case
+from .timing import compare, medians, warm
 
 PATCHES, PATCH_DIM, CLASSES, FILTERS = 12, 20, 10, 10
 ACTIVATION = mf.PolyReLU(8, 0.1)
@@ -79,13 +79,12 @@ def ranks_of(count: int, num_samples: int) -> Iterator[tuple[Callable[[], None],
                 process.communicate()
 
 
-def time_groups(counts: Sequence[int], sizes: Mapping[int, int]) -> tuple[dict[int, float], dict[int, list[int]]]:
+def time_groups(counts: Sequence[int], sizes: Mapping[int, int]) -> tuple[dict[int, list[float]], dict[int, list[int]]]:
     """Time a step of each group, in turn; return seconds, and bytes sent by each rank, by the number of ranks."""
     with ExitStack() as stack:
         groups = {count: stack.enter_context(ranks_of(count, sizes[count])) for count in counts}
-        timings = compare({count: step for count, (step, _) in groups.items()}, clock=warm)
-    seconds = {count: timing.p50 for count, timing in timings.items()}
-    return seconds, {count: sent for count, (_, sent) in groups.items()}
+        times = compare({count: step for count, (step, _) in groups.items()}, clock=warm)
+    return times, {count: sent for count, (_, sent) in groups.items()}
 
 
 def min_bytes(ranks: int, num_samples: int) -> float:
@@ -100,11 +99,12 @@ def min_bytes(ranks: int, num_samples: int) -> float:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="times processes on a CPU")
 @pytest.mark.parametrize("scaling", ["strong", "weak"])
-def test_scaling(benchmark, capsys, scaling):
+def test_scaling(bench, scaling):
     """Time groups of 1, 2 and 4 ranks; ranks beyond the number of cores share cores and cannot add speed."""
     counts = [1, 2, 4]
     sizes = {count: 1024 if scaling == "strong" else round(724 * math.sqrt(count)) for count in counts}
-    seconds, sent = benchmark.pedantic(time_groups, (counts, sizes), rounds=1)
+    times, sent = time_groups(counts, sizes)
+    seconds = medians(times)
     figures = {"cores": os.cpu_count(), "ms of one rank": float(f"{1e3 * seconds[1]:.3g}")}
     for count in counts[1:]:
         work = sizes[count] * (sizes[count] + 1) / (sizes[1] * (sizes[1] + 1))
@@ -113,7 +113,8 @@ def test_scaling(benchmark, capsys, scaling):
         figures[f"{count} ranks: MB sent by each, on average"] = float(f"{mean / 1e6:.3g}")
         figures[f"{count} ranks: of the least"] = float(f"{mean / min_bytes(count, sizes[count]):.3g}")
     case = ", ".join(f"{count}: {size}" for count, size in sizes.items())
-    record(capsys, Case("pairwise_mixup_loss", f"ranks: N = {case}", f"{scaling} scaling"), figures=figures)
+    named = {f"ranks = {count}": turns for count, turns in times.items()}
+    bench.record(Case("pairwise_mixup_loss", f"ranks: N = {case}", f"{scaling} scaling"), named, figures=figures)
 
 
 def run_rank(rank: int, ranks: int, num_samples: int, rendezvous: str) -> None:

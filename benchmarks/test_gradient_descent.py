@@ -11,7 +11,7 @@ from . import baselines, harness
 from .limits import network_work
 from .shapes import Network
 from .test_pairwise_mixup_loss import ACTIVATION, fastest, make_inputs, on_threads
-from .timing import CUDA, compare, measure
+from .timing import CUDA, compare, medians
 
 #: The defaults of ``mixfeat reproduce theory``
 SHAPE = Network(50, 8, 20, 10, 5)
@@ -68,7 +68,7 @@ def plain_loop(x, w, y, lam, *, compile):
 
 @pytest.mark.parametrize("runs", [2, 8])
 @pytest.mark.parametrize("lam", [0.5, None], ids=["midpoint", "erm"])
-def test_runs(benchmark, capsys, lam, runs):
+def test_runs(bench, lam, runs):
     """Train networks for 32 steps in one call, against loops over steps of all networks at once."""
     x, w, y = make_inputs(SHAPE, runs)
     contenders = {
@@ -79,19 +79,18 @@ def test_runs(benchmark, capsys, lam, runs):
     }
     harness.check(contenders, contenders["mixfeat"](), torch.float32)
     contenders["torch.compile"] = fastest(contenders["torch.compile"])
-    measured = measure(contenders, pairwise=True)
-    benchmark.pedantic(contenders["mixfeat"], rounds=3)
     evaluations = SHAPE.evaluations if lam is None else SHAPE.pair_evaluations
     work = network_work(
         "training", torch.float32, products=runs * STEPS * SHAPE.products, evaluations=runs * STEPS * evaluations,
         bytes=x.nbytes + 2 * w.nbytes,
     )  # fmt: skip
     name = f"{'ERM' if lam is None else 'Midpoint'}, R={runs} {tuple(SHAPE)}"
-    harness.record(capsys, harness.Case("gradient_descent", name, f"{STEPS} steps"), measured=measured, work=work)
+    case = harness.Case("gradient_descent", name, f"{STEPS} steps")
+    bench(case, contenders, work=work, pairwise=True, memory=False)
 
 
 @pytest.mark.skipif(CUDA, reason="the CPU's kernel")
-def test_one_core(benchmark, capsys):
+def test_one_core(bench):
     """Compare a step of one network on one core to the bare pairs, from pre-activations to their gradient."""
     x, w, y = make_inputs(SHAPE)
     s = torch.einsum("npd,cmd->npcm", x, w.detach())[None].contiguous()
@@ -104,8 +103,8 @@ def test_one_core(benchmark, capsys):
     def train():
         mf.gradient_descent(x, w.detach(), y, ACTIVATION, lr=LR, steps=STEPS)
 
-    timing = compare({"step": on_threads(train, 1), "pairs": on_threads(pairs, 1)})
-    benchmark.pedantic(on_threads(train, 1), rounds=3)
+    times = compare({"steps": on_threads(train, 1), "their pairs": on_threads(pairs, 1)})
+    typical = medians(times)
 
     def work():
         return network_work(
@@ -114,16 +113,17 @@ def test_one_core(benchmark, capsys):
 
     limit = on_threads(work, 1)().limit
     figures = {
-        "microseconds a step": timing["step"].p50 / STEPS * 1e6,
-        "of the pairs": timing["step"].p50 / timing["pairs"].p50,
-        "% of the arithmetic peak": 100 * limit.seconds * STEPS / timing["step"].p50,
+        "microseconds a step": typical["steps"] / STEPS * 1e6,
+        "of the pairs": typical["steps"] / typical["their pairs"],
+        "% of the arithmetic peak": 100 * limit.seconds * STEPS / typical["steps"],
     }
-    harness.record(capsys, harness.Case("gradient_descent", f"one core {tuple(SHAPE)}", "a step"), figures=figures)
+    case = harness.Case("gradient_descent", f"one core {tuple(SHAPE)}", f"{STEPS} steps")
+    bench.record(case, times, figures=figures)
 
 
 @pytest.mark.skipif(CUDA, reason="the CPU's threads")
 @pytest.mark.parametrize("runs", [1, 5, 8])
-def test_threads(benchmark, capsys, runs):
+def test_threads(bench, runs):
     """Compare all threads to one: networks that do not divide evenly among threads, and fewer networks than threads."""
     x, w, y = make_inputs(SHAPE, runs)
 
@@ -131,7 +131,7 @@ def test_threads(benchmark, capsys, runs):
         mf.gradient_descent(x, w.detach(), y, ACTIVATION, lr=LR, steps=8 * STEPS)
 
     threads = torch.get_num_threads()
-    timing = compare({"all": on_threads(train, threads), "one": on_threads(train, 1)})
-    benchmark.pedantic(train, rounds=3)
-    figures = {"threads": threads, "times as fast as one thread": timing["one"].p50 / timing["all"].p50}
-    harness.record(capsys, harness.Case("gradient_descent", f"R={runs} {tuple(SHAPE)}", "threads"), figures=figures)
+    times = compare({"all threads": on_threads(train, threads), "one thread": on_threads(train, 1)})
+    typical = medians(times)
+    figures = {"threads": threads, "times as fast as one thread": typical["one thread"] / typical["all threads"]}
+    bench.record(harness.Case("gradient_descent", f"R={runs} {tuple(SHAPE)}", "threads"), times, figures=figures)

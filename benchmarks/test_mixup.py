@@ -10,9 +10,9 @@ from torch import nn
 import mixfeat as mf
 
 from . import baselines, harness
-from .limits import Work, copy_limit, copy_rates
+from .limits import Work, copy_limit, of_old_copies
 from .shapes import BATCHES, cases
-from .timing import DEVICE, measure
+from .timing import DEVICE
 
 #: Images need no gradient; activations of a hidden layer do.
 CASES = cases(BATCHES, ("imagenet", "hidden", "cifar"), ("forward",)) + cases(
@@ -21,7 +21,7 @@ CASES = cases(BATCHES, ("imagenet", "hidden", "cifar"), ("forward",)) + cases(
 
 
 @pytest.mark.parametrize(("name", "dtype", "direction"), CASES)
-def test_operator(benchmark, capsys, name, dtype, direction):
+def test_operator(bench, name, dtype, direction):
     shape, backward = BATCHES[name], direction != "forward"
     x = torch.rand(shape, device=DEVICE).to(dtype).requires_grad_(backward)
     grad = torch.rand(shape, device=DEVICE).to(dtype)
@@ -45,15 +45,10 @@ def test_operator(benchmark, capsys, name, dtype, direction):
     truth = harness.directed(direction, lambda: baselines.mixup(exact, index, lam.double()), exact, grad.double())
     own_pairs = ("timm", "torchvision")  # they ignore index
     harness.check({key: run for key, run in contenders.items() if key not in own_pairs}, truth(), dtype)
-    measured = measure(contenders)
-    benchmark.pedantic(contenders["mixfeat"], rounds=5)
     bytes = 3 * x.nbytes * (1 + backward)  # two samples read, one written; the same for the gradient
-    old = copy_rates(bytes)["old"]
-    harness.record(
-        capsys, harness.Case("mixup", f"{name} {shape}", direction, dtype), measured=measured,
-        memory=harness.peak_bytes(contenders),
+    bench(
+        harness.Case("mixup", f"{name} {shape}", direction, dtype), contenders, figures=of_old_copies(bytes),
         work=Work({"FLOP": 3 * x.numel() * (1 + backward), "bytes": bytes}, copy_limit(bytes)),
-        figures={"of a copy into memory that is there": bytes / old / measured.timings["mixfeat"].p50},
     )  # fmt: skip
 
 
@@ -70,7 +65,7 @@ class Block(nn.Module):
         return F.relu(y + self.short(x))
 
 
-def test_training_step_of_a_small_resnet(benchmark, capsys):
+def test_training_step_of_a_small_resnet(bench):
     """Compare a step with Mixup and its loss to the same step without mixing."""
     model = nn.Sequential(
         nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
@@ -96,12 +91,6 @@ def test_training_step_of_a_small_resnet(benchmark, capsys):
     def plain():
         return F.cross_entropy(model(x), y)
 
-    # the ratio of the plain step to itself shows the noise of this comparison
-    losses = {"mixfeat": ours, "naive": naive, "no mixing": plain, "no mixing again": plain}
+    losses = {"mixfeat": ours, "naive": naive, "no mixing": plain}
     contenders = {name: functools.partial(step, loss) for name, loss in losses.items()}
-    measured = measure(contenders, share=8)
-    again = measured.timings.pop("no mixing again").p50
-    benchmark.pedantic(contenders["mixfeat"], rounds=3)
-    figures = {"the step without mixing against itself": again / measured.timings["no mixing"].p50}
-    case = harness.Case("mixup", "small ResNet (128, 3, 32, 32)", "training step")
-    harness.record(capsys, case, measured=measured, figures=figures)
+    bench(harness.Case("mixup", "small ResNet (128, 3, 32, 32)", "training step"), contenders, share=8, memory=False)

@@ -14,7 +14,7 @@ from mixfeat.ops.pairwise_mixup_loss import pairwise_mixup_block
 from . import baselines, harness
 from .limits import network_work
 from .shapes import NETWORKS, Network, cases
-from .timing import CUDA, DEVICE, Contender, compare, measure, warm
+from .timing import CUDA, DEVICE, Contender, compare, medians, warm
 
 ACTIVATION = mf.PolyReLU(8, 0.1)
 #: The batch of many samples is for patch_conv, whose work does not grow with pairs.
@@ -63,7 +63,7 @@ def affordable(shape, dtype):
 
 
 @pytest.mark.parametrize(("name", "dtype", "direction"), cases(NAMES, ("paper-10", "image")))
-def test_operator(benchmark, capsys, name, dtype, direction):
+def test_operator(bench, name, dtype, direction):
     shape = NETWORKS[name]
     x, w, y = make_inputs(shape)
     x, w = x.to(dtype), w.detach().to(dtype).requires_grad_()
@@ -79,17 +79,15 @@ def test_operator(benchmark, capsys, name, dtype, direction):
     truth = harness.directed(direction, lambda: mf.pairwise_mixup_loss(x.float(), exact, y, ACTIVATION), exact)
     harness.check(contenders, truth(), dtype)
     contenders["torch.compile"] = fastest(contenders["torch.compile"])
-    measured = measure(contenders, pairwise=True)
-    benchmark.pedantic(contenders["mixfeat"], rounds=3)
     work = network_work(
         direction, dtype, products=shape.products, evaluations=shape.pair_evaluations,
         bytes=x.nbytes + w.nbytes * (1 + backward),
     )  # fmt: skip
     case = harness.Case("pairwise_mixup_loss", f"{name} {tuple(shape)}", direction, dtype)
-    harness.record(capsys, case, measured=measured, work=work, memory=harness.peak_bytes(contenders))
+    bench(case, contenders, work=work, pairwise=True)
 
 
-def test_training_step(benchmark, capsys):
+def test_training_step(bench):
     """Train eight of the paper's networks at once, against one by one; compare the step to its operator and kernel."""
     shape, runs = Network(50, 12, 20, 10, 5), 8
     x, w, y = make_inputs(shape, runs)
@@ -121,23 +119,20 @@ def test_training_step(benchmark, capsys):
         return lambda: detached.sub_(gradient(), alpha=1e-6)
 
     contenders = {key: step(gradient) for key, gradient in gradients.items()}
-    measured = measure(contenders, pairwise=True)
-    parts = compare(
-        {
+    parts = medians(
+        compare({
             "step": contenders["mixfeat"],
             "operator": lambda: operator(*arguments, False, True, False),
             "kernel": lambda: pairwise_mixup_block(s, None, y, None, [0.5], [1 / 2500], polynomial, True),
-        }
-    )
-    benchmark.pedantic(contenders["mixfeat"], rounds=5)
-    figures = {f"of its {part}": parts["step"].p50 / parts[part].p50 for part in ("operator", "kernel")}
+        })
+    )  # fmt: skip
+    figures = {f"of its {part}": parts["step"] / parts[part] for part in ("operator", "kernel")}
     work = network_work(
         "training step", torch.float32, products=runs * shape.products, evaluations=runs * shape.pair_evaluations,
         bytes=x.nbytes + 2 * w.nbytes,
     )  # fmt: skip
     case = harness.Case("pairwise_mixup_loss", f"paper-10, R={runs} {tuple(shape)}", "training step")
-    memory = harness.peak_bytes(contenders)
-    harness.record(capsys, case, measured=measured, work=work, memory=memory, figures=figures)
+    bench(case, contenders, work=work, pairwise=True, figures=lambda _: figures)
 
 
 def train(x, y, filters, steps, lr):
@@ -151,7 +146,7 @@ def train(x, y, filters, steps, lr):
 
 @pytest.mark.skipif(CUDA, reason="the CPU's kernel")
 @pytest.mark.parametrize("data", ["random", "multi-view", "glyphs"])
-def test_skipping(benchmark, capsys, data):
+def test_skipping(bench, data):
     """Compare the kernel with and without skipping of zero and linear blocks, on random and on trained networks.
 
     Random networks have nothing to skip. Glyphs are images of 16 patches, 12 of which are a blank margin.
@@ -177,14 +172,14 @@ def test_skipping(benchmark, capsys, data):
         return lambda: torch.ops.mixfeat_cpu.pairwise_mixup_loss(s, None, y, None, *arguments, skip)
 
     assert run(True)().item() == pytest.approx(run(False)().item(), rel=1e-6)
-    timing = compare({"skip": run(True), "all": run(False)})
-    benchmark.pedantic(run(True), rounds=3)
-    figures = {"times as fast as without": timing["all"].p50 / timing["skip"].p50}
-    harness.record(capsys, harness.Case("pairwise_mixup_loss", f"N=256, {data}", "skipping blocks"), figures=figures)
+    times = compare({"skip": run(True), "all": run(False)})
+    typical = medians(times)
+    figures = {"times as fast as without": typical["all"] / typical["skip"]}
+    bench.record(harness.Case("pairwise_mixup_loss", f"N=256, {data}", "skipping blocks"), times, figures=figures)
 
 
 @pytest.mark.skipif(CUDA or not sys.platform.startswith("linux"), reason="the CPU's kernel; reads /proc")
-def test_large(benchmark, capsys):
+def test_large(bench):
     """Take a step over 134 million pairs in a process of its own: memory grows with N, not with N^2."""
     code = (
         "import time, torch, mixfeat as mf\n"
@@ -194,11 +189,8 @@ def test_large(benchmark, capsys):
         "mf.pairwise_mixup_loss(x, w, y, mf.PolyReLU(8, 0.1)).backward()\n"
         "print(time.perf_counter() - start, open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
     )
-
-    def run():
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-
-    seconds, peak = map(float, benchmark.pedantic(run, rounds=1).split())
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, peak = map(float, process.stdout.split())
     figures = {"seconds": seconds, "GiB in all": peak / 2**20}
     case = harness.Case("pairwise_mixup_loss", "N=16384 (12, 20, 10, 10)", "forward + backward")
-    harness.record(capsys, case, figures=figures)
+    bench.record(case, {"mixfeat": [seconds]}, figures=figures)

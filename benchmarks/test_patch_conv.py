@@ -15,7 +15,7 @@ from mixfeat import reference
 from . import baselines, harness
 from .limits import Work, network_work
 from .shapes import NETWORKS, cases
-from .timing import CUDA, DEVICE, measure
+from .timing import CUDA, DEVICE
 
 ACTIVATION = mf.PolyReLU(8, 0.1)
 
@@ -37,7 +37,7 @@ def formulas():
 
 
 @pytest.mark.parametrize(("name", "dtype", "direction"), cases(NETWORKS, ("paper-10", "image", "patches")))
-def test_operator(benchmark, capsys, name, dtype, direction):
+def test_operator(bench, name, dtype, direction):
     shape = NETWORKS[name]
     x, w = make_inputs(name, dtype)
     grad = torch.randn(shape.samples, shape.classes, device=DEVICE).to(dtype)
@@ -50,16 +50,13 @@ def test_operator(benchmark, capsys, name, dtype, direction):
         direction, lambda: reference.patch_conv(x.double(), exact, ACTIVATION), exact, grad.double()
     )
     harness.check(contenders, truth(), dtype)
-    measured = measure(contenders)
-    benchmark.pedantic(contenders["mixfeat"], rounds=5)
     bytes = (x.nbytes + w.nbytes + grad.nbytes) * (1 + (direction != "forward"))
     work = network_work(direction, dtype, products=shape.products, evaluations=shape.evaluations, bytes=bytes)
-    case = harness.Case("patch_conv", f"{name} {tuple(shape)}", direction, dtype)
-    harness.record(capsys, case, measured=measured, work=work, memory=harness.peak_bytes(contenders))
+    bench(harness.Case("patch_conv", f"{name} {tuple(shape)}", direction, dtype), contenders, work=work)
 
 
 @pytest.mark.parametrize("name", ["paper-10", "image"])
-def test_training_step(benchmark, capsys, name):
+def test_training_step(bench, name):
     """Time a step on a batch mixed within itself: mix, convolve, compare with both labels, update."""
     shape = NETWORKS[name]
     x, w = make_inputs(name, torch.float32)
@@ -88,15 +85,12 @@ def test_training_step(benchmark, capsys, name):
     gradients = {key: harness.directed("training step", functools.partial(loss, w), w) for key, loss in losses.items()}
     harness.check(gradients, gradients["best eager"](), torch.float32)
     contenders = {key: functools.partial(step, loss) for key, loss in losses.items()}
-    measured = measure(contenders)
-    benchmark.pedantic(contenders["mixfeat"], rounds=5)
     case = harness.Case("patch_conv", f"{name} {tuple(shape)}", "training step")
-    work = Work({"evaluations": shape.evaluations})
-    harness.record(capsys, case, measured=measured, work=work, memory=harness.peak_bytes(contenders))
+    bench(case, contenders, work=Work({"evaluations": shape.evaluations}))
 
 
 @pytest.mark.skipif(CUDA, reason="launches there are asynchronous")
-def test_host_overhead(benchmark, capsys):
+def test_host_overhead(bench):
     """Time one call with autograd on tiny tensors, and subtract the C++ call that it ends in."""
     x, w = torch.randn(2, 3, 4), torch.randn(2, 2, 4, requires_grad=True)
     detached = w.detach()
@@ -108,15 +102,16 @@ def test_host_overhead(benchmark, capsys):
         begin = time.perf_counter()
         for _ in range(calls):
             run()
-        return (time.perf_counter() - begin) / calls * 1e6
+        return (time.perf_counter() - begin) / calls
 
     contenders = {
         "call": lambda: mf.patch_conv(x, w, ACTIVATION),
         "native": lambda: native(x, detached, None, None, tuple(ACTIVATION.polynomial), 2),
     }
     turns = [{key: loop(run) for key, run in contenders.items()} for _ in range(400)]
-    overhead = statistics.median(turn["call"] - turn["native"] for turn in turns)
-    benchmark.pedantic(contenders["call"], rounds=50, iterations=50)
-    native_time = statistics.median(turn["native"] for turn in turns)
-    figures = {"us of C++": native_time, "us of Python and autograd": overhead}
-    harness.record(capsys, harness.Case("patch_conv", "tiny", "one call, forward"), figures=figures)
+    figures = {
+        "us of C++": 1e6 * statistics.median(turn["native"] for turn in turns),
+        "us of Python and autograd": 1e6 * statistics.median(turn["call"] - turn["native"] for turn in turns),
+    }
+    times = {key: [turn[key] for turn in turns] for key in contenders}
+    bench.record(harness.Case("patch_conv", "tiny", "one call, forward"), times, figures=figures)

@@ -12,7 +12,7 @@ import mixfeat as mf
 
 from . import harness
 from .results import GROWTH
-from .timing import CUDA, DEVICE, compare
+from .timing import CUDA, DEVICE, compare, medians
 
 ACTIVATION = mf.PolyReLU(8, 0.1)
 FACTOR = 4 if CUDA else 1  # multiplies the number of samples
@@ -61,27 +61,27 @@ def step(suite: str, sizes: Mapping[str, int]) -> Callable[[], object]:
     return lambda: torch.autograd.grad(mf.pairwise_mixup_loss(x, w, y, ACTIVATION), w)
 
 
-def record(capsys, suite, sizes, name, values, seconds):
-    """Record how the seconds of a suite's steps depend on the values that ``name`` takes."""
+def record(bench, suite, sizes, name, times):
+    """Record how the times of a suite's steps, by the value that ``name`` takes, depend on it."""
+    values, seconds = zip(*medians(times).items(), strict=True)
     exponent = float(np.polyfit(np.log(values), np.log(seconds), 1)[0])
-    figures = {"exponent": exponent, name: values, "ms": [float(f"{1e3 * value:.3g}") for value in seconds]}
+    figures = {"exponent": exponent, name: list(values), "ms": [float(f"{1e3 * value:.3g}") for value in seconds]}
     case = ", ".join(f"{key}={FACTOR * value if key == 'N' else value}" for key, value in sizes.items() if key != name)
-    harness.record(capsys, harness.Case(suite, case, f"{GROWTH}{name}"), figures=figures)
+    named = {f"{name} = {value}": turns for value, turns in times.items()}
+    bench.record(harness.Case(suite, case, f"{GROWTH}{name}"), named, figures=figures)
 
 
 @pytest.mark.parametrize(("suite", "name"), [(suite, name) for suite in GROWTHS for name in GROWTHS[suite].values])
-def test_growth(benchmark, capsys, suite, name):
+def test_growth(bench, suite, name):
     growth = GROWTHS[suite]
-    contenders = {value: step(suite, {**growth.sizes, name: value}) for value in growth.values[name]}
-    timings = compare(contenders)
-    benchmark.pedantic(contenders[growth.values[name][0]], rounds=3)
-    values = [FACTOR * value if name == "N" else value for value in contenders]
-    record(capsys, suite, growth.sizes, name, values, [timing.p50 for timing in timings.values()])
+    factor = FACTOR if name == "N" else 1
+    contenders = {factor * value: step(suite, {**growth.sizes, name: value}) for value in growth.values[name]}
+    record(bench, suite, growth.sizes, name, compare(contenders))
 
 
 @pytest.mark.skipif(CUDA or len(THREADS) == 1, reason="needs several threads of a CPU")
 @pytest.mark.parametrize("suite", GROWTHS)
-def test_threads(benchmark, capsys, suite):
+def test_threads(bench, suite):
     growth = GROWTHS[suite]
     sizes, calls = {**growth.sizes, "N": growth.values["N"][-2]}, 5
     run = step(suite, sizes)
@@ -95,8 +95,8 @@ def test_threads(benchmark, capsys, suite):
         return run_repeatedly
 
     try:
-        timings = compare({threads: run_on(threads) for threads in THREADS})
-        benchmark.pedantic(run_on(THREADS[-1]), rounds=3)
+        times = compare({threads: run_on(threads) for threads in THREADS})
     finally:
         torch.set_num_threads(THREADS[-1])
-    record(capsys, suite, sizes, "threads", THREADS, [timing.p50 / calls for timing in timings.values()])
+    each = {threads: [turn / calls for turn in turns] for threads, turns in times.items()}
+    record(bench, suite, sizes, "threads", each)

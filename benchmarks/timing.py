@@ -1,26 +1,26 @@
-"""Fair timing on a noisy machine: contenders take turns, and quantiles over the turns are kept."""
+"""Fair timing on a noisy machine: contenders take turns, and the time of every turn is kept."""
 
 import functools
-import os
-import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "CUDA", "DEVICE", "SECONDS", "Clock", "Contender", "Measurement", "Timing", "cold", "compare", "compare_pairwise",
-    "launched", "measure", "warm",
+    "CUDA", "DEVICE", "SECONDS", "Clock", "Contender", "Measurement", "cold", "compare", "compare_pairwise", "launched",
+    "measure", "medians", "warm",
 ]  # fmt: skip
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-#: Seconds for which contenders are timed together; a benchmark may ask for a share of it, or for more.
-SECONDS = float(os.environ.get("MIXFEAT_BENCH_SECONDS", "2"))
+#: Seconds for which contenders are timed together; a benchmark may ask for a share of it, or for more. The suite takes
+#: them from ``--benchmark-max-time``.
+SECONDS = 1.0
 
 Contender = Callable[[], Any]
 Clock = Callable[[Contender], float]
@@ -28,37 +28,16 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Quantiles of one contender's seconds over its turns."""
-
-    p20: float
-    p50: float
-    p80: float
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> "Timing":
-        """Take the quantiles of one or more times."""
-        if len(seconds) == 1:
-            return cls(*seconds, *seconds, *seconds)
-        deciles = statistics.quantiles(seconds, n=10, method="inclusive")
-        return cls(deciles[1], statistics.median(seconds), deciles[7])
-
-    def scaled(self, factor: float) -> "Timing":
-        """Multiply every quantile by ``factor``."""
-        return Timing(*(factor * seconds for seconds in astuple(self)))
-
-
-@dataclass(frozen=True)
 class Measurement:
     """Times of contenders in every mode.
 
     Attributes:
-        timings: times in the mode that the tables show: warm caches on a CPU, cold caches on a GPU.
-        graph: whether ``timings`` replayed CUDA graphs, which needs every contender to be capturable.
+        times: seconds of each turn in the mode that the tables show: warm caches on a CPU, cold caches on a GPU.
+        graph: whether ``times`` are of replayed CUDA graphs, which needs every contender to be capturable.
         also: medians in the other modes, by mode and contender.
     """
 
-    timings: dict[str, Timing]
+    times: dict[str, list[float]]
     graph: bool
     also: dict[str, dict[str, float]]
 
@@ -76,24 +55,30 @@ def measure(contenders: Mapping[str, Contender], *, share: float = 1.0, pairwise
     comparison = compare_pairwise if pairwise else compare
     replays = captured(contenders) if CUDA else None
     runs = contenders if replays is None else replays
-    timings = comparison(runs, share=share)
+    times = comparison(runs, share=share)
+    typical = medians(times)
     modes: dict[str, tuple[Mapping[str, Contender], Clock]]
     if CUDA:
         modes = {"warm cache": (runs, warm), "plain launches": (contenders, launched)}
     else:
         modes = {"cold cache": (runs, cold)}
     first, *others = contenders
-    quick = [first, *(name for name in others if 8 * timings[name].p50 < share * SECONDS)]
+    quick = [first, *(name for name in others if 8 * typical[name] < share * SECONDS)]
     also: dict[str, dict[str, float]] = {}
     for mode, (runs_of_mode, clock) in modes.items():
         found = comparison({name: runs_of_mode[name] for name in quick}, share=share / 4, min_turns=3, clock=clock)
-        also[mode] = {name: timing.p50 for name, timing in found.items()}
-    return Measurement(timings, replays is not None, also)
+        also[mode] = medians(found)
+    return Measurement(times, replays is not None, also)
+
+
+def medians(times: Mapping[Name, Sequence[float]]) -> dict[Name, float]:
+    """Take the median of each contender's turns."""
+    return {name: median(turns) for name, turns in times.items()}
 
 
 def compare(
     contenders: Mapping[Name, Contender], *, share: float = 1.0, min_turns: int = 7, clock: Clock | None = None
-) -> dict[Name, Timing]:
+) -> dict[Name, list[float]]:
     """Time contenders in turn, A B C B C A ..., for about ``share * SECONDS`` after two warm-up turns.
 
     If one turn takes longer than that, it is the only warm-up, and three turns are timed. ``clock`` defaults to
@@ -114,12 +99,12 @@ def compare(
             times[name].append(clock(contenders[name]))
         order = order[1:] + order[:1]  # so that no contender always follows the same other one
         turns += 1
-    return {name: Timing.of(seconds) for name, seconds in times.items()}
+    return times
 
 
 def compare_pairwise(
     contenders: Mapping[Name, Contender], *, share: float = 1.0, min_turns: int = 7, clock: Clock | None = None
-) -> dict[Name, Timing]:
+) -> dict[Name, list[float]]:
     """Time the first contender with each of the others alone; see :func:`compare` for the arguments.
 
     Use it for contenders that slow down the one that follows, by gigabytes of activations or by changing the number of
@@ -133,7 +118,8 @@ def compare_pairwise(
         for name in others
     }
     own = pairs[others[0]][first]
-    return {first: own} | {name: pair[name].scaled(own.p50 / pair[first].p50) for name, pair in pairs.items()}
+    scales = {name: median(own) / median(pair[first]) for name, pair in pairs.items()}
+    return {first: own} | {name: [scales[name] * turn for turn in pair[name]] for name, pair in pairs.items()}
 
 
 def warm(run: Contender) -> float:

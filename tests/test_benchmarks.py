@@ -14,33 +14,51 @@ from mixfeat import cli
 from mixfeat.benchmarks import harness, pages, results, timing
 
 
-def row(seconds, **changes):
-    timing = {"p20": 0.9 * seconds, "p50": seconds, "p80": 1.1 * seconds}
-    slower = {name: 3 * value for name, value in timing.items()}
-    return {
-        "suite": "mixup", "case": "paper (2, 3)", "direction": "forward", "dtype": "float32",
-        "timings": {"mixfeat": timing, "eager": slower}, "work": {"bytes": 4e6},
-        "limit": {"name": "a copy", "seconds": 1e-3}, "peak_bytes": {"mixfeat": 2**20, "eager": 3 * 2**20},
-        "figures": {"threads": 2}, "cache": "warm", "graph": False, "also": {"cold cache": {"mixfeat": 3 * seconds}},
-        "rates": {"bytes/s": 4e6 / seconds}, **changes,
+def row(seconds, contenders=("mixfeat", "eager"), peaks=(2**20, 3 * 2**20), also=True, **changes):
+    """The rows of a case in pytest-benchmark's JSON: the second contender takes three times as long as the first."""
+    params = {"suite": "mixup", "case": "paper (2, 3)", "direction": "forward", "dtype": "float32"}
+    params |= {name: changes.pop(name) for name in params if name in changes}
+    shared = {
+        "work": {"bytes": 4e6}, "limit": {"name": "a copy", "seconds": 1e-3}, "figures": {"threads": 2},
+        "cache": "warm", "graph": False, "missing": {}, **changes,
     }  # fmt: skip
+    found = []
+    for factor, name in zip((1, 3), contenders, strict=False):
+        stats = {"q1": 0.9 * factor * seconds, "median": factor * seconds, "q3": 1.1 * factor * seconds}
+        info = {"ratio": factor} | ({"peak_bytes": peaks[factor // 2]} if peaks else {})
+        info |= shared | ({"also": {"cold cache": 3 * seconds}} if also else {}) if factor == 1 else {}
+        group = " ".join(params.values())
+        found.append({"group": group, "params": params | {"contender": name}, "extra_info": info, "stats": stats})
+    return found
+
+
+def document_of(*cases):
+    machine = {"mixfeat": "1", "device": "this", "torch": "2", "triton": "3", "GPUs": []}
+    benchmarks = [bench for case in cases for bench in case]
+    date, commit = "2026-01-01T12:00:00+00:00", {"id": "abc", "dirty": False}
+    return {"machine_info": machine, "commit_info": commit, "datetime": date, "benchmarks": benchmarks}
 
 
 @pytest.fixture
 def document():
-    facts = {"version": "1", "commit": "abc", "device": "this", "torch": "2", "triton": None, "date": "2026-01-01"}
-    return {**facts, "rows": [row(2e-3), row(4e-3, direction="backward", dtype="bfloat16", limit=None, peak_bytes={})]}
+    return document_of(row(2e-3), row(4e-3, direction="backward", dtype="bfloat16", limit=None, peaks=()))
 
 
-def test_row_in_words(document):
-    text = results.describe(document["rows"][0])
+def only(case):
+    (found,) = results.rows({"benchmarks": case})
+    return found
+
+
+def test_row_in_words():
+    text = results.describe(only(row(2e-3, missing={"timm": "No module named 'timm'"})))
     assert text.startswith("mixup paper (2, 3) forward float32:  2 ms  eager 3.00x  2 GB/s  50% of a copy")
     assert "  cold cache: 6 ms  " in text
     assert "peak mixfeat 1.0 MiB, eager 3.0 MiB" in text
+    assert text.endswith("  without timm: No module named 'timm'")
 
 
 def test_rates_of_all_kinds_of_work():
-    text = results.describe(row(2e-3, work={"evaluations": 8e6, "FLOP": 6e7, "bytes": 1e6}))
+    text = results.describe(only(row(2e-3, work={"evaluations": 8e6, "FLOP": 6e7, "bytes": 1e6})))
     assert "  4e9 evaluations/s  30 GFLOP/s  0.5 GB/s  " in text
 
 
@@ -52,30 +70,35 @@ def test_tables(document):
     assert "2026-01-01, mixfeat 1 at abc. Caches are warm." in text
 
 
-def test_brief_tables(document):
+def test_brief_tables():
     """A row for each case: of float32 and of both directions, where there are such."""
     both = row(3e-3, direction="forward + backward")
     step, half = row(5e-3, case="net", direction="training step"), row(7e-3, case="half", dtype="bfloat16")
-    single = row(9e-3, timings={}, limit=None, peak_bytes={}, figures={"ranks": 2})
-    left_out = [row(2e-3), row(2e-3, direction="forward + backward", dtype="bfloat16")]
-    document["rows"] = [*left_out, both, step, half, single]
-    assert results.tables(document, brief=True) == results.tables(document | {"rows": [both, step, half, single]})
+    bare = {"peaks": (), "also": False, "limit": None}
+    single = row(9e-3, ("ranks = 1", "ranks = 2"), case="ranks", figures={"ranks": 2}, **bare)
+    left_out = row(2e-3), row(2e-3, direction="forward + backward", dtype="bfloat16")
+    kept = both, step, half, single
+    assert results.tables(document_of(*left_out, *kept), brief=True) == results.tables(document_of(*kept))
 
 
-def test_table_of_a_gpu(document):
+def test_table_says_what_is_missing():
+    text = results.tables(document_of(row(2e-3, missing={"timm": "No module named 'timm'", "eager": "not that one"})))
+    assert "|\n\n- without timm: No module named 'timm'\n\n" in text
+    assert "not that one" not in text  # another case has it
+
+
+def test_table_of_a_gpu():
     """Graphs are the rule there; exponents have a table of their own."""
-    changes = {
-        "cache": "cold",
-        "timings": {},
-        "limit": None,
-        "figures": {"exponent": 1.987, "N": [1, 2], "ms": [1.0, 4.0]},
-    }
-    document["rows"] = [row(1e-3, cache="cold", graph=graph) for graph in (True, False)]
-    document["rows"].append(row(1.0, direction="growth with N", graph=None, **changes))
+    figures = {"exponent": 1.987, "N": [1, 2], "ms": [1.0, 4.0]}
+    cases = [row(1e-3, case=case, cache="cold", graph=graph) for case, graph in (("one", True), ("two", False))]
+    growth = row(1.0, ("N = 1", "N = 2"), direction="growth with N", cache="cold", limit=None, figures=figures)
+    document = document_of(*cases, growth)
+    document["machine_info"]["GPUs"] = ["a GPU"]
     text = results.tables(document)
+    assert text.startswith("this, PyTorch 2, Triton 3; 2026-01-01")
     assert "Caches are cold." in text
-    assert "| paper (2, 3), forward           |" in text
-    assert "| paper (2, 3), forward, no graph |" in text
+    assert "| one, forward           |" in text
+    assert "| two, forward, no graph |" in text
     assert "| time grows with the power | N    |" in text
     assert "| `mixup`                   | 1.99 |" in text
 
@@ -84,18 +107,18 @@ def test_table_of_a_gpu(document):
 def test_comparison_with_an_earlier_run(document, factor, slower):
     """Slower counts where it is beyond the spread of both runs."""
     now = copy.deepcopy(document)
-    now["rows"][0]["timings"]["mixfeat"] = row(factor * 2e-3)["timings"]["mixfeat"]
+    now["benchmarks"][:2] = row(factor * 2e-3)
     lines = results.compare(now, document)
     assert len(lines) == slower
     assert all("mixup paper (2, 3) forward float32: 2 ms -> 3 ms (1.50x)" in line for line in lines)
     with pytest.raises(ValueError, match="one device: this here, that there"):
-        results.compare(now, document | {"device": "that"})
+        results.compare(now, document | {"machine_info": {"device": "that"}})
 
 
 def test_command_without_a_run(document, tmp_path, capsys):
     old, new, figure = (tmp_path / name for name in ("old.json", "new.json", "figure.png"))
     old.write_text(json.dumps(document))
-    document["rows"][0] = row(4e-3)
+    document["benchmarks"][:2] = row(4e-3)
     new.write_text(json.dumps(document))
     assert cli.main(["bench", "--results", str(new), "--compare", str(old), "--plot", str(figure)]) == 1
     assert "2 ms -> 4 ms (2.00x)" in capsys.readouterr().out
@@ -124,10 +147,11 @@ def test_command_runs_a_suite(bench):
     )
     status, document = bench("--suite", "scaling", "--filter", chosen)
     assert status == 0
-    assert len(document["rows"]) == 4
-    for found in document["rows"]:
-        assert set(found) == set(row(1.0))
-        assert -0.5 < found["figures"]["exponent"] < 2.5
+    found = results.rows(document)
+    assert len(found) == 4
+    for row in found:
+        assert len(row["timings"]) == len(row["figures"]["N"]) == 4
+        assert -0.5 < row["figures"]["exponent"] < 2.5
 
 
 def test_command_runs_chosen_cases(bench, monkeypatch, capsys):
@@ -135,19 +159,19 @@ def test_command_runs_chosen_cases(bench, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")  # that is PyTorch's to test, and takes a minute
     status, document = bench("--filter", "tiny and not one_call")
     assert status == 0
-    found = [(row["suite"], row["direction"]) for row in document["rows"]]
+    rows = results.rows(document)
+    found = [(row["suite"], row["direction"]) for row in rows]
     both = ("forward", "forward + backward")
     expected = [(suite, direction) for suite in ("patch_conv", "pairwise_mixup_loss") for direction in both]
     assert sorted(found) == sorted(
         [*expected, ("mixup", both[0]), ("cutmix", both[0]), ("mixup_cross_entropy", both[1])]
     )
-    for row in document["rows"]:
+    for row in rows:
         assert {"mixfeat", "torch.compile", "naive"} <= set(row["timings"])
         assert row["cache"] == ("cold" if torch.cuda.is_available() else "warm")
         assert isinstance(row["graph"], bool)
         assert all("mixfeat" in times for times in row["also"].values())
-        assert row["rates"] == results.rates(row)
-        assert {"bytes/s"} | ({"FLOP/s"} if row["suite"] != "cutmix" else set()) <= set(row["rates"])
+        assert {"bytes/s"} | ({"FLOP/s"} if row["suite"] != "cutmix" else set()) <= set(results.rates(row))
         assert row["limit"]["seconds"] > 0
         assert row["peak_bytes"]["mixfeat"] > 0
     assert cli.main(["bench", "--filter", "no_such_case"]) == 2
@@ -157,8 +181,12 @@ def test_command_runs_chosen_cases(bench, monkeypatch, capsys):
 def test_what_there_is_when_the_time_is_up(tmp_path, capfd):
     out = tmp_path / "bench.json"
     assert cli.main(["bench", "--suite", "scaling", "--limit", "0.5", "--out", str(out)]) == 1
-    assert "stopped after 0.5 s" in capfd.readouterr().out
-    assert len(results.load(out)["rows"]) < 10  # of 20
+    output = capfd.readouterr()
+    assert "stopped after 0.5 s" in output.out
+    if out.exists():
+        assert len(results.rows(results.load(out))) < 10  # of 20
+    else:
+        assert "no benchmark has come to its end" in output.err
 
 
 @pytest.mark.parametrize(
@@ -181,21 +209,51 @@ def test_a_file_of_something_else(tmp_path, capsys):
     file = tmp_path / "other.json"
     file.write_text('{"version": 1}')
     assert cli.main(["bench", "--results", str(file)]) == 2
-    assert "holds no results of `mixfeat bench`: it lacks commit, device" in capsys.readouterr().err
+    assert "holds no results of `mixfeat bench`: it lacks machine_info, commit_info" in capsys.readouterr().err
+    file.write_text(json.dumps(document_of() | {"machine_info": {"node": "another's"}}))
+    assert cli.main(["bench", "--results", str(file)]) == 2
+    assert "it lacks mixfeat's version" in capsys.readouterr().err
 
 
-def test_slowdown_is_seen(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def rows_of(benchmark):
+    """Record contenders as a benchmark does; gives their rows in pytest-benchmark's JSON."""
+    fixtures = iter((benchmark, copy.copy(benchmark)))
+
+    def record(contenders, **options):
+        bench = harness.Bench(next(fixtures))
+        bench(harness.Case("mixup", "paper", "forward"), contenders, **options)
+        return bench.rows
+
+    return record
+
+
+@pytest.mark.benchmark(timer=harness.CLOCK)
+def test_every_contender_has_a_row(rows_of):
+    """Of pytest-benchmark's own statistics, over turns that contenders took in turn."""
+    calls = []
+    contenders = {name: functools.partial(calls.append, name) for name in ("mixfeat", "eager", "naive")}
+    ours, eager, naive = rows_of(contenders, share=0, figures=lambda medians: {"names": list(medians)})
+    assert {row["group"] for row in (ours, eager, naive)} == {"mixup paper forward float32"}
+    assert [row["name"] for row in (ours, eager, naive)] == list(contenders)
+    assert len({row["fullname"] for row in (ours, eager, naive)}) == 3
+    assert ours["extra_info"]["figures"] == {"names": list(contenders)}
+    assert {"work", "limit", "figures"}.isdisjoint(eager["extra_info"])
+    for row in (ours, eager, naive):
+        assert row["stats"]["rounds"] == ours["stats"]["rounds"] >= 3
+        assert 0 < row["stats"]["min"] <= row["stats"]["median"]
+        assert row["extra_info"]["ratio"] == row["stats"]["median"] / ours["stats"]["median"]
+
+
+@pytest.mark.benchmark(timer=harness.CLOCK)
+def test_slowdown_is_seen(rows_of):
     """From the clock over the rows to the comparison: four times the work."""
     work = torch.randn(256, 256)
 
-    def document(name, calls):
-        file = tmp_path / name
-        monkeypatch.setenv("MIXFEAT_BENCH_OUT", str(file))
-        measured = timing.measure({"mixfeat": lambda: [work @ work for _ in range(calls)]}, share=0.1)
-        harness.record(capsys, harness.Case("mixup", "paper", "forward"), measured=measured)
-        return {"device": "this", "rows": [json.loads(file.read_text())]}
+    def document(calls):
+        return document_of(rows_of({"mixfeat": lambda: [work @ work for _ in range(calls)]}, share=0.1))
 
-    old, new = document("old", 2), document("new", 8)
+    old, new = document(2), document(8)
     (line,) = results.compare(new, old)
     assert line.startswith("mixup paper forward float32: ")
     assert results.compare(old, new) == []
@@ -284,20 +342,23 @@ def test_pages_have_the_committed_results(page):
     assert results_of(pages.FIGURE) == results.fingerprint(documents[0])
 
 
-def test_figure_tells_its_results(document, tmp_path):
+def test_figure_tells_its_results(tmp_path):
     """By more than its pixels, which differ between versions of matplotlib; of rows of every kind."""
     from mixfeat.benchmarks.plots import plot
 
     limits = {"bytes/s of copies": 1e10, "FLOP/s of float32 products": 5e10, "FLOP/s of activations forward": 8e10}
     growth = {"exponent": 1.0, "N": [10, 100], "ms": [1.0, 10.0]}
-    bare = {"timings": {}, "work": {}, "limit": None, "peak_bytes": {}}
-    document["rows"] += [
-        row(1e-3, work={"FLOP": 1e7, "bytes": 1e6}),
-        row(1.0, suite="limits", figures=limits, **bare),
-        row(1.0, direction="growth with N", figures=growth, **bare),
+    bare = {"work": {}, "limit": None, "peaks": (), "also": False}
+    cases = [
+        row(2e-3),
+        row(4e-3, direction="backward", dtype="bfloat16", limit=None, peaks=()),
+        row(1e-3, direction="both", work={"FLOP": 1e7, "bytes": 1e6}),
+        row(1.0, ("a", "b"), suite="limits", figures=limits, **bare),
+        row(1.0, ("N = 10", "N = 100"), direction="growth with N", figures=growth, **bare),
     ]
-    for rows in (document["rows"], document["rows"][3:], document["rows"][:1], []):
-        plot(document | {"rows": rows}, tmp_path / "figure.png")
-        assert results_of(tmp_path / "figure.png") == results.fingerprint(document | {"rows": rows})
-    assert results.fingerprint(document) != results.fingerprint(document | {"rows": []})
+    for chosen in (cases, cases[3:], cases[:1], []):
+        plot(document_of(*chosen), tmp_path / "figure.png")
+        assert results_of(tmp_path / "figure.png") == results.fingerprint(document_of(*chosen))
+    document = document_of(*cases)
+    assert results.fingerprint(document) != results.fingerprint(document_of())
     assert results.fingerprint(json.loads(json.dumps(document, indent=3))) == results.fingerprint(document)

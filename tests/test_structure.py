@@ -11,7 +11,7 @@ from conftest import ROOT
 LAYERS = (
     ("cli",),
     ("benchmarks", "experiments", "report", "validate"),
-    ("operators", "plotting"),
+    ("_environment", "operators", "plotting"),
     ("features", "nn"),
     ("data", "functional"),
     ("ops",),

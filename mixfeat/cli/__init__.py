@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 
 import mixfeat
+from mixfeat._environment import environment
 from mixfeat.cli import bench, check, info, reproduce
 from mixfeat.cli.common import FailedError, Parser, RefusedError
-from mixfeat.cli.info import environment
 
 __all__ = ["environment", "main"]
 

@@ -2,8 +2,6 @@
 
 import argparse
 import contextlib
-import datetime
-import json
 import math
 import os
 import signal
@@ -13,11 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import mixfeat
-from mixfeat.cli.common import Commands, RefusedError, add_command, writable_file, write_json
-from mixfeat.cli.info import environment
+from mixfeat.cli.common import Commands, FailedError, RefusedError, add_command, writable_file, write_json
 
 __all__ = ["add_commands"]
 
@@ -38,7 +32,7 @@ def add_commands(commands: Commands) -> None:
         help="of the cases only these, by shape, dtype and direction, as pytest -k: 'paper-10 and not bfloat16'",
     )  # fmt: skip
     benching.add_argument(
-        "--seconds", type=float, default=2.0, metavar="FLOAT", help="for each comparison (default: %(default)s)"
+        "--seconds", type=float, default=1.0, metavar="FLOAT", help="for each comparison (default: %(default)s)"
     )
     benching.add_argument(
         "--limit", type=float, metavar="FLOAT",
@@ -87,7 +81,9 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _run_benchmarks(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], int]:
-    """The results of a run of the suites in ``folder``, which are written to a file as well, and its exit status."""
+    """Run the suites in ``folder`` by pytest; returns the results, which are in a file as well, and its exit status."""
+    from mixfeat.benchmarks import results
+
     files = {path.stem.removeprefix("test_"): path for path in sorted(folder.glob("test_*.py"))}
     unknown = [suite for suite in args.suite or [] if suite not in files]
     if unknown:
@@ -98,13 +94,14 @@ def _run_benchmarks(args: argparse.Namespace, folder: Path) -> tuple[dict[str, A
             raise RefusedError(f"--{name} must be finite and positive, got {value}")
     out = writable_file(args.out)
     with tempfile.TemporaryDirectory() as scratch:
-        lines = Path(scratch, "rows.jsonl")
-        command = [sys.executable, "-m", "pytest", "-q", "--benchmark-disable", "-p", "no:cacheprovider"]
+        found = Path(scratch, "bench.json")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-quiet"]
+        command += ["-W", "ignore:Not saving anything"]  # of pytest-benchmark where no benchmark was chosen
+        command += [f"--benchmark-json={found}", f"--benchmark-max-time={args.seconds}"]
         command += ["-k", args.filter] if args.filter else []
-        paths = [str(files[suite]) for suite in args.suite or files]
-        variables = {"MIXFEAT_BENCH_OUT": str(lines), "MIXFEAT_BENCH_SECONDS": str(args.seconds)}
-        variables |= {"PYTEST_ADDOPTS": "", "PYTEST_PLUGINS": ""}  # are for the user's own tests
-        process = subprocess.Popen([*command, *paths], env=os.environ | variables)
+        command += [str(files[suite]) for suite in args.suite or files]
+        variables = {"PYTEST_ADDOPTS": "", "PYTEST_PLUGINS": ""}  # are for the user's own tests
+        process = subprocess.Popen(command, env=os.environ | variables)
         try:
             status = process.wait(args.limit)
         except subprocess.TimeoutExpired:
@@ -119,21 +116,9 @@ def _run_benchmarks(args: argparse.Namespace, folder: Path) -> tuple[dict[str, A
             process.wait()
         if args.filter and status in (4, 5):  # of pytest: not understood, nothing found
             raise RefusedError(f"--filter {args.filter!r} chooses no benchmark")
-        rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-    facts = environment()
-    gpu = torch.cuda.is_available()
-    cpu = f"{facts['CPU']}, {facts['threads']} threads, {facts.get('CPU library' + chr(39) + 's instruction set')}"
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
-    document = {
-        "version": mixfeat.__version__,
-        "commit": git.stdout.strip() or "unknown",
-        "device": torch.cuda.get_device_name() if gpu else cpu,
-        "torch": torch.__version__,
-        "triton": facts["triton"] if gpu else None,
-        "date": datetime.date.today().isoformat(),
-        "environment": facts,
-        "rows": rows,
-    }
+        if not found.exists() or not found.stat().st_size:
+            raise FailedError("no benchmark has come to its end")
+        document = results.load(found)
     write_json(out, document)
     print(f"results: {out}")
     return document, min(status, 1)

@@ -8,8 +8,8 @@ import torch
 
 import mixfeat
 from mixfeat import report, validate
+from mixfeat._environment import environment
 from mixfeat.cli.common import Commands, RefusedError, add_command, writable_file, write_json
-from mixfeat.cli.info import environment
 from mixfeat.kernels import cuda
 
 __all__ = ["add_commands"]

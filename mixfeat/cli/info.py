@@ -1,20 +1,16 @@
 """``mixfeat info``: facts for a bug report."""
 
 import argparse
-import importlib.metadata
-import os
-import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import mixfeat
+from mixfeat._environment import environment
 from mixfeat.cli.common import Commands, add_command, problem_shape, writable_file, write_json
 from mixfeat.kernels import cuda
 from mixfeat.kernels.cuda import gradient_descent
 
-__all__ = ["add_commands", "environment", "one_launch"]
+__all__ = ["add_commands", "one_launch"]
 
 # lam of the nodes; of a lam and 1 - lam, which mix the same pairs, the greater
 _OBJECTIVES = {"ERM": None, "Midpoint": (0.5,), "Uniform, 8 nodes": (9 / 16, 11 / 16, 13 / 16, 15 / 16)}
@@ -27,41 +23,6 @@ def add_commands(commands: Commands) -> None:
         "--shape", type=problem_shape, metavar="N,P,D,C,M",
         help="also say which GPUs run gradient_descent of this shape in one launch, and why the others do not",
     )  # fmt: skip
-
-
-def environment() -> dict[str, Any]:
-    """Return what results depend on here: versions, processor, devices, backends and compiler."""
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    packages = ("triton", "numpy", "matplotlib", "tqdm", "joblib", "distributed", "scikit-learn", "torchvision")
-    gpus = []
-    for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
-        memory, capability = f"{properties.total_memory / 2**30:.0f} GiB", f"{properties.major}.{properties.minor}"
-        gpus.append(f"{properties.name}, {memory}, {properties.multi_processor_count} SMs, capability {capability}")
-    variables = {
-        name: value for name, value in sorted(os.environ.items()) if name.startswith(("MIXFEAT_", "TRITON_", "OMP_"))
-    }
-    return {
-        "mixfeat": mixfeat.__version__,
-        "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "torch": torch.__version__,
-        "torch CUDA": torch.version.cuda or torch.version.hip,
-        **{package: version(package) for package in packages},
-        "platform": platform.platform(),
-        "CPU": _cpu_model(),
-        "CPU instruction set (torch)": torch.backends.cpu.get_cpu_capability(),
-        "CPU cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "GPUs": gpus,
-        "environment variables": variables,
-        **mixfeat.backends.describe(),
-    }
 
 
 def one_launch(shape: tuple[int, int, int, int, int]) -> dict[str, str]:
@@ -78,14 +39,6 @@ def one_launch(shape: tuple[int, int, int, int, int]) -> dict[str, str]:
             answer = f"a loop over the operators, in a CUDA graph: {reason}" if reason else "one launch"
             answers[f"{objective}, sm_{capability}"] = answer
     return answers
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _info(args: argparse.Namespace) -> int:

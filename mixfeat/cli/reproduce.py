@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import torch
 
+from mixfeat._environment import environment
 from mixfeat.cli.common import (
     Commands,
     FailedError,
@@ -23,7 +24,6 @@ from mixfeat.cli.common import (
     writable_folder,
     write_json,
 )
-from mixfeat.cli.info import environment
 from mixfeat.experiments import benign_overfitting, datasets, engine, images, rare_features, sweep, theory
 from mixfeat.experiments.common import METHODS, BaseSettings, DivergedError, identity
 from mixfeat.experiments.engine import Record
