@@ -134,12 +134,12 @@ def activation(value: Any) -> None:
 
 
 def is_strided(value: Any) -> bool:
-    """Whether a value is a tensor that is neither sparse nor nested nor distributed."""
+    """Return whether a value is a tensor that is neither sparse nor nested nor distributed."""
     return isinstance(value, Tensor) and value.layout == torch.strided and not is_distributed(value)
 
 
 def is_distributed(value: Tensor) -> bool:
-    """Whether a tensor is a DTensor, as the parameters of a module that FSDP2 shards are outside of its forward."""
+    """Return whether a tensor is a DTensor, as FSDP2 makes parameters outside of a module's forward."""
     return type(value) not in (Tensor, torch.nn.Parameter) and hasattr(value, "full_tensor")
 
 
@@ -194,7 +194,7 @@ def constant(name: str, value: Tensor, why: str) -> None:
 
 
 def autocast_is_enabled(device_type: str) -> bool:
-    """Whether autocast is active for a type of device; a few types, "meta" among them, do not know it."""
+    """Return whether autocast is active for a type of device; a few types, "meta" among them, do not know it."""
     if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
         return False
     return torch.is_autocast_enabled(device_type)

@@ -31,7 +31,7 @@ _environment = os.environ.get("MIXFEAT_BACKEND")
 
 @functools.cache
 def _why_not(name: str) -> str | None:
-    """Why a backend is not to be had in this process, or None."""
+    """Return why a backend is not to be had in this process, or None."""
     if name == "cpu":
         from mixfeat.kernels import cpu
 
@@ -57,7 +57,7 @@ def _why_not(name: str) -> str | None:
 
 @functools.cache
 def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, on the CPU: ``TRITON_INTERPRET=1`` when they are first needed."""
+    """Return whether Triton kernels run in its interpreter: ``TRITON_INTERPRET=1`` when they are first needed."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -81,12 +81,12 @@ def backend(name: str) -> Iterator[None]:
 
 
 def chosen() -> str | None:
-    """What the ``with`` block around this call names, to be kept for its backward pass."""
+    """Return the choice of the ``with`` block around this call, to be kept for its backward pass."""
     return _chosen.get()
 
 
 def as_chosen(name: str | None) -> AbstractContextManager[None]:
-    """The block around a forward call again, for its backward pass, which may run later, in another thread."""
+    """Enter the block of a forward call again for its backward pass, which may run later, in another thread."""
     return nullcontext() if name is None else backend(name)
 
 
@@ -157,7 +157,7 @@ def serving_network(device_type: str, dtype: torch.dtype, polynomial: Polynomial
 
 
 def serves_cuda() -> bool:
-    """Whether CUDA C++ kernels serve the operators that have one, on CUDA tensors in this thread."""
+    """Return whether CUDA C++ kernels serve the operators that have one, on CUDA tensors in this thread."""
     return (_chosen.get() or _from_environment()) in (None, "cuda") and _why_not("cuda") is None
 
 

@@ -457,11 +457,11 @@ class TwoFeatureImages:
         return input[0], target[0]
 
     def __getitems__(self, index: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """What a DataLoader asks for: the samples of a batch, one by one."""
+        """Return the samples of a batch one by one, as a DataLoader asks for them."""
         return list(zip(*self[index], strict=True))
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Samples with new weights w.
+        """Return samples with new weights w.
 
         Args:
             index: (B,) int64; repeated and negative ones are served as in ``images[index]``.

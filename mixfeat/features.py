@@ -14,7 +14,7 @@ __all__ = ["alignment", "feature_variance", "learned", "noise_memorization"]
 
 
 def alignment(weight: Tensor, features: Tensor) -> Tensor:
-    """How well the best filter of each class points along each of its features.
+    """Return how well the best filter of each class points along each of its features.
 
     ::
 
@@ -48,7 +48,7 @@ def alignment(weight: Tensor, features: Tensor) -> Tensor:
 
 
 def noise_memorization(weight: Tensor, noise: Tensor, target: Tensor) -> Tensor:
-    """How much of the noise of any one sample the filters of its class have learned by heart (Cao et al. 2022).
+    """Return how much of the noise of any one sample the filters of its class have learned by heart (Cao et al. 2022).
 
     ::
 
@@ -88,7 +88,7 @@ def noise_memorization(weight: Tensor, noise: Tensor, target: Tensor) -> Tensor:
 
 
 def feature_variance(weight: Tensor, input: Tensor, target: Tensor, features: Tensor, activation: Activation) -> Tensor:
-    """How much the output of a class varies, over its samples, by each of its features alone.
+    """Return how much the output of a class varies, over its samples, by each of its features alone.
 
     ::
 

@@ -100,7 +100,7 @@ def pairwise_mixup_loss(
     partner_target: Tensor | None = None,
     group: ProcessGroup | Literal["world"] | None = None,
 ) -> Tensor:
-    r"""The Mixup objective over all N^2 ordered pairs of samples: exact, in memory linear in N::
+    r"""Compute the Mixup objective over all N^2 ordered pairs of samples, exactly, in memory linear in N::
 
         L     = 1/N^2 sum_{i,j} [lam CE(g(z_ij), y_i) + (1 - lam) CE(g(z_ij), y_j)]
         z_ij  = lam x_i + (1 - lam) x_j

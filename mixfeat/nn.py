@@ -130,7 +130,7 @@ class PairwiseMixupLoss(nn.Module):
         self.label_lam, self.label_smoothing, self.pairs = _checks.labels(label_lam, label_smoothing, pairs, nodes)
 
     def forward(self, model: nn.Module, input: Tensor, target: Tensor) -> Tensor:
-        """The loss, () or (R,), of a network with ``weight`` and ``activation`` such as :class:`TwoLayerPatchCNN`.
+        """Return the loss, () or (R,), of a network that has ``weight`` and ``activation``, as :class:`TwoLayerPatchCNN`.
 
         Raises:
             TypeError: a model without a weight and an activation.
@@ -367,7 +367,7 @@ class MixupCrossEntropyLoss(nn.Module):
         self.label_smoothing, self.ignore_index, self.reduction = options
 
     def forward(self, logits: Tensor, target: tuple[Tensor, Tensor, float | Tensor]) -> Tensor:
-        """The loss of ``logits`` (N,C); ``target`` is (target_a, target_b, lam) as :class:`Mixup` returns it.
+        """Return the loss of ``logits`` (N,C); ``target`` is (target_a, target_b, lam) as :class:`Mixup` returns it.
 
         Raises:
             TypeError: a target that is no such triple.

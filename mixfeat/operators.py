@@ -54,13 +54,13 @@ class Draw:
 
     @cached_property
     def truth(self) -> Results:
-        """The results in float64."""
+        """Return the results in float64."""
         exact = {name: _cast(value, torch.float64) for name, value in self.arguments.items()}
         return self.operator.results(self.operator.formula, exact, self.upstream)
 
     @cached_property
     def plain(self) -> Results:
-        """The results of plain PyTorch in the arguments' own dtype."""
+        """Return the results of plain PyTorch in the arguments' own dtype."""
         return self.operator.results(self.operator.formula, self.arguments, self.upstream)
 
 
@@ -161,7 +161,7 @@ class Operator:
         upstream: Tensor | None = None,
         wanted: tuple[str, ...] | None = None,
     ) -> Results:
-        """The value of a function and its gradients to the wanted arguments, by default to all differentiated ones."""
+        """Return a function's value and its gradients to the wanted arguments, by default all differentiated ones."""
         names = self.differentiated if wanted is None else wanted
         leaves = {name: arguments[name].detach().requires_grad_() for name in names}
         value = function(**arguments | leaves)
@@ -170,16 +170,16 @@ class Operator:
         return {"value": value.detach()} | {f"{name} grad": grad for name, grad in zip(leaves, grads, strict=True)}
 
     def result_dtype(self, output: str, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of a result of arguments of this dtype."""
+        """Return the dtype of a result of arguments of this dtype."""
         return torch.promote_types(dtype, torch.float32) if output == "value" and self.accumulates else dtype
 
     def budget(self, dtype: torch.dtype, plain_error: float) -> float:
-        """The largest relative error allowed, given that of plain PyTorch."""
+        """Return the largest relative error allowed, given that of plain PyTorch."""
         return self.budgets.get(dtype, 2 * plain_error)
 
 
 def relative_error(results: list[Tensor], truths: list[Tensor]) -> float:
-    """The error of several results in the 2-norm; infinite where a number is finite in one and not in the other."""
+    """Return the error in the 2-norm; infinite where a number is finite in one and not in the other."""
     square = scale = 0.0
     for result, truth in zip(results, truths, strict=True):
         if result.shape != truth.shape or not torch.equal(result.isnan(), truth.isnan()):
@@ -191,7 +191,7 @@ def relative_error(results: list[Tensor], truths: list[Tensor]) -> float:
 
 
 def same_bits(a: Results, b: Results) -> bool:
-    """Whether two results are equal in every bit, or not a number in the same places."""
+    """Return whether two results are equal in every bit, or not a number in the same places."""
     return a.keys() == b.keys() and all(
         torch.equal(a[key].isnan(), b[key].isnan()) and torch.equal(a[key].nan_to_num(), b[key].nan_to_num())
         for key in a
@@ -290,7 +290,7 @@ def _draw_pairwise(
 
 
 def _pairwise_formula(lam: float | Tensor = 0.5, lam_weight: Tensor | None = None, **arguments: Any) -> Tensor:
-    """The reference, which takes nodes as numbers."""
+    """Call the reference, which takes nodes as numbers."""
     nodes = lam.tolist() if isinstance(lam, Tensor) else lam
     weights = None if lam_weight is None else lam_weight.tolist()
     return reference.pairwise_mixup_loss(**arguments, lam=nodes, lam_weight=weights)
@@ -472,7 +472,7 @@ def _draw_mixup_cross_entropy(
     generator: torch.Generator, samples: int, classes: int, lam: str = "per sample", ignore_index: int = -100,
     **options: Any,
 ) -> Arguments:  # fmt: skip
-    """Some pairs are of one class, and some targets are ignored."""
+    """Draw targets: some pairs are of one class, and some targets are ignored."""
     target_a, target_b = torch.randint(classes, (2, samples), generator=generator)
     target_b[::3], target_a[1::5] = target_a[::3], ignore_index
     drawn = _draw_logits(generator, samples, classes, ignore_index=ignore_index, **options)
@@ -483,7 +483,7 @@ def _draw_soft_target(
     generator: torch.Generator, samples: int, classes: int, target_sum: float = 1.0,
     target_dtype: torch.dtype = torch.float64, **options: Any,
 ) -> Arguments:  # fmt: skip
-    """Some classes have no probability."""
+    """Draw dense targets: some classes have no probability."""
     target = torch.rand(samples, classes, generator=generator, dtype=torch.float64).square()
     target[:, max(2, classes // 2) :] = 0
     target /= target.sum(1, keepdim=True) / target_sum
@@ -491,7 +491,7 @@ def _draw_soft_target(
 
 
 def _soft_target_formula(input: Tensor, target: Tensor, **options: Any) -> Tensor:
-    """The reference, which takes a target of input's dtype."""
+    """Call the reference, which takes a target of input's dtype."""
     return reference.soft_target_cross_entropy(input, target.to(input.dtype), **options)
 
 
@@ -555,7 +555,7 @@ def _draw_binary(
     generator: torch.Generator, samples: int, classes: int, lam: str = "per sample", weighted: bool = False,
     **options: Any,
 ) -> Arguments:  # fmt: skip
-    """Some pairs are of one class."""
+    """Draw targets: some pairs are of one class."""
     target_a, target_b = torch.randint(classes, (2, samples), generator=generator)
     target_b[::3] = target_a[::3]
     drawn = _draw_logits(generator, samples, classes, **options)

@@ -37,7 +37,7 @@ def cutmix(input: Tensor, index: Tensor, box: Tensor) -> Tensor:
 
 
 def in_box(input: Tensor, box: Tensor) -> Tensor:
-    """Whether a pixel of images (N,ch,H,W) is in a box: (H,W), or with a box for each image (N,1,H,W)."""
+    """Return whether a pixel of images (N,ch,H,W) is in a box: (H,W), or with a box for each image (N,1,H,W)."""
     y0, y1, x0, x1 = box[..., None, None].unbind(-3) if box.dim() == 1 else box[:, :, None, None, None].unbind(1)
     y, x = (torch.arange(size, device=input.device) for size in input.shape[-2:])
     return (y[:, None] >= y0) & (y[:, None] < y1) & (x >= x0) & (x < x1)

@@ -41,7 +41,7 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether every output of every case was within its budget, and repeated."""
+        """Return whether every output of every case was within its budget, and repeated."""
         return not self.failures
 
 
@@ -129,5 +129,5 @@ def _unchanged(value: Any) -> Any:
 
 
 def _strided(value: Any) -> Any:
-    """The same numbers, with gaps between them in memory."""
+    """Copy the numbers to memory with gaps between them."""
     return torch.stack([value, value], -1)[..., 0] if isinstance(value, Tensor) else value

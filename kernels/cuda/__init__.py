@@ -51,7 +51,7 @@ class Launch(NamedTuple):
     arguments: tuple[Tensor | int | float | bytes | None, ...]
 
     def parameters(self) -> list[Any]:
-        """The arguments as ctypes' objects, whose addresses a launch is given."""
+        """Return the arguments as ctypes' objects, whose addresses a launch is given."""
         return [_parameter(argument) for argument in self.arguments]
 
 
@@ -65,7 +65,7 @@ def _parameter(argument: Tensor | int | float | bytes | None) -> Any:
 
 @functools.cache
 def unavailable() -> str | None:
-    """Why kernels cannot be compiled in this process, or None."""
+    """Return why kernels cannot be compiled in this process, or None."""
     if torch.version.hip:
         return "it is for NVIDIA's GPUs"
     try:
@@ -177,7 +177,7 @@ def capability(device: torch.device | int) -> int:
 
 @functools.cache
 def _function(device: int, kernel: str, constants: tuple[tuple[str, int], ...], shared_bytes: int) -> Any:
-    """The kernel on a device, the current one. Modules are kept while the process lives."""
+    """Return the kernel on a device, the current one. Modules are kept while the process lives."""
     from cuda.bindings import driver
 
     cubin = ctypes.create_string_buffer(binary(kernel, dict(constants), capability(device)))
@@ -209,7 +209,7 @@ def nvrtc_version() -> tuple[int, int]:
 
 @functools.cache
 def _architecture(capability: int) -> int:
-    """The newest architecture known to NVRTC whose code runs on GPUs of a capability."""
+    """Return the newest architecture known to NVRTC whose code runs on GPUs of a capability."""
     from cuda.bindings import nvrtc
 
     known = _checked(nvrtc.nvrtcGetSupportedArchs())

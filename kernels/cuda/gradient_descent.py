@@ -22,12 +22,12 @@ _LEAST_RATIO = 2.0**-60
 
 
 def _round_up(size: int) -> int:
-    """The next multiple of four."""
+    """Return the next multiple of four."""
     return -(-size // 4) * 4
 
 
 class Problem(NamedTuple):
-    """All that decides how much shared memory a network takes.
+    """Sizes and options that decide how much shared memory a network takes.
 
     ``nodes`` are lam >= 1/2, 1/2 first; None is plain cross-entropy, without pairs.
     """
@@ -55,7 +55,7 @@ class Problem(NamedTuple):
 
     @property
     def symmetric(self) -> bool:
-        """Whether pairs are symmetric at some node, 1/2."""
+        """Return whether pairs are symmetric at some node, 1/2."""
         return self.nodes is not None and self.nodes[0] == 0.5
 
 
@@ -93,7 +93,7 @@ class Layout(NamedTuple):
         return math.ceil(problem.num_samples / self.tile)
 
     def passes(self, problem: Problem) -> list[Pass]:
-        """The passes of a step: for each node bands of as many whole rows as the logits have room for."""
+        """Return the passes of a step: for each node bands of as many whole rows as the logits have room for."""
         if problem.nodes is None:
             return [Pass(1.0, 0, 0, 0, 0)]
         side = self.side(problem)
@@ -158,13 +158,13 @@ _MAX_TILE = 5  # more pairs than 5 x 5 do not fit the registers that 640 threads
 
 
 def fits(problem: Problem, capability: int) -> str | None:
-    """Why the kernel does not take a problem on GPUs of a compute capability such as 90, or None where it does."""
+    """Return why the kernel does not take a problem on GPUs of a compute capability such as 90, or None."""
     found = _search(problem, capability)
     return found if isinstance(found, str) else None
 
 
 def layout(problem: Problem, capability: int) -> Layout:
-    """The layout for a problem.
+    """Return the layout for a problem.
 
     Raises:
         ValueError: the problem does not fit; the message says why.
@@ -177,7 +177,7 @@ def layout(problem: Problem, capability: int) -> Layout:
 
 @functools.cache
 def _search(problem: Problem, capability: int) -> Layout | str:
-    """The layout of least cost among those that fit, or why there is none."""
+    """Return the layout of least cost among those that fit, or why there is none."""
     if capability not in SHARED_KIB:
         return (
             f"sm_{capability} is not among the GPUs it is written for: {', '.join(f'sm_{one}' for one in SHARED_KIB)}"

@@ -64,7 +64,7 @@ class Settings(BaseSettings):
         self._check_device()
 
     def snr(self, signal: float) -> float:
-        """The signal-to-noise ratio |mu| / (sigma_p sqrt(d))."""
+        """Return the signal-to-noise ratio |mu| / (sigma_p sqrt(d))."""
         return signal / (self.noise_std * math.sqrt(self.patch_dim))
 
 
@@ -98,7 +98,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of its record."""
+        """Return the name of its record."""
         return f"n-{self.num_samples}-signal-{self.signal!r}-seed-{self.seed}"
 
     @property
@@ -108,7 +108,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """The number of gradient steps."""
+        """Return the number of gradient steps."""
         return self.settings.steps
 
     @property

@@ -60,13 +60,13 @@ class BaseSettings:
             raise ValueError(f"device must be a torch device of this machine, got {self.device!r}: {reason}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON has them."""
+        """Return the settings as JSON has them."""
         values: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @property
     def hash(self) -> str:
-        """A short name for these settings, the same on every machine and in every process."""
+        """Return a short name for these settings, the same on every machine and in every process."""
         return _digest(sorted(self.to_dict().items())).hex()[:12]
 
 
@@ -112,7 +112,7 @@ class Pace:
 
 
 def _generator(*key: Any, device: str = "cpu") -> torch.Generator:
-    """A generator of its own for every key; the draws of one on the CPU are the same for every device."""
+    """Return a generator of its own for every key; the draws of one on the CPU are the same for every device."""
     seed = int.from_bytes(_digest(key)[:4], "big")  # the CPU's uses 32 bits of a seed
     return torch.Generator(device).manual_seed(seed)
 

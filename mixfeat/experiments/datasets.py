@@ -153,7 +153,7 @@ def _idx_labels(compressed: bytes) -> np.ndarray:
 
 
 def _idx(compressed: bytes, dimensions: int) -> np.ndarray:
-    """An array of bytes: two zeros, 8 for the type, the number of dimensions, each as 4 bytes, the values."""
+    """Read an array of bytes: two zeros, 8 for the type, the number of dimensions, each as 4 bytes, the values."""
     data = gzip.decompress(compressed)
     head = 4 + 4 * dimensions
     if len(data) < head or data[:4] != bytes((0, 0, 8, dimensions)):
@@ -177,7 +177,7 @@ def _cifar100(parsed: _Parsed) -> _Arrays:
 
 
 def _cifar(archive: bytes, names: list[str], labels: str) -> _Arrays:
-    """Of each member: a pickled dict with rows of 3 x 32 x 32 bytes and a list of labels."""
+    """Read each member: a pickled dict with rows of 3 x 32 x 32 bytes and a list of labels."""
     parts = []
     with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
         for name in names:

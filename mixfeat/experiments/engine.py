@@ -73,7 +73,7 @@ class Record(NamedTuple):
 
     @property
     def diverged(self) -> bool:
-        """Whether the run left the finite numbers."""
+        """Return whether the run left the finite numbers."""
         return self.finished and not self.state
 
 
@@ -82,11 +82,11 @@ class Run(Protocol):
 
     @property
     def settings(self) -> BaseSettings:
-        """The settings of the experiment."""
+        """Return the settings of the experiment."""
 
     @property
     def name(self) -> str:
-        """The name of its record, which is part of a file's name."""
+        """Return the name of its record, which is part of a file's name."""
 
     @property
     def label(self) -> str:
@@ -94,7 +94,7 @@ class Run(Protocol):
 
     @property
     def steps(self) -> int:
-        """The number of its steps."""
+        """Return the number of its steps."""
 
     @property
     def group(self) -> Hashable:

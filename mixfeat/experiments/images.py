@@ -121,7 +121,7 @@ class _PatchModel(nn.Module):
 
 
 def make_model(settings: Settings, seed: int, images: Tensor) -> nn.Module:
-    """The network with its initial weights, from (B, 2 channels, H, W) to logits.
+    """Return the network with its initial weights, from (B, 2 channels, H, W) to logits.
 
     ``patch`` is :class:`mixfeat.TwoLayerPatchCNN`; pre-activations of the patches of ``images`` start with a root mean
     square of ``init_scale`` rho. ``resnet18`` is torchvision's, with the stem for small images that the authors' has
@@ -166,7 +166,7 @@ def _resnet18() -> Callable[..., Any]:
 
 
 def objective(model: nn.Module, data: mf.data.TwoFeatureImages, index: Tensor, method: str, generator: Any) -> Tensor:
-    """The method's loss on the samples ``index``, () of the logits' dtype."""
+    """Return the method's loss on the samples ``index``, () of the logits' dtype."""
     input, target = data.batch(index)
     if method == "erm":
         return F.cross_entropy(model(input), target)
@@ -204,7 +204,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of its record."""
+        """Return the name of its record."""
         return f"{self.method}-seed-{self.seed}"
 
     @property
@@ -321,7 +321,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.
 def _restore(
     state: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
 ) -> None:
-    """The inverse of :func:`_state`."""
+    """Return the inverse of :func:`_state`."""
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

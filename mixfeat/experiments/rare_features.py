@@ -87,7 +87,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The name of its record."""
+        """Return the name of its record."""
         return f"{self.method}-seed-{self.settings.seed}"
 
     @property
@@ -97,7 +97,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """The number of gradient steps."""
+        """Return the number of gradient steps."""
         return self.settings.steps
 
     @property

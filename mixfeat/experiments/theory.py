@@ -175,7 +175,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """The number of gradient steps."""
+        """Return the number of gradient steps."""
         return self.settings.steps
 
     @property

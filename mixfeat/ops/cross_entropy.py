@@ -44,7 +44,7 @@ def weighted_mixup_cross_entropy(
     ignore_index: int,
     reduction: str,
 ) -> Tensor:
-    """The same with a weight (C,) for each class, in plain PyTorch; lam and weight of the loss's dtype."""
+    """Compute the same with a weight (C,) for each class, in plain PyTorch; lam and weight of the loss's dtype."""
     _checks.lam_values(lam)
     num_classes, valid = input.shape[1], []
     for key, target in (("a", target_a), ("b", target_b)):
@@ -68,7 +68,7 @@ def soft_target_cross_entropy(input: Tensor, target: Tensor, label_smoothing: fl
 
 
 def folds_mean(dtype: torch.dtype) -> bool:
-    """Whether the gradient that forward yields has the mean's 1/N in it: float16 would lose small numbers to it."""
+    """Return whether forward's gradient has the mean's 1/N in it: float16 would lose small numbers to it."""
     return dtype != torch.float16
 
 
@@ -172,7 +172,7 @@ def scaled(grad: Tensor, factor: Tensor) -> Tensor:
 
 
 def scaled_in_place(grad: Tensor, factor: Tensor) -> Tensor:
-    """The same in grad's own memory, which nobody else will read."""
+    """Compute the same in grad's own memory, which nobody else will read."""
     if grad.device.type == "cpu" and factor.dim() == 0 and factor.item() == 1:
         return grad
     if grad.is_cuda and backends.serving("cuda", grad.dtype) == "triton":

@@ -19,7 +19,7 @@ def cutmix(input: Tensor, index: Tensor, box: Tensor) -> Tensor:
 
 
 def _image_order(images: Tensor) -> list[int]:
-    """The dimensions in memory: channels last, or else first."""
+    """Return the dimensions in memory: channels last, or else first."""
     order = sample_order(images)
     return order if order == [0, 2, 3, 1] else [0, 1, 2, 3]
 

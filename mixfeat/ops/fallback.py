@@ -170,7 +170,7 @@ def pairwise_mixup_block(
     pairs: str = "all",
     readout: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The sum over pairs of a row sample and a column sample, and its gradients, from pre-activations, as formulas::
+    """Compute the sum over pairs of row and column samples, and its gradients, from pre-activations, as formulas::
 
         t_ijpcm = lam row_ipcm + (1 - lam) column_jpcm;  h_ijcm = sum_p phi(t_ijpcm);  g_ijc = sum_m a_cm h_ijcm
         q_ijc   = (1 - eps) (l [c = y_i] + (1 - l) [c = y_j]) + eps / C,  l = label_lam, or lam
@@ -224,7 +224,7 @@ def pairwise_mixup_block(
 
 
 def _mixed(first: Tensor, second: Tensor, share: float, label_smoothing: float) -> Tensor:
-    """The labels of pairs, smoothed."""
+    """Return the labels of pairs, smoothed."""
     label = share * first + (1 - share) * second
     return (1 - label_smoothing) * label + label_smoothing / label.shape[-1] if label_smoothing else label
 
@@ -254,7 +254,7 @@ def pairwise_mixup_loss(
     *,
     linear_memory: bool,
 ) -> Tensor:
-    """The sum (R,) over pairs of samples that count, over the number of all pairs; differentiable any number of times.
+    """Compute the sum (R,) over the pairs that count, over the number of all pairs; differentiable any number of times.
 
     ``num_rows`` > 0 pairs these first samples with all others. With ``linear_memory`` autograd computes a few rows'
     activations again instead of keeping those of all pairs.
@@ -369,7 +369,7 @@ def soft_target_cross_entropy_rows(input: Tensor, label: Tensor, need_grad: bool
 
 
 def _cross_entropy_grad(input: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
-    """The gradient of rows of cross-entropies, 0 in those that do not count."""
+    """Compute the gradient of rows of cross-entropies, 0 in those that do not count."""
     p = input.softmax(1)
     p = p / p.sum(1, keepdim=True)  # softmax adds up long rows with less care than sum
     grad = p * label.sum(1, keepdim=True) - label

@@ -115,7 +115,7 @@ def _forward(
         return weight, loss, buffer
 
     def objective() -> tuple[Tensor, Tensor]:
-        """The loss (R,) and its gradient."""
+        """Return the loss (R,) and its gradient."""
         if lam is None:
             return _cross_entropy(input, weight, readout, target, fields)
         options = (lam, lam_weight, None, fields, 0.0, "all", 0, "", False, True, False)
@@ -131,7 +131,7 @@ def _forward(
 def _cross_entropy(
     input: Tensor, weight: Tensor, readout: Tensor | None, target: Tensor, fields: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """The mean cross-entropy of the samples (R,), 0 of none, and its gradient to weight (R,C,M,D)."""
+    """Compute the mean cross-entropy of the samples (R,), 0 of none, and its gradient to weight (R,C,M,D)."""
     classes = weight.shape[-3]
     filters = weight if readout is None else weight.flatten(1, 2)[:, :, None]  # each a class of its own
     logits, slope = torch.ops.mixfeat.patch_conv.default(input, filters, None, None, fields, 0)
@@ -216,7 +216,7 @@ def _backward(*_: Any) -> tuple[None, ...]:
 
 
 def _flops(input: Tensor, weight: Tensor, *rest: Any) -> int:
-    """Operations of the products of all patches with all filters, two of them a step."""
+    """Count the operations of the products of all patches with all filters, two of them a step."""
     *_, steps, _, _, _, _ = rest
     filters = weight.shape[-3] * weight.shape[-2]
     return 4 * steps * count_runs(input, weight) * math.prod(input.shape[-3:]) * filters

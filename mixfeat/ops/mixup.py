@@ -19,7 +19,7 @@ def mixup(input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> Tens
 
 
 def sample_order(tensor: Tensor) -> list[int]:
-    """The dimensions, in the order in which each sample is one run of memory; as they are if there is none."""
+    """Return the dimensions, in the order in which each sample is one run of memory; as they are if there is none."""
     strides = tensor.stride()
     order = sorted(range(1, tensor.dim()), key=lambda d: -strides[d])
     expected = 1
@@ -38,7 +38,7 @@ def samples_of(tensor: Tensor, order: list[int]) -> Tensor:
 
 
 def in_shape_of(samples: Tensor, tensor: Tensor, order: list[int]) -> Tensor:
-    """The inverse: (N,K), samples in this order, in the shape of ``tensor``."""
+    """Return the inverse: (N,K), samples in this order, in the shape of ``tensor``."""
     shaped = samples.view([tensor.shape[d] for d in order])
     return shaped.permute([order.index(d) for d in range(tensor.dim())])
 
@@ -95,7 +95,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _fold(size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> Folded:
-    """A batch of inputs is a part of each sample."""
+    """Make a batch of inputs a part of each sample."""
     input, *partners = args
     return (input.movedim(in_dims[0], 1), *partners), lambda mixed: mixed.movedim(1, 0)
 

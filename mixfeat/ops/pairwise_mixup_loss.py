@@ -77,7 +77,7 @@ def pairwise_mixup_block(
     polynomial: Polynomial,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss (R,) of row samples mixed with column samples, and its gradients, from pre-activations::
+    """Compute the loss (R,) of row samples mixed with column samples, and its gradients, from pre-activations::
 
         loss  = sum_k lam_weight_k sum_{i,j} [lam_k CE(g_ij, y_i) + (1 - lam_k) CE(g_ij, y_j)]
         g_ijc = sum_{p,m} phi(lam_k row_ipcm + (1 - lam_k) column_jpcm)
@@ -110,7 +110,7 @@ def _block(
     objective: Objective,
     readout: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The same for any objective and ``readout`` (R or 1,C,M), to which it returns the gradient (R,C,M) as well."""
+    """Compute the same for any objective and ``readout`` (R or 1,C,M); return the gradient to it (R,C,M) too."""
     name = backends.serving_network(row.device.type, row.dtype, polynomial)
     arguments = (row, column, row_target, column_target, lam, lam_weight, polynomial, need_grad)
     if name == "triton" and objective == Objective() and readout is None:
@@ -173,7 +173,7 @@ def _nodes(
 
 
 def _pair_factor(target: Tensor, pairs: str, num_rows: int, num_classes: int) -> Tensor | float:
-    """What the mean over all pairs is multiplied by to be the mean over those that count, a number or (1 or R,)."""
+    """Return the factor from the mean over all pairs to the mean over the pairs that count, a number or (1 or R,)."""
     num_samples = target.shape[-1]
     if pairs == "all":
         return 1.0
@@ -187,7 +187,7 @@ def _pair_factor(target: Tensor, pairs: str, num_rows: int, num_classes: int) ->
 
 
 def _of_runs(factor: Tensor | float, tensor: Tensor) -> Tensor | float:
-    """A factor (1 or R,) in the dtype of a tensor (R, ...), with which it broadcasts."""
+    """Return a factor (1 or R,) in the dtype of a tensor (R, ...), with which it broadcasts."""
     if isinstance(factor, float):
         return factor
     return factor.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1))
@@ -321,7 +321,7 @@ def _definition(*args: Any) -> Tensor:
 
 
 def _fold(size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> Folded:
-    """Batches of inputs, weights, readouts and targets are runs."""
+    """Make batches of inputs, weights, readouts and targets runs."""
     _forbid_group(args[11], _TRANSFORMED)
     arguments, runs = fold_runs(size, in_dims, args, {0: 3, 1: 3, 2: 2, 3: 1})
     if arguments[0].dim() == arguments[1].dim() == 3:  # the batch is one of readouts or targets
@@ -359,7 +359,7 @@ def _fake(input: Tensor, weight: Tensor, readout: Tensor | None, *rest: Any) -> 
 
 
 def _flops(input: Tensor, weight: Tensor, *rest: Any) -> int:
-    """Operations of the products of all patches with all filters, of pre-activations and of wanted gradients.
+    """Count the operations of the products of all patches with all filters, for pre-activations and wanted gradients.
 
     The sums over pairs are no matrix products.
     """

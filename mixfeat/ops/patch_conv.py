@@ -212,13 +212,13 @@ def _definition(
 
 
 def _fold(size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> Folded:
-    """Batches of inputs and weights are runs."""
+    """Make batches of inputs and weights runs."""
     arguments, runs = fold_runs(size, in_dims, args, {0: 3, 1: 3})
     return arguments, lambda logits: logits if runs is None else logits.unflatten(0, (size, runs))
 
 
 def _flops(input: Tensor, weight: Tensor, products: int) -> int:
-    """The operations of products of all patches with all filters, 2 R N P D C M each."""
+    """Count the operations of products of all patches with all filters, 2 R N P D C M each."""
     runs = weight.shape[0] if input.dim() == 3 and weight.dim() == 4 else 1
     return 2 * products * runs * input.numel() * weight.shape[-3] * weight.shape[-2]
 

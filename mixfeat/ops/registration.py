@@ -210,7 +210,7 @@ class Operator:
         torch.library.register_vmap(qualified, batch)
 
     def _is_foldable(self, args: Sequence[Any]) -> bool:
-        """Whether vmap is the only transform, at any depth, and what is batched is foldable."""
+        """Return whether vmap is the only transform, at any depth, and what is batched is foldable."""
         if self._fold is None or _transforms is None or _is_batch is None or _has_tangent(args):
             return False
         if not all(str(level.key()).endswith("Vmap") for level in _transforms()):
@@ -307,7 +307,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_transformed(args: Sequence[Any]) -> bool:
-    """Whether a transform of :mod:`torch.func`, or forward-mode differentiation of one of the arguments, is active."""
+    """Return whether a transform of :mod:`torch.func`, or forward-mode differentiation of an argument, is active."""
     if torch.compiler.is_compiling():
         return False
     return (_transforms_are_active is not None and _transforms_are_active()) or _has_tangent(args)
@@ -320,19 +320,19 @@ def _has_tangent(args: Sequence[Any]) -> bool:
 
 
 def _flop_registries() -> list[dict[Any, Any]]:
-    """The formulas of the FLOP counters that are active."""
+    """Return the formulas of the FLOP counters that are active."""
     modes = [] if _dispatch_modes is None else _dispatch_modes()
     registries = (getattr(getattr(mode, "counter", None), "flop_registry", None) for mode in modes)
     return [registry for registry in registries if registry is not None]
 
 
 def is_batched(grad: Tensor) -> bool:
-    """Whether ``torch.autograd.grad(..., is_grads_batched=True)`` hands over several gradients at once."""
+    """Return whether ``torch.autograd.grad(..., is_grads_batched=True)`` hands over several gradients at once."""
     return _is_legacy_batch is not None and _is_legacy_batch(grad)
 
 
 def can_bypass_dispatcher(args: Sequence[Any], tensors: Sequence[int]) -> bool:
-    """Whether PyTorch's dispatcher would do nothing but call the operator's ``forward``.
+    """Return whether PyTorch's dispatcher would do nothing but call the operator's ``forward``.
 
     That is without tracing, a mode, a functorch transform, dual numbers, a tensor subclass or a lazily negated view;
     ``tensors`` tells which arguments are tensors, or None.
@@ -353,12 +353,12 @@ def can_bypass_dispatcher(args: Sequence[Any], tensors: Sequence[int]) -> bool:
 
 
 def graph_is_kept() -> bool:
-    """Whether another backward pass may follow this one through the same graph."""
+    """Return whether another backward pass may follow this one through the same graph."""
     return _keep_graph is None or _keep_graph()
 
 
 def saved_tensors_are_hooked() -> bool:
-    """Whether hooks may hold on to tensors that are saved for the backward pass now."""
+    """Return whether hooks may hold on to tensors that are saved for the backward pass now."""
     return _default_hooks is None or _default_hooks(True) is not None
 
 

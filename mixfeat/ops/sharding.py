@@ -59,17 +59,17 @@ class Plan:
         return [Step(d, piece, pieces) for d in range(1, len(self.sizes) // 2 + 1) for piece in range(pieces)]
 
     def pairs_of(self, rank: int, step: Step) -> list[tuple[int, int]]:
-        """The pairs (a, b) at the step's distance of which ``rank`` is one."""
+        """Return the pairs (a, b) at the step's distance of which ``rank`` is one."""
         ranks = len(self.sizes)
         both = [(rank, (rank + step.distance) % ranks), ((rank - step.distance) % ranks, rank)]
         return [pair for pair in dict.fromkeys(both) if pair in self.own]
 
     def rows_of(self, rank: int, pair: tuple[int, int]) -> slice:
-        """The samples of ``rank``, one of the pair, that meet the other's at ``rank``."""
+        """Return the samples of ``rank``, one of the pair, that meet the other's at ``rank``."""
         return slice(0, self.own[pair] if rank == pair[0] else self.sizes[rank])
 
     def lent(self, rank: int, pair: tuple[int, int], step: Step) -> slice:
-        """The samples of ``rank``, one of the pair, that meet the other's there, as far as they travel in this step."""
+        """Return the samples of ``rank``, one of the pair, that meet the other's there and travel in this step."""
         a, b = pair
         if rank == a:
             first, count = self.own[pair], self.sizes[a] - self.own[pair] if self.sizes[b] else 0
@@ -87,7 +87,7 @@ class Plan:
         return work
 
     def sent(self) -> list[int]:
-        """Samples that each rank sends to others; as many gradients of samples come back to it."""
+        """Count the samples that each rank sends to others; as many gradients of samples come back to it."""
         sent = [0] * len(self.sizes)
         for (a, b), own in self.own.items():
             sent[b] += self.sizes[b] if own else 0
@@ -97,7 +97,7 @@ class Plan:
 
 @functools.lru_cache
 def plan(sizes: tuple[int, ...]) -> Plan:
-    """A plan for shards whose sizes differ by at most one.
+    """Make a plan for shards whose sizes differ by at most one.
 
     At every distance a rank takes in the whole shard of the next, by which ranks of equal shards do equal work; at half
     of an even ring, where the two of a pair would both do so, each takes half. Where shards are so small that one
@@ -129,7 +129,7 @@ def plan(sizes: tuple[int, ...]) -> Plan:
 
 
 def group_name(group: Any) -> str:
-    """The name by which operators know a process group, or ``"world"``, all processes.
+    """Return the name by which operators know a process group, or ``"world"``, all processes.
 
     Raises:
         RuntimeError: torch.distributed is missing or not initialised.
@@ -152,7 +152,7 @@ def refuse(name: str, error: Exception) -> None:
 
 
 def agree(name: str, samples: int, settings: Mapping[str, Any], check: Callable[[], None]) -> tuple[int, ...]:
-    """The number of samples of each rank, once all are sure to do the same.
+    """Return the number of samples of each rank, once all are sure to do the same.
 
     Args:
         name: of the group.
@@ -179,7 +179,7 @@ def agree(name: str, samples: int, settings: Mapping[str, Any], check: Callable[
 def all_pairs(
     block: Block, s: Tensor, target: Tensor, nodes: Mapping[float, float], sizes: tuple[int, ...], name: str
 ) -> tuple[Tensor, Tensor | None]:
-    """The loss (R,) over all pairs of samples of all ranks, the same bits on every rank, and this rank's gradient.
+    """Compute the loss (R,) over all pairs of all ranks' samples, the same bits on each, and this rank's gradient.
 
     The gradient is that of the sum over ranks of their losses, W L: averaged over ranks, as DistributedDataParallel
     does, it is that of L.
@@ -218,7 +218,7 @@ def _ring(
     block: Block, s: Tensor, target: Tensor, own_nodes: Mapping[float, float], cross_nodes: Mapping[float, float],
     plan: Plan, group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """This rank's part of the loss, float64, and its samples' gradient. Transfers overlap with the work before them."""
+    """Compute this rank's part of the loss, float64, and its samples' gradient. Transfers overlap with work."""
     rank, steps = group.rank(), plan.steps
     coming = _fetch(s, target, plan, steps[:1], group)
     loss, grad, _ = block(s, None, target, None, list(own_nodes), list(own_nodes.values()))
@@ -311,7 +311,7 @@ def _fetch(s: Tensor, target: Tensor, plan: Plan, steps: list[Step], group: dist
 
 
 def _even(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """The sizes themselves if they differ by one at most, else as even as can be."""
+    """Return the sizes themselves if they differ by one at most, else as even as can be."""
     if max(sizes) - min(sizes) <= 1:
         return sizes
     total, ranks = sum(sizes), len(sizes)
@@ -319,7 +319,7 @@ def _even(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _spread(t: Tensor, dim: int, sizes: Sequence[int], wanted: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """Samples, along ``dim``, from shards of these sizes to shards of the wanted ones, in the same order over all."""
+    """Move samples, along ``dim``, from shards of these sizes to shards of the wanted ones, in the same order."""
     rank = group.rank()
     have, want = ([0, *itertools.accumulate(counts)] for counts in (sizes, wanted))
 
