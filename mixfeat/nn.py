@@ -130,7 +130,7 @@ class PairwiseMixupLoss(nn.Module):
         self.label_lam, self.label_smoothing, self.pairs = _checks.labels(label_lam, label_smoothing, pairs, nodes)
 
     def forward(self, model: nn.Module, input: Tensor, target: Tensor) -> Tensor:
-        """Return the loss, () or (R,), of a network that has ``weight`` and ``activation``, as :class:`TwoLayerPatchCNN`.
+        """Return the loss, () or (R,), of a model that has ``weight`` and ``activation``, as :class:`TwoLayerPatchCNN`.
 
         Raises:
             TypeError: a model without a weight and an activation.
