@@ -1,4 +1,4 @@
-"""The committed results in README and docs/: tables between two markers, and a figure.
+"""Writes the committed results into README and docs/: tables between two markers, and a figure.
 
 ``python -m mixfeat.benchmarks.pages`` regenerates them from the documents in results/. Needs matplotlib.
 """
@@ -8,15 +8,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .results import load, tables
+from .results import headline, load, tables
 
 __all__ = ["FIGURE", "PAGES", "committed", "with_tables"]
 
 ROOT = Path(__file__).resolve().parents[1]
 #: The figure, which shows the first document.
 FIGURE = ROOT / "docs/benchmarks.png"
-#: Pages with figure and tables, and whether their tables are brief.
-PAGES = {ROOT / "README.md": True, ROOT / "docs/benchmarks.md": False}
+#: Pages, and what formats a document for them.
+PAGES = {ROOT / "README.md": headline, ROOT / "docs/benchmarks.md": tables}
 
 
 def committed() -> list[dict[str, Any]]:
@@ -25,13 +25,11 @@ def committed() -> list[dict[str, Any]]:
 
 
 def with_tables(page: Path, text: str, documents: Iterable[Mapping[str, Any]]) -> str:
-    """Replace what stands between the markers in the text of one of ``PAGES`` by the documents' figure and tables."""
+    """Replace what stands between the markers in the text of one of ``PAGES`` by the documents' tables."""
     begin, end = "<!-- benchmarks -->\n", "<!-- end of benchmarks -->"
     found = re.search(f"{begin}.*?{end}", text, re.DOTALL)
     assert found, f"{page} has no markers for the tables"
-    figure = FIGURE.relative_to(page.parent)
-    alt = "Times, memory, shares of the limits, roofline and growth of all operators"
-    body = "\n\n".join([f"![{alt}]({figure})", *(tables(document, brief=PAGES[page]) for document in documents)])
+    body = "\n\n".join(PAGES[page](document) for document in documents)
     return text[: found.start()] + f"{begin}\n{body}\n\n{end}" + text[found.end() :]
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "GROWTH", "about", "compare", "describe", "fingerprint", "load", "markdown", "of_limit", "rates", "ratios", "rows",
-    "tables",
+    "GROWTH", "about", "compare", "describe", "fingerprint", "headline", "load", "markdown", "of_limit", "rates",
+    "ratios", "rows", "tables",
 ]  # fmt: skip
 
 #: Keys of a document.
@@ -17,6 +17,17 @@ KEYS = ("machine_info", "commit_info", "datetime", "benchmarks")
 CASE = ("suite", "case", "direction", "dtype")
 #: A row with this direction, followed by the name of a dimension, has an exponent among its figures.
 GROWTH = "growth with "
+#: Cases of the README: suite, name of the shape, dtype; the best and the worst are among them.
+HEADLINE = (
+    ("pairwise_mixup_loss", "paper-10", "float32"),
+    ("pairwise_mixup_loss", "paper-10-large", "float32"),
+    ("patch_conv", "paper-10-large", "float32"),
+    ("patch_conv", "image", "bfloat16"),
+    ("mixup", "imagenet", "float32"),
+    ("cutmix", "imagenet", "float32"),
+    ("mixup_cross_entropy", "imagenet", "float32"),
+    ("mixup", "tiny", "float32"),
+)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -154,12 +165,28 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "| " + " | ".join("-" * width for width in widths) + " |", *lines[1:]])
 
 
-def tables(document: Mapping[str, Any], *, brief: bool = False) -> str:
-    """Format a document in Markdown: a table per operator, a table of growth exponents, a list of other figures.
+def headline(document: Mapping[str, Any]) -> str:
+    """Format ``HEADLINE`` in Markdown: a row per case, with gradients if there are any, against the best baseline."""
+    head = ["operator", "problem", "time", "best of the others", "mixfeat is faster by", "share of the limit"]
+    order, body = ["forward + backward", "forward"], []
+    for suite, name, dtype in HEADLINE:
+        chosen = [
+            row for row in rows(document)
+            if (row["suite"], row["case"].split(" (")[0], row["dtype"]) == (suite, name, dtype)
+            and row["direction"] in order and _contested(row)
+        ]  # fmt: skip
+        for row in sorted(chosen, key=lambda row: order.index(row["direction"]))[:1]:
+            other, ratio = min(ratios(row).items(), key=lambda item: item[1])
+            share = of_limit(row)
+            time = f"{row['timings']['mixfeat']['median'] * 1e3:.3g} ms"
+            limit = f"{share:.0%} of {row['limit']['name']}" if share else ""
+            body.append([f"`{suite}`", _name(row), time, other, f"{ratio:.1f}x", limit])
+    return f"{about(document)}.\n\n{markdown([head, *body])}"
 
-    ``brief`` keeps one row per case with baselines, preferably float32 with forward and backward, and all others.
-    """
-    everything = _selected(rows(document)) if brief else rows(document)
+
+def tables(document: Mapping[str, Any]) -> str:
+    """Format a document in Markdown: a table per operator, a table of growth exponents, a list of other figures."""
+    everything = rows(document)
     parts = [f"{about(document)}."]
     parts[0] += "".join(f" Caches are {mode}." for mode in {row.get("cache") for row in everything} - {None})
     timed = [row for row in everything if _contested(row)]
@@ -192,16 +219,6 @@ def tables(document: Mapping[str, Any], *, brief: bool = False) -> str:
 def _contested(row: Mapping[str, Any]) -> bool:
     """Whether mixfeat is timed against baselines, and not parts of it against each other."""
     return "mixfeat" in row["timings"] and len(row["timings"]) > 1
-
-
-def _selected(everything: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Keep one row per case with baselines, and every other row."""
-    order = ["forward + backward", "training step", "forward"]
-    timed = [row for row in everything if _contested(row) and row["direction"] in order]
-    first: dict[tuple[str, str], Mapping[str, Any]] = {}
-    for row in sorted(timed, key=lambda row: (row["dtype"] != "float32", order.index(row["direction"]))):
-        first.setdefault((row["suite"], row["case"]), row)
-    return [row for row in everything if row not in timed or row in first.values()]
 
 
 def _memory(peaks: Mapping[str, int]) -> str:

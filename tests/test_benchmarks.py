@@ -70,15 +70,15 @@ def test_tables(document):
     assert "2026-01-01, mixfeat 1 at abc. Caches are warm." in text
 
 
-def test_brief_tables():
-    """A row for each case: of float32 and of both directions, where there are such."""
-    both = row(3e-3, direction="forward + backward")
-    step, half = row(5e-3, case="net", direction="training step"), row(7e-3, case="half", dtype="bfloat16")
-    bare = {"peaks": (), "also": False, "limit": None}
-    single = row(9e-3, ("ranks = 1", "ranks = 2"), case="ranks", figures={"ranks": 2}, **bare)
-    left_out = row(2e-3), row(2e-3, direction="forward + backward", dtype="bfloat16")
-    kept = both, step, half, single
-    assert results.tables(document_of(*left_out, *kept), brief=True) == results.tables(document_of(*kept))
+def test_headline(monkeypatch):
+    """A row for each case that the README shows, with gradients where both are timed, against its best baseline."""
+    monkeypatch.setattr(results, "HEADLINE", (("mixup", "paper", "float32"), ("mixup", "absent", "float32")))
+    both = row(2e-3, direction="forward + backward")
+    lines = results.headline(document_of(row(3e-3), both, row(4e-3, case="other (2, 3)"))).splitlines()
+    assert lines[0] == "this, PyTorch 2; 2026-01-01, mixfeat 1 at abc."
+    assert len(lines) == 5  # nothing, the head, the rule, one case
+    cells = [cell.strip() for cell in lines[-1].strip("|").split("|")]
+    assert cells == ["`mixup`", "paper (2, 3), forward + backward", "2 ms", "eager", "3.0x", "50% of a copy"]
 
 
 def test_table_says_what_is_missing():
