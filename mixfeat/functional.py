@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -493,6 +493,18 @@ def cutmix(input: Tensor, index: Tensor, box: Tensor) -> Tensor:
     return _cutmix(input, index, box)
 
 
+@overload
+def mixup_cross_entropy(
+    input: Tensor, target_a: Tensor, target_b: Tensor, lam: float | Tensor, *, weight: Tensor | None = None,
+    label_smoothing: float = 0.0, lse_square_scale: float = 0.0, ignore_index: int = -100, reduction: str = "mean",
+    return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def mixup_cross_entropy(
+    input: Tensor, target_a: Tensor, target_b: Tensor, lam: float | Tensor, *, weight: Tensor | None = None,
+    label_smoothing: float = 0.0, lse_square_scale: float = 0.0, ignore_index: int = -100, reduction: str = "mean",
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def mixup_cross_entropy(
     input: Tensor,
     target_a: Tensor,
@@ -501,15 +513,21 @@ def mixup_cross_entropy(
     *,
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of mixed samples, with the labels of both: no dense target, and the gradient in the same pass::
 
         lam CE(input, target_a) + (1 - lam) CE(input, target_b)
 
     with CE that of :func:`torch.nn.functional.cross_entropy`. With ``reduction="mean"`` each of the two is the mean
     over its own targets that are not ``ignore_index``, weighted by ``weight``; a per-sample lam is inside it.
+
+    ``lse_square_scale`` adds the z-loss of PaLM (Chowdhery et al., 2022), which keeps the softmax normaliser close to
+    1: each CE has ``lse_square_scale * logsumexp(input_n)^2`` more, for every target that counts; the mean of these is
+    not weighted by ``weight``. It is named as in flash-attention and Liger-Kernel.
 
     Args:
         input: logits, (N,C), or (N,C,d1,...) of a dense prediction.
@@ -520,21 +538,28 @@ def mixup_cross_entropy(
         weight: (C,), weight of each class, floating; must not require grad. With it the loss is computed by plain
             PyTorch.
         label_smoothing: in [0, 1]; this much of each target goes to all classes alike.
+        lse_square_scale: coefficient of the z-loss, finite, not negative; PaLM's is 1e-4.
         ignore_index: a target that does not count.
         reduction: "mean", "sum" or "none".
+        return_lse: also return the logsumexp of each row, for a loss of one's own or to be watched.
 
     Returns:
         The loss, () or, without reduction, of the targets' shape; float32, also for half-precision logits, or float64
-        for float64. The mean over no targets is NaN. Gradients flow to ``input``, and can be differentiated again.
+        for float64. The mean over no targets is NaN. With ``return_lse`` (loss, lse): lse of the targets' shape and the
+        loss's dtype, of all rows, ignored or not. Gradients flow from both to ``input``, and can be differentiated
+        again.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes or devices that do not fit; lam or label_smoothing outside [0, 1]; no such reduction.
+        ValueError: shapes or devices that do not fit; lam or label_smoothing outside [0, 1]; lse_square_scale negative
+            or not finite; no such reduction.
         IndexError: a target out of range on a CPU. On CUDA, where it cannot be read without waiting for the device, it
             makes that row's loss and gradient NaN.
     """
     _checks.logits(input, dense=True)
-    options = _checks.loss_options(label_smoothing, ignore_index, reduction)
+    smoothing, ignored, reduction = _checks.loss_options(label_smoothing, ignore_index, reduction)
+    options = (smoothing, _checks.finite("lse_square_scale", lse_square_scale, 0), ignored, reduction)
+    _checks.boolean("return_lse", return_lse)
     shape = (*input.shape[:1], *input.shape[2:])
     for name, target in (("target_a", target_a), ("target_b", target_b)):
         _checks.dense_classes(name, target, shape, input.device)
@@ -543,11 +568,12 @@ def mixup_cross_entropy(
         lam = lam.view(-1, *[1] * (len(shape) - 1)).expand(shape).flatten() if lam.dim() else lam
         input, target_a, target_b = _as_rows(input), target_a.flatten(), target_b.flatten()
     if weight is None:
-        loss = cross_entropy.mixup_cross_entropy(input, target_a, target_b, lam, *options)
+        loss, lse = cross_entropy.mixup_cross_entropy(input, target_a, target_b, lam, *options, return_lse)
     else:
         weight = _checks.class_weight("weight", weight, input)
-        loss = cross_entropy.weighted_mixup_cross_entropy(input, target_a, target_b, lam, weight, *options)
-    return loss.view(shape) if reduction == "none" else loss
+        loss, lse = cross_entropy.weighted_mixup_cross_entropy(input, target_a, target_b, lam, weight, *options)
+    loss = loss.view(shape) if reduction == "none" else loss
+    return (loss, lse.view(shape)) if return_lse else loss
 
 
 def _as_rows(dense: Tensor) -> Tensor:

@@ -356,15 +356,23 @@ class MixupCrossEntropyLoss(nn.Module):
         label_smoothing: in [0, 1].
         ignore_index: a target that does not count.
         reduction: "mean", "sum" or "none".
+        lse_square_scale: coefficient of the z-loss, not negative.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it needs.
     """
 
-    def __init__(self, label_smoothing: float = 0.0, ignore_index: int = -100, reduction: str = "mean") -> None:
+    def __init__(
+        self,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        lse_square_scale: float = 0.0,
+    ) -> None:
         super().__init__()
         options = _checks.loss_options(label_smoothing, ignore_index, reduction)
         self.label_smoothing, self.ignore_index, self.reduction = options
+        self.lse_square_scale = _checks.finite("lse_square_scale", lse_square_scale, 0)
 
     def forward(self, logits: Tensor, target: tuple[Tensor, Tensor, float | Tensor]) -> Tensor:
         """Return the loss of ``logits`` (N,C); ``target`` is (target_a, target_b, lam) as :class:`Mixup` returns it.
@@ -377,9 +385,11 @@ class MixupCrossEntropyLoss(nn.Module):
             raise TypeError(f"target must be (target_a, target_b, lam), as Mixup returns it, got {got}")
         target_a, target_b, lam = target
         return functional.mixup_cross_entropy(
-            logits, target_a, target_b, lam,
-            label_smoothing=self.label_smoothing, ignore_index=self.ignore_index, reduction=self.reduction,
+            logits, target_a, target_b, lam, label_smoothing=self.label_smoothing,
+            lse_square_scale=self.lse_square_scale, ignore_index=self.ignore_index, reduction=self.reduction,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+        scale = f", lse_square_scale={self.lse_square_scale}" if self.lse_square_scale else ""
+        options = f"label_smoothing={self.label_smoothing}, ignore_index={self.ignore_index}"
+        return f"{options}, reduction={self.reduction!r}{scale}"

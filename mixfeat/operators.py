@@ -4,6 +4,7 @@ An entry names an operator's function and its definition, draws arguments for bo
 which they are compared. A new operator is one more entry.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -512,11 +513,28 @@ _INTERPRETED_LOGITS = (
 )  # fmt: skip
 _WIDE_LOGITS = tuple(_logits(*sizes) for sizes in ((7, 10), (1, 2), (3, 1), (33, 65), (5, 1000), (2, 50257), (64, 16)))
 
+
+def _one_tensor(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    """Join the results of a function, where there are several, into one tensor."""
+
+    @functools.wraps(function)
+    def joined(*args: Any, **kwargs: Any) -> Tensor:
+        value = function(*args, **kwargs)
+        return torch.cat([part.flatten() for part in value]) if isinstance(value, tuple) else value
+
+    return joined
+
+
 _MIXUP_CROSS_ENTROPY = Operator(
-    "mixup_cross_entropy", functional.mixup_cross_entropy, reference.mixup_cross_entropy, _draw_mixup_cross_entropy,
-    ("input",),
-    main=(_logits(6, 9), _logits(6, 9, lam="number", label_smoothing=0.1, reduction="none")),
+    "mixup_cross_entropy", _one_tensor(functional.mixup_cross_entropy), _one_tensor(reference.mixup_cross_entropy),
+    _draw_mixup_cross_entropy, ("input",),
+    main=(
+        _logits(6, 9), _logits(6, 9, lam="number", label_smoothing=0.1, reduction="none"),
+        _logits(6, 9, lse_square_scale=0.1, return_lse=True),
+    ),
     variants=(
+        *(_logits(20, 7, lse_square_scale=0.1, **options) for options in _LOSS_OPTIONS[:6]),
+        *(_logits(20, 7, return_lse=True, lse_square_scale=scale, reduction="none") for scale in (0.0, 0.1)),
         *(_logits(20, 7, lam=lam, **options) for lam in ("number", "per sample") for options in _LOSS_OPTIONS),
         *(
             _logits(20, 7, lam="one for all", ignore_index=ignored, reduction=reduction)

@@ -161,20 +161,28 @@ def mixup_cross_entropy(
     *,
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """``lam CE(input, target_a) + (1 - lam) CE(input, target_b)``; a mean is over the targets that are not ignored.
 
-    ``input`` (N,C), targets (N,), ``lam`` a float, () or (N,), ``weight`` (C,); result () or, without reduction, (N,).
+    To each cross-entropy of a target that counts ``lse_square_scale logsumexp(input_n)^2`` is added. ``input`` (N,C),
+    targets (N,), ``lam`` a float, () or (N,), ``weight`` (C,); result () or, without reduction, (N,); with
+    ``return_lse`` also the logsumexp (N,).
     """
     loss = torch.zeros((), dtype=input.dtype, device=input.device)
+    lse = input.logsumexp(1) if lse_square_scale or return_lse else loss
     for target, share in ((target_a, lam), (target_b, 1 - lam)):
         rows = share * F.cross_entropy(
             input, target, weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
         )
         loss = loss + (rows if reduction == "none" else rows.sum() / _count(target, weight, ignore_index, reduction))
-    return loss
+        if lse_square_scale:
+            rows = (share * lse_square_scale * lse.square()).where(target != ignore_index, 0)
+            loss = loss + (rows if reduction == "none" else rows.sum() / _count(target, None, ignore_index, reduction))
+    return (loss, lse) if return_lse else loss
 
 
 def _count(target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> Tensor | int:

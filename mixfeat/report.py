@@ -153,16 +153,18 @@ class MixupCase(Case):
 @dataclass(frozen=True)
 class CrossEntropyCase(Case):
     """Direction "classes" or "dense", by its targets, with or without smoothing; or what comes before or after:
-    "count", for a mean, and "scale", the gradient's scaling.
+    "count", for a mean, "scale", the gradient's scaling, and "backward", the gradient of loss and logsumexp.
     """
 
     kernel = "cross_entropy"
     classes: int
     label_smoothing: float = 0.0
     need_grad: bool = True
+    lse_square_scale: float = 0.0
 
     def sizes(self) -> str:
-        return f"C{self.classes}-{self.label_smoothing}{'' if self.need_grad else '-loss'}"
+        square = f"-{self.lse_square_scale}" if self.lse_square_scale else ""
+        return f"C{self.classes}-{self.label_smoothing}{square}{'' if self.need_grad else '-loss'}"
 
     def place(self) -> int:
         return 0 if self.direction == "count" else -1
@@ -180,7 +182,13 @@ class CrossEntropyCase(Case):
             cross_entropy.soft_target_cross_entropy(input, target, 1.0, self.label_smoothing, *results)
         else:
             target = _meta(samples, dtype=torch.int64)
-            cross_entropy.cross_entropy(input, target, target, row, self.label_smoothing, -100, 1.0, *results)
+            scale = self.lse_square_scale
+            gradients = (row, row) if self.direction == "backward" else (None, None)
+            loss, grad = results if self.direction != "backward" else (None, input)
+            cross_entropy.cross_entropy(
+                input, target, target, row, self.label_smoothing, scale, -100, 1.0, loss, row if scale else None, grad,
+                *gradients,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -383,6 +391,11 @@ def shipped(target: str) -> list[Case]:
         cases += [*(labels(classes) for classes in (1000, 50304)), labels(50304, 0.1, need_grad=False)]
         cases += [CrossEntropyCase("dense", dtype, classes, 0.1) for classes in (10, 1000, 1001, 50257, 50304)]
         cases += [CrossEntropyCase("scale", dtype, classes) for classes in (1001, 50304)]
+        cases += [
+            CrossEntropyCase(direction, dtype, classes, 0.1, lse_square_scale=1e-4)
+            for direction in ("classes", "backward")
+            for classes in (10, 1000, 50257)
+        ]
         cases += [CutmixCase("forward", dtype, side) for side in (224, 9)]
         cases += [CutmixCase("backward", dtype, 224)]
         cases += [BinaryCrossEntropyCase("forward", dtype, classes) for classes in (10, 1000)]

@@ -205,6 +205,47 @@ def test_cuda_graph():
     torch.testing.assert_close(x.grad, results(reference.mixup_cross_entropy, x, a, b, lam)[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_lse_and_its_square(backend, device, dtype, reduction):
+    """The z-loss is that of the logsumexp which is returned; either result has its gradient, also without the other."""
+    x, a, b, lam = make_inputs((7, 9), dtype, device)
+    options = {"label_smoothing": 0.1, "reduction": reduction}
+    plain = mf.mixup_cross_entropy(x, a, b, lam, **options)
+    loss, lse = mf.mixup_cross_entropy(x, a, b, lam, lse_square_scale=0.1, return_lse=True, **options)
+    torch.testing.assert_close(lse, x.to(lam.dtype).logsumexp(1))
+    rows = [share * lse.square().where(y != -100, 0) for y, share in ((a, lam), (b, 1 - lam))]
+    if reduction == "mean":
+        rows = [row.sum() / (y != -100).sum() for y, row in zip((a, b), rows, strict=True)]
+    square = sum(rows) if reduction != "sum" else sum(rows).sum()
+    torch.testing.assert_close(loss, plain + 0.1 * square)
+
+    def both(f, x, factors, **more):
+        x = x.detach().requires_grad_()
+        results = f(x, a, b, lam.to(torch.promote_types(x.dtype, torch.float32)), return_lse=True, **options, **more)
+        terms = [factor * result for factor, result in zip(factors, results, strict=True) if factor is not None]
+        value = sum(term.sum() for term in terms)
+        return torch.autograd.grad(value, x)[0]
+
+    h = torch.randn_like(lse)
+    for factors in ((3.0, h), (None, h), (3.0, None)):
+        for scale in (0.0, 0.1):
+            mine = both(mf.mixup_cross_entropy, x, factors, lse_square_scale=scale)
+            true = both(reference.mixup_cross_entropy, x.double(), factors, lse_square_scale=scale)
+            assert mine.dtype == dtype
+            assert error([mine], [true]) <= (1e-5 if dtype == torch.float32 else 1e-3)
+
+
+def test_lse_of_dense_predictions_and_class_weights(backend, device):
+    x = torch.randn(3, 4, 2, 5, device=device)
+    a, b = torch.randint(4, (2, 3, 2, 5), device=device)
+    for weight in (None, torch.rand(4, device=device)):
+        loss, lse = mf.mixup_cross_entropy(x, a, b, 0.3, weight=weight, lse_square_scale=0.2, return_lse=True)
+        torch.testing.assert_close(lse, x.logsumexp(1))
+        theirs = 0.3 * F.cross_entropy(x, a, weight) + 0.7 * F.cross_entropy(x, b, weight)
+        torch.testing.assert_close(loss, theirs + 0.2 * lse.square().mean())
+
+
 X, Y, SOFT = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64), torch.ones(4, 3) / 3
 
 
@@ -230,6 +271,9 @@ X, Y, SOFT = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64), torch.ones(4,
         ((X, Y, Y, torch.ones(2)), {}, ValueError, r"lam must have shape \(\) or \(4,\), got \(2,\)"),
         ((X, Y, Y, 0.5), {"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
         ((X, Y, Y, 0.5), {"label_smoothing": "a"}, TypeError, "label_smoothing must be a number, got 'a'"),
+        ((X, Y, Y, 0.5), {"lse_square_scale": -1}, ValueError, "lse_square_scale must be at least 0, got -1"),
+        ((X, Y, Y, 0.5), {"lse_square_scale": math.inf}, ValueError, "lse_square_scale must be finite, got inf"),
+        ((X, Y, Y, 0.5), {"return_lse": 1}, TypeError, "return_lse must be a bool, got 1"),
         ((X, Y, Y, 0.5), {"ignore_index": 0.5}, TypeError, "ignore_index must be an integer, got 0.5"),
         ((X, Y, Y, 0.5), {"reduction": "max"}, ValueError, 'reduction must be "mean", "sum" or "none", got \'max\''),
     ],

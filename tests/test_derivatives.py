@@ -33,6 +33,13 @@ CASES = {
     "mixup_cross_entropy-none": (
         lambda f, g: f.mixup_cross_entropy(g, TARGET, PARTNER, LAM, ignore_index=1, reduction="none"), "g"
     ),
+    "mixup_cross_entropy-lse": (
+        lambda f, g: torch.stack([
+            part.sum() for part in f.mixup_cross_entropy(
+                g, TARGET, PARTNER, LAM, label_smoothing=0.1, lse_square_scale=0.2, return_lse=True
+            )
+        ]), "g"
+    ),
     "soft_target_cross_entropy": (lambda f, g: f.soft_target_cross_entropy(g, SOFT, label_smoothing=0.1), "g"),
 }  # fmt: skip
 

@@ -18,12 +18,12 @@ def results_for(input, need_grad=True):
     return loss, torch.full(input.shape, NAN, dtype=input.dtype, device=DEVICE) if need_grad else None
 
 
-def run(input, a, b, lam, smoothing=0.0, total_weight=None, need_grad=True):
+def run(input, a, b, lam, smoothing=0.0, total_weight=None, need_grad=True, scale=0.0):
     """Loss (N,) and gradient (N,C) of two classes a row."""
     from mixfeat.kernels.triton.cross_entropy import cross_entropy
 
     loss, grad = results_for(input, need_grad)
-    cross_entropy(input, a, b, lam, smoothing, IGNORED, total_weight, loss, grad)
+    cross_entropy(input, a, b, lam, smoothing, scale, IGNORED, total_weight, loss, None, grad)
     return loss, grad
 
 
@@ -36,16 +36,18 @@ def run_dense(input, target, weight=1.0, smoothing=0.0, need_grad=True):
     return loss, grad
 
 
-def expected(input, a, b, lam, smoothing=0.0, total_weight=None, dtype=torch.float64):
-    """The same from PyTorch."""
+def expected(input, a, b, lam, smoothing=0.0, total_weight=None, dtype=torch.float64, scale=0.0, factor=1, h=0):
+    """The same from PyTorch; the gradient is that of factor * loss + h * logsumexp."""
     x, lam = input.detach().to(dtype).requires_grad_(), lam.to(dtype)
+    lse = x.logsumexp(1)
     loss = sum(
         w
-        * F.cross_entropy(x, y, reduction="none", label_smoothing=smoothing, ignore_index=IGNORED)
+        * (F.cross_entropy(x, y, reduction="none", label_smoothing=smoothing, ignore_index=IGNORED)
+           + (scale * lse.square()).where(y != IGNORED, 0))
         * (1 if total_weight is None else total_weight / (y != IGNORED).sum())
         for y, w in ((a, lam), (b, 1 - lam))
-    )
-    return loss.detach(), *torch.autograd.grad(loss.sum(), x)
+    )  # fmt: skip
+    return loss.detach(), *torch.autograd.grad((factor * loss + h * lse).sum(), x)
 
 
 def expected_dense(input, target, weight=1.0, smoothing=0.0, dtype=torch.float64):
@@ -97,6 +99,33 @@ def check_mean(samples, classes, total_weight, one):
         assert loss.isnan().all()
         assert grad.isfinite().all()
     assert (grad == 0).all()
+
+
+def check_lse(samples, classes, dtype, smoothing):
+    """The logsumexp and its square in the loss; the gradient of both, scaled; rows that do not count have one too."""
+    from mixfeat.kernels.triton.cross_entropy import cross_entropy
+
+    x, a, b, lam = problem(samples, classes, dtype)
+    a[1], b[1], a[2] = IGNORED, IGNORED, IGNORED
+    factor, h = torch.rand(samples, device=DEVICE), torch.randn(2 * samples, device=DEVICE)[::2]
+    loss, grad = results_for(x)
+    lse = torch.full_like(loss, NAN)
+    arguments = x, a, b, lam, smoothing
+    cross_entropy(*arguments, 0.1, IGNORED, 1.0, loss, lse, grad)
+    wanted = partial(expected, *arguments, 1.0, scale=0.1)
+    compare((loss, grad), wanted(), lambda dtype: wanted(dtype=dtype))
+    assert error(lse, x.double().logsumexp(1)) <= 1e-6
+    for f in (factor, factor[0]):
+        grad.fill_(NAN)
+        cross_entropy(*arguments, 0.1, IGNORED, 1.0, None, None, grad, f, h)
+        wanted = partial(expected, *arguments, 1.0, scale=0.1, factor=f.double(), h=h.double())
+        compare((loss, grad), (loss.double(), wanted()[1]), lambda dtype, wanted=wanted: wanted(dtype=dtype))
+    x[1] = NAN
+    h[1] = 0
+    cross_entropy(*arguments, 0.1, IGNORED, 1.0, loss, lse, grad, factor, h)
+    assert lse.isnan().tolist() == [n == 1 for n in range(samples)]
+    assert loss[1] == 0
+    assert (grad[1] == 0).all()
 
 
 def check_dense(samples, classes, dtype, target_dtype, smoothing):
@@ -217,7 +246,7 @@ def check_grad_strides():
     arguments = problem(5, 10)
     loss, _ = results_for(arguments[0])
     memory = torch.full((5, 13), NAN, device=DEVICE)
-    cross_entropy(*arguments, 0.0, IGNORED, None, loss, memory[:, 1:11])
+    cross_entropy(*arguments, 0.0, 0.0, IGNORED, None, loss, None, memory[:, 1:11])
     assert error(memory[:, 1:11], expected(*arguments)[1]) <= 1e-5
     assert memory[:, [0, 11, 12]].isnan().all()
 
@@ -302,6 +331,8 @@ CHECKS = {
     **{f"ignored-{c}-{s}": partial(check_ignored, c, s) for c, s in ((10, 0.0), (10, 0.1), (300, 0.0))},
     **{f"strides-{c}-{d}": partial(check_strides, c, d) for c in (16, 200) for d in (torch.float32, torch.float16)},
     "grad-strides": check_grad_strides,
+    **{f"lse-{c}-{s}": partial(check_lse, 5, c, torch.float32, s) for c, s in ((10, 0.0), (300, 0.1))},
+    **{f"lse-{c}-{d}": partial(check_lse, 5, c, d, 0.1) for c, d in ((10, HALF[0]), (17000, torch.float32))},
     **{
         f"scale-{c}-{d}-{one}": partial(check_scale, 5, c, d, one)
         for c in (10, 300)

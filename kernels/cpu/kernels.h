@@ -32,17 +32,22 @@ using WeightedSum = void (*)(const void* samples, int64_t stride, const int64_t*
 
 // The weight of each class: label_c = base + sum over j of values[j] [c = classes[j]] + scale * target_c. A class of -1 is none.
 struct Label {
-  double base;
-  int64_t classes[2];
-  double values[2];
-  const void* target;  // (C,), or null: no such term
-  double scale;
+  double base = 0;
+  int64_t classes[2] = {-1, -1};
+  double values[2] = {0, 0};
+  const void* target = nullptr;  // (C,), or null: no such term
+  double scale = 0;
+  double lse = 0, lse_square = 0;  // weights of the logsumexp of the logits and of its square
 };
 
-// Returns the loss of one row, - sum_c label_c log softmax(logits)_c, and writes its gradient
-// grad_c = softmax(logits)_c sum_k label_k - label_c, of the logits' element, unless grad is null. `scratch` holds `classes`
-// numbers of the type that is computed in; it is not used where the logits have that type.
-using CrossEntropy = double (*)(const void* logits, int64_t classes, const Label& label, void* scratch, void* grad);
+// Returns the loss of one row, - sum_c label_c log softmax(logits)_c + label.lse L + label.lse_square L^2, and L, the logsumexp of
+// its logits. Writes the gradient of the loss, grad_c = softmax(logits)_c (sum_k label_k + label.lse + 2 label.lse_square L) -
+// label_c, of the logits' element, unless grad is null. `scratch` holds `classes` numbers of the type that is computed in; it is
+// not used where the logits have that type.
+struct LossAndLse {
+  double loss, lse;
+};
+using CrossEntropy = LossAndLse (*)(const void* logits, int64_t classes, const Label& label, void* scratch, void* grad);
 
 // ---- binary_cross_entropy
 

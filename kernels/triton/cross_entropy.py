@@ -6,12 +6,15 @@ Targets are two classes a row, each with a weight, or probabilities, "dense": on
     q_nc = eps / C, or dense: (1 - eps) t_nc + eps / C      the share of the label that is spread over all classes
     wa_n = lam_n A [a_n counts],   wb_n = (1 - lam_n) B [b_n counts],   W_n = wa_n + wb_n, or dense: weight
 
-    loss_n  = W (log s sum_c q_c - sum_c q_c z_c) + (1 - eps) (wa (log s - z_a) + wb (log s - z_b))
-    grad_nc = W (T exp(z_c) / s - q_c) - (1 - eps) (wa [c = a] + wb [c = b]),   T = 1, or dense: sum_c q_c
+    loss_n  = W (log s sum_c q_c - sum_c q_c z_c) + (1 - eps) (wa (log s - z_a) + wb (log s - z_b)) + W scale L_n^2
+    grad_nc = W (T exp(z_c) / s - q_c) - (1 - eps) (wa [c = a] + wb [c = b])
+              + (2 W scale L_n + h_n) exp(z_c) / s,   T = 1, or dense: sum_c q_c
 
-where dense targets have no a and b. A and B are 1, or for the mean 1 over the number of targets that count, which a
-kernel of its own counts first. All arithmetic is in float32. Infinities and NaN propagate as in F.cross_entropy: a
-dense target 0 on a logit -inf gives NaN; a logit -inf of a class that is not the target changes nothing.
+where dense targets have no a and b, L_n = max_c x_nc + log s is the logsumexp, and h_n the upstream gradient to it. A
+and B are 1, or for the mean 1 over the number of targets that count, which a kernel of its own counts first.
+
+All arithmetic is in float32. Infinities and NaN propagate as in F.cross_entropy: a dense target 0 on a logit -inf gives
+NaN; a logit -inf of a class that is not the target changes nothing.
 
 A program owns rows that fit into its registers, and reads them once. It reads a longer row twice, a block at a time:
 first for the maximum and the sum, which is rescaled when the maximum changes; then backwards for the gradient, starting
@@ -21,6 +24,7 @@ A product is never the direct operand of a sum across lanes: the compiler would 
 which lanes that hold the same sum differ in its last bit. A select keeps the two apart.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -36,7 +40,9 @@ __all__ = ["cross_entropy", "scale_", "soft_target_cross_entropy"]
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 # Integers that must not cost a compilation per problem size. C and the strides of rows are in vectors.
-_SIZES = ["N", "C", "stride_input", "stride_target", "stride_grad", "stride_weight", "stride_factor", "ignored"]
+_SIZES = [
+    "N", "C", "stride_input", "stride_target", "stride_grad", "stride_weight", "stride_factor", "stride_lse", "ignored"
+]  # fmt: skip
 
 
 @triton.jit
@@ -109,16 +115,19 @@ def _gradient(e, q, c, scale, row_weight, classes, SPREAD: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SIZES)
 def cross_entropy_forward_kernel(
-    input, target, partner_target, weight, counts, total_weight, ignored,
-    N, C, stride_input, stride_target, stride_grad, stride_weight, one_minus_eps, eps_share, loss, grad,
+    input, target, partner_target, weight, counts, total_weight, ignored, factor, lse_grad, lse_square_scale,
+    N, C, stride_input, stride_target, stride_grad, stride_weight, stride_factor, stride_lse,
+    one_minus_eps, eps_share, loss, lse, grad,
     VECTOR: tl.constexpr, DENSE: tl.constexpr, SMOOTH: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Write the loss (N,) of each row, and unless ``grad`` is None its gradient (N,C).
+    """Write the loss (N,) of each row, its logsumexp (N,) and the gradient (N,C), unless they are None.
 
     input (N,C). Classes: target and partner_target (N,) with lam, (N,) or (), as weight; those ``ignored`` do not
-    count; for a mean, the targets of each side that count, by ``counts`` (2,), weigh ``total_weight`` together. DENSE:
-    target (N,C), weight a number, and None for the other arguments. ``eps_share`` is eps / C, SMOOTH whether eps > 0.
+    count; for a mean, the targets of each side that count, by ``counts`` (2,), weigh ``total_weight`` together. The
+    gradient is that of factor_n loss_n + lse_grad_n L_n; factor (N,) or () and lse_grad (N,) or None, for 1 and 0.
+    DENSE: target (N,C), weight a number, and None for the other arguments. ``eps_share`` is eps / C, SMOOTH whether
+    eps > 0.
     """
     SPREAD: tl.constexpr = DENSE or SMOOTH  # whether q is other than 0
     C *= VECTOR
@@ -173,6 +182,10 @@ def cross_entropy_forward_kernel(
             count, partner_count = tl.load(counts), tl.load(counts + 1)
             lam *= total_weight / count.to(tl.float32)
             partner_lam *= total_weight / partner_count.to(tl.float32)
+        if factor is not None:
+            f = tl.load(factor + n * stride_factor.to(tl.int64))[:, None]
+            lam *= f
+            partner_lam *= f
         weight_a, x_a = _weigh(a, x_a, lam)
         weight_b, x_b = _weigh(b, x_b, partner_lam)
         row_weight = weight_a + weight_b
@@ -180,13 +193,25 @@ def cross_entropy_forward_kernel(
         value = share_a * (log_sum - (x_a - shift)) + share_b * (log_sum - (x_b - shift))
         if SMOOTH:
             value += row_weight * (label_sum * log_sum - dot)
+        row_lse = shift + log_sum
+        share = row_weight  # of the softmax
+        if lse_square_scale is not None:
+            value += row_weight * lse_square_scale * row_lse * row_lse
+            share += 2.0 * row_weight * lse_square_scale * row_lse
         has_weight = (weight_a != 0.0) | (weight_b != 0.0)
         value = tl.where(has_weight, value, 0.0)
+        if lse_grad is not None:
+            h = tl.load(lse_grad + n * stride_lse.to(tl.int64))[:, None]
+            share = tl.where(has_weight, share, 0.0) + h
+            has_weight |= h != 0.0
         if counts is not None:  # the mean of no targets
             value = tl.where((count > 0) & (partner_count > 0), value, float("nan"))
-        scale = row_weight / accum
+        scale = share / accum
         classes = a, share_a, b, share_b, has_weight
-    tl.store((loss + n)[:, None], value)
+        if lse is not None:
+            tl.store((lse + n)[:, None], row_lse)
+    if loss is not None:
+        tl.store((loss + n)[:, None], value)
 
     if grad is not None:
         grad = _pointers(grad, n, stride_grad, VECTOR)
@@ -232,19 +257,25 @@ def cross_entropy(
     target_b: Tensor,
     lam: Tensor,
     label_smoothing: float,
+    lse_square_scale: float,
     ignore_index: int,
     total_weight: float | None,
-    loss: Tensor,
+    loss: Tensor | None,
+    lse: Tensor | None,
     grad: Tensor | None,
+    factor: Tensor | None = None,
+    lse_grad: Tensor | None = None,
 ) -> None:
-    """Compute ``loss_n = lam_n A CE(x_n, a_n) + (1 - lam_n) B CE(x_n, b_n)``, and its gradient unless ``grad`` is None.
+    """Compute losses, logsumexps L and the gradient of ``factor_n loss_n + lse_grad_n L_n``, those that are not None::
+
+        loss_n = lam_n A (CE(x_n, a_n) + lse_square_scale L_n^2) + (1 - lam_n) B (CE(x_n, b_n) + lse_square_scale L_n^2)
 
     A and B are 1, or ``total_weight`` over the number of a_n and of b_n that are not ``ignore_index``; where either
     number is 0, every loss is NaN.
 
-    ``input`` (N,C) and, of its dtype, ``grad`` (N,C) or None: unit stride in C; targets (N,) int64, ``lam`` (N,) or ()
-    and ``loss`` (N,) float32. A target out of range reads nothing and gives NaN, unless it is ignored or its weight is
-    0; a row that has no weight gets 0 whatever its logits are.
+    ``input`` (N,C) and, of its dtype, ``grad`` (N,C): unit stride in C; targets (N,) int64, ``lam`` and ``factor`` (N,)
+    or (), ``loss``, ``lse`` and ``lse_grad`` (N,) float32. A target out of range reads nothing and gives NaN, unless it
+    is ignored or its weight is 0; a row that has no weight gets 0 whatever its logits are.
     """
     targets = target_a.contiguous(), target_b.contiguous()
     counts = None
@@ -253,8 +284,9 @@ def cross_entropy(
         arguments = (*targets, len(input), ignore_index, counts)
         programs = triton.cdiv(len(input), block)
         launch.run(launch.Launch(mixup_cross_entropy_count_kernel, programs, arguments, {"BLOCK": block}))
-    stride_weight = lam.stride(0) if lam.dim() else 0
-    _run(input, (*targets, lam, counts, total_weight, ignore_index), 0, stride_weight, label_smoothing, loss, grad)
+    strides = [0, *(0 if t is None or not t.dim() else t.stride(0) for t in (lam, factor, lse_grad))]
+    options = counts, total_weight, ignore_index, factor, lse_grad, lse_square_scale or None
+    _run(input, (*targets, lam, *options), strides, label_smoothing, loss, lse, grad)
 
 
 def soft_target_cross_entropy(
@@ -266,31 +298,36 @@ def soft_target_cross_entropy(
     (N,) float32.
     """
     target = launch.interpretable(target)
-    _run(input, (target, None, float(weight), None, None, None), target.stride(0), 0, label_smoothing, loss, grad)
+    targets = (target, None, float(weight), *[None] * 6)
+    _run(input, targets, [target.stride(0), 0, 0, 0], label_smoothing, loss, None, grad)
 
 
 def _run(
     input: Tensor,
     targets: tuple[Any, ...],
-    stride_target: int,
-    stride_weight: int,
+    target_strides: Sequence[int],
     label_smoothing: float,
-    loss: Tensor,
+    loss: Tensor | None,
+    lse: Tensor | None,
     grad: Tensor | None,
 ) -> None:
+    """Launch on these ``targets`` and options, with the strides of target, weight, factor and lse_grad."""
     if not input.numel():
-        loss.zero_()  # there are no classes
+        for result, value in ((loss, 0.0), (lse, -math.inf)):  # there are no classes
+            if result is not None:
+                result.fill_(value)
         return
     input, num_classes = launch.interpretable(input), input.shape[1]
     dense = targets[1] is None
     itemsize = max(input.itemsize, targets[0].itemsize) if dense else input.itemsize
     with nullcontext() if grad is None else launch.rounded(grad) as result:
+        stride_target, *other_strides = target_strides
         strides = (input.stride(0), stride_target, 0 if result is None else result.stride(0))
         vector = configs.vector_size(itemsize, num_classes, *strides)
         config = configs.cross_entropy_config(num_classes, itemsize, vector, dense)
         numbers = (float(1 - label_smoothing), label_smoothing / num_classes)
-        sizes = (*_in_vectors(input, vector, strides), stride_weight)
-        arguments = (input, *targets, *sizes, *numbers, loss, result)
+        sizes = (*_in_vectors(input, vector, strides), *other_strides)
+        arguments = (input, *targets, *sizes, *numbers, loss, lse, result)
         constants = {"DENSE": dense, "SMOOTH": label_smoothing > 0, "WHOLE": config.holds(num_classes)}
         _launch(cross_entropy_forward_kernel, config, input, arguments, VECTOR=vector, **constants)
 

@@ -26,11 +26,13 @@ def mixup_cross_entropy(
     target_b: Tensor,
     lam: Tensor,
     label_smoothing: float,
+    lse_square_scale: float,
     ignore_index: int,
     reduction: str,
-) -> Tensor:
-    """Return the loss, () or (N,); lam of the loss's dtype."""
-    options = (label_smoothing, ignore_index, reduction)
+    need_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss, () or (N,), and the logsumexp, (N,) or, if it is not needed, empty; lam of the loss's dtype."""
+    options = (label_smoothing, lse_square_scale, ignore_index, reduction, need_lse)
     return _mixup_cross_entropy(input, target_a, target_b, lam, *options, False)
 
 
@@ -41,9 +43,10 @@ def weighted_mixup_cross_entropy(
     lam: Tensor,
     weight: Tensor,
     label_smoothing: float,
+    lse_square_scale: float,
     ignore_index: int,
     reduction: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Compute the same with a weight (C,) for each class, in plain PyTorch; lam and weight of the loss's dtype."""
     _checks.lam_values(lam)
     num_classes, valid = input.shape[1], []
@@ -52,14 +55,15 @@ def weighted_mixup_cross_entropy(
         if input.device.type == "cpu" and bool(bad.any()):
             raise _out_of_range(key, int(target[bad][0]), num_classes, ignore_index)
         valid.append(~bad)
-    loss = reference.mixup_cross_entropy(
+    loss, lse = reference.mixup_cross_entropy(
         input.to(lam.dtype), target_a.where(valid[0], 0), target_b.where(valid[1], 0), lam, weight=weight,
-        label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
+        label_smoothing=label_smoothing, lse_square_scale=lse_square_scale, ignore_index=ignore_index,
+        reduction=reduction, return_lse=True,
     )  # fmt: skip
     if input.device.type == "cpu":
-        return loss
+        return loss, lse
     missing = ~(valid[0] & valid[1])
-    return loss.where(~(missing if reduction == "none" else missing.any()), torch.nan)
+    return loss.where(~(missing if reduction == "none" else missing.any()), torch.nan), lse
 
 
 def soft_target_cross_entropy(input: Tensor, target: Tensor, label_smoothing: float, reduction: str) -> Tensor:
@@ -78,22 +82,25 @@ def _mixup_forward(
     target_b: Tensor,
     lam: Tensor,
     label_smoothing: float,
+    lse_square_scale: float,
     ignore_index: int,
     reduction: str,
+    need_lse: bool,
     need_grad: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     num_samples, num_classes = input.shape
     mean, fold = reduction == "mean", folds_mean(input.dtype)
     name = backends.serving(input.device.type, input.dtype)
     _checks.lam_values(lam)
     if name == "cpu":
         targets = target_a.contiguous(), target_b.contiguous()
-        loss, grad, bad = torch.ops.mixfeat_cpu.mixup_cross_entropy.default(
-            rows_of(input), *targets, lam, label_smoothing, ignore_index, mean, fold, reduction != "none", need_grad
-        )
+        loss, lse, grad, bad = torch.ops.mixfeat_cpu.mixup_cross_entropy.default(
+            rows_of(input), *targets, lam, label_smoothing, lse_square_scale, ignore_index, mean, fold,
+            reduction != "none", need_lse, need_grad, None, None,
+        )  # fmt: skip
         if bad >= 0:
             raise _out_of_range("ab"[bad % 2], int(targets[bad % 2][bad // 2]), num_classes, ignore_index)
-        return loss / num_samples if mean and not fold else loss, grad
+        return loss / num_samples if mean and not fold else loss, lse, grad
 
     if input.device.type == "cpu":  # elsewhere a target that is out of range gives NaN
         for key, target in (("a", target_a), ("b", target_b)):
@@ -101,15 +108,53 @@ def _mixup_forward(
             if len(bad_ones):
                 raise _out_of_range(key, int(bad_ones[0]), num_classes, ignore_index)
     loss, grad = _empty(input, need_grad)
+    lse = loss.new_empty(num_samples if need_lse else 0)
     total_weight = (1.0 if fold else float(num_samples)) if mean else None
-    arguments = (target_a, target_b, lam, label_smoothing, ignore_index, total_weight)
+    arguments = (target_a, target_b, lam, label_smoothing, lse_square_scale, ignore_index, total_weight)
     if name == "triton":
         from mixfeat.kernels.triton.cross_entropy import cross_entropy as launch
 
-        launch(rows_of(input), *arguments, loss, grad if need_grad else None)
+        launch(rows_of(input), *arguments, loss, lse if need_lse else None, grad if need_grad else None)
     else:
-        _fill(loss, grad, fallback.mixup_cross_entropy_rows(input.to(loss.dtype), *arguments, need_grad))
-    return _reduce(loss, reduction, fold), grad
+        rows, row_lse, rows_grad = fallback.mixup_cross_entropy_rows(input.to(loss.dtype), *arguments, need_grad)
+        _fill(loss, grad, (rows, rows_grad))
+        if need_lse:
+            lse.copy_(row_lse)
+    return _reduce(loss, reduction, fold), lse, grad
+
+
+def _mixup_backward(
+    lse_grad: Tensor,
+    grad: Tensor | None,
+    input: Tensor,
+    target_a: Tensor,
+    target_b: Tensor,
+    lam: Tensor,
+    label_smoothing: float,
+    lse_square_scale: float,
+    ignore_index: int,
+    mean: bool,
+) -> Tensor:
+    """Compute the gradient, given those of the loss and of the logsumexp."""
+    name = backends.serving(input.device.type, input.dtype)
+    factor = lam.new_zeros(()) if grad is None else grad
+    if name == "cpu":
+        _, _, input_grad, _ = torch.ops.mixfeat_cpu.mixup_cross_entropy.default(
+            rows_of(input), target_a.contiguous(), target_b.contiguous(), lam, label_smoothing, lse_square_scale,
+            ignore_index, mean, True, False, False, True, factor, lse_grad,
+        )  # fmt: skip
+        return input_grad
+    total_weight = 1.0 if mean else None
+    arguments = (target_a, target_b, lam, label_smoothing, lse_square_scale, ignore_index, total_weight)
+    if name == "triton":
+        from mixfeat.kernels.triton.cross_entropy import cross_entropy as launch
+
+        input_grad = input.new_empty(input.shape)
+        launch(rows_of(input), *arguments, None, None, input_grad, factor, lse_grad)
+        return input_grad
+    *_, rows = fallback.mixup_cross_entropy_rows(input.to(lam.dtype), *arguments, True, factor, lse_grad)
+    assert rows is not None
+    return rows.to(input.dtype)
 
 
 def _soft_target_forward(
@@ -189,12 +234,18 @@ def _fake(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return (loss if reduction == "none" else loss.new_empty(())), grad
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input, reduction = inputs[0], inputs[-2]
+def _mixup_fake(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, reduction, need_lse, need_grad = rest
+    loss, grad = _fake(input, reduction, need_grad)
+    return loss, loss.new_empty(input.shape[0] if need_lse else 0), grad
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input = inputs[0]
     tensors = [value for value in inputs if isinstance(value, Tensor)]
     ctx.options = inputs[len(tensors) : -1]
-    ctx.save_for_backward(output[1], *tensors)
-    ctx.divisor = input.shape[0] if reduction == "mean" and not folds_mean(input.dtype) else 1
+    ctx.save_for_backward(output[-1], *tensors)
+    ctx.divisor = input.shape[0] if "mean" in ctx.options and not folds_mean(input.dtype) else 1
     ctx.may_overwrite = gradient_may_be_overwritten(ctx)
 
 
@@ -210,13 +261,27 @@ def gradient_may_be_overwritten(ctx: Any) -> Callable[[Tensor], bool]:
     return lambda grad: is_alone and not graph_is_kept() and not is_batched(grad)
 
 
-def _mixup_recorded_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor]:
+def _mixup_backward_of(ctx: Any, grads: tuple[Tensor | None, Tensor | None], needs: Sequence[bool]) -> Sequence[Tensor]:
+    grad, lse_grad = grads
+    if lse_grad is not None and lse_grad.numel():
+        *options, reduction, _ = ctx.options
+        arguments = (*ctx.saved_tensors[1:], *options, reduction == "mean")
+        return (_mixup_cross_entropy_backward.outputs(lse_grad, grad, *arguments),)
+    return () if grad is None else _backward(ctx, grad, needs)
+
+
+def _mixup_recorded_backward(
+    ctx: Any, grads: tuple[Tensor | None, Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor]:
     _, input, target_a, target_b, lam = ctx.saved_tensors
-    label_smoothing, ignore_index, reduction = ctx.options
-    arguments = (target_a, target_b, lam, label_smoothing, ignore_index, 1.0 if reduction == "mean" else None)
-    _, rows = fallback.mixup_cross_entropy_rows(input.to(lam.dtype), *arguments, True)
+    label_smoothing, lse_square_scale, ignore_index, reduction, need_lse = ctx.options
+    *_, rows = fallback.mixup_cross_entropy_rows(
+        input.to(lam.dtype), target_a, target_b, lam, label_smoothing, lse_square_scale, ignore_index,
+        1.0 if reduction == "mean" else None, True, lam.new_zeros(()) if grads[0] is None else grads[0],
+        grads[1] if need_lse else None,
+    )  # fmt: skip
     assert rows is not None
-    return (scaled(rows, grad).to(input.dtype),)
+    return (rows.to(input.dtype),)
 
 
 def _soft_target_recorded_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor]:
@@ -229,11 +294,12 @@ def _soft_target_recorded_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]
     return (scaled(rows, grad).to(input.dtype),)
 
 
-def _mixup_definition(input: Tensor, target_a: Tensor, target_b: Tensor, lam: Tensor, *options: Any) -> Tensor:
-    label_smoothing, ignore_index, reduction, _ = options
+def _mixup_definition(input: Tensor, target_a: Tensor, target_b: Tensor, lam: Tensor, *options: Any) -> Any:
+    label_smoothing, lse_square_scale, ignore_index, reduction, *_ = options
     return reference.mixup_cross_entropy(
         input.to(lam.dtype), target_a, target_b, lam,
-        label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction,
+        label_smoothing=label_smoothing, lse_square_scale=lse_square_scale, ignore_index=ignore_index,
+        reduction=reduction, return_lse=True,
     )  # fmt: skip
 
 
@@ -247,19 +313,27 @@ def _soft_target_definition(
 def _operator(schema: str, **functions: Any) -> Operator:
     return Operator(
         schema,
-        fake=_fake,
         differentiable=("input",),
         request=lambda args: (*args[:-1], True),
         setup_context=_setup_context,
-        backward=_backward,
         **functions,
     )
 
 
+_mixup_cross_entropy_backward = Operator(
+    "mixup_cross_entropy_backward(Tensor lse_grad, Tensor? grad, Tensor input, Tensor target_a, Tensor target_b, "
+    "Tensor lam, float label_smoothing, float lse_square_scale, int ignore_index, bool mean) -> Tensor",
+    forward=_mixup_backward,
+    fake=lambda lse_grad, grad, input, *rest: input.new_empty(input.shape),
+)
 _mixup_cross_entropy = _operator(
     "mixup_cross_entropy(Tensor input, Tensor target_a, Tensor target_b, Tensor lam, float label_smoothing, "
-    "int ignore_index, str reduction, bool need_grad) -> (Tensor, Tensor)",
+    "float lse_square_scale, int ignore_index, str reduction, bool need_lse, bool need_grad) "
+    "-> (Tensor, Tensor, Tensor)",
     forward=_mixup_forward,
+    fake=_mixup_fake,
+    results=2,
+    backward=_mixup_backward_of,
     recorded_backward=_mixup_recorded_backward,
     definition=_mixup_definition,
 )
@@ -267,6 +341,8 @@ _soft_target_cross_entropy = _operator(
     "soft_target_cross_entropy(Tensor input, Tensor target, float label_smoothing, str reduction, bool need_grad) "
     "-> (Tensor, Tensor)",
     forward=_soft_target_forward,
+    fake=_fake,
+    backward=_backward,
     recorded_backward=_soft_target_recorded_backward,
     definition=_soft_target_definition,
 )

@@ -301,22 +301,28 @@ def mixup_cross_entropy_rows(
     target_b: Tensor,
     lam: Tensor,
     label_smoothing: float,
+    lse_square_scale: float,
     ignore_index: int,
     total_weight: float | None,
     need_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Loss (N,) of each row, and its gradient (N,C) to ``input``, of lam's dtype::
+    factor: Tensor | None = None,
+    lse_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss and logsumexp (N,) of each row, and the gradient (N,C) to ``input``, of lam's dtype::
 
-        loss_n   = sum over both targets y of w_n CE(x_n, y_n),  w = lam or 1 - lam, or 0 where y is ignored
+        L_n      = log sum_c exp x_nc
+        loss_n   = sum over both targets y of w_n (CE(x_n, y_n) + scale L_n^2),  w = lam or 1 - lam, 0 if y is ignored
         label_nc = sum over both of w_n ((1 - eps) [c = y_n] + eps / C)
-        grad_nc  = softmax(x_n)_c sum_k label_nk - label_nc
+        grad_nc  = softmax(x_n)_c (sum_k label_nk + 2 scale L_n sum w_n) - label_nc
 
-    ``total_weight`` is what the targets that count make up together, and the mean over no targets NaN; None gives each
-    a weight of 1. A target that counts and is out of range makes its row NaN, one of weight 0 adds nothing, whatever
-    the logits.
+    The gradient is that of ``factor_n loss_n + lse_grad_n L_n``, None being 1 and 0. ``total_weight`` is what the
+    targets that count make up together, and the mean over no targets NaN; None gives each a weight of 1. A target that
+    counts and is out of range makes its row NaN, one of weight 0 adds nothing, whatever the logits.
     """
     num_classes = input.shape[1]
+    lse = input.logsumexp(1)
     loss, label = lam.new_zeros(input.shape[0]), lam.new_zeros(input.shape)
+    row_weight = torch.zeros_like(loss)
     for target, share in ((target_a, lam), (target_b, 1 - lam)):
         counts = target != ignore_index
         exists = (target >= 0) & (target < num_classes)
@@ -325,12 +331,23 @@ def mixup_cross_entropy_rows(
         weight = torch.where(exists | (weight == 0), weight, torch.nan)
         target = target.where(exists, 0)
         rows = weight * F.cross_entropy(input, target, label_smoothing=label_smoothing, reduction="none")
-        loss = loss + rows.where(weight != 0, 0)
+        if lse_square_scale:
+            rows = rows + weight * lse_square_scale * lse.square()
+        loss, row_weight = loss + rows.where(weight != 0, 0), row_weight + weight
         if total_weight is not None:
             loss = loss.where(counts.any(), torch.nan)
         label = label + weight[:, None] * label_smoothing / num_classes
         label = label.scatter_add(1, target[:, None], weight[:, None] * (1 - label_smoothing))
-    return loss, _cross_entropy_grad(input, label, (label != 0).any(1, keepdim=True)) if need_grad else None
+    if not need_grad:
+        return loss, lse, None
+    more: Tensor | None = 2 * lse_square_scale * lse * row_weight if lse_square_scale else None  # of the softmax
+    counts = (label != 0).any(1)
+    if factor is not None:
+        label, more = label * (factor[:, None] if factor.dim() else factor), None if more is None else more * factor
+    if lse_grad is not None:
+        more = lse_grad if more is None else more.where(counts, 0) + lse_grad
+        counts = counts | (lse_grad != 0)
+    return loss, lse, _cross_entropy_grad(input, label, counts[:, None], more)
 
 
 def mixup_binary_cross_entropy(
@@ -368,9 +385,12 @@ def soft_target_cross_entropy_rows(input: Tensor, label: Tensor, need_grad: bool
     return loss, _cross_entropy_grad(input, label) if need_grad else None
 
 
-def _cross_entropy_grad(input: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Compute the gradient of rows of cross-entropies, 0 in those that do not count."""
+def _cross_entropy_grad(
+    input: Tensor, label: Tensor, counts: Tensor | None = None, more: Tensor | None = None
+) -> Tensor:
+    """Compute the gradient of rows of cross-entropies, 0 in those that do not count, with this (N,) more of softmax."""
     p = input.softmax(1)
     p = p / p.sum(1, keepdim=True)  # softmax adds up long rows with less care than sum
-    grad = p * label.sum(1, keepdim=True) - label
+    total = label.sum(1) if more is None else label.sum(1) + more
+    grad = p * total[:, None] - label
     return grad if counts is None else grad.where(counts, 0)

@@ -38,12 +38,14 @@ Folded = tuple[Sequence[Any], Callable[[Tensor], Tensor]]
 class Operator:
     """An operator of PyTorch, ``torch.ops.mixfeat.NAME``.
 
-    Of several outputs the first is the result; the others serve the backward pass and have no derivative.
+    Of several outputs the first is the result, or as many as ``results`` says; the others serve the backward pass and
+    have no derivative. Where ``results`` is more than 1, what is a result or a gradient of it below is a tuple of them.
 
     Args:
         schema: name, arguments and outputs, in PyTorch's language for them.
         forward: computes the outputs on any device. Outputs are new tensors, and no argument is mutated.
         fake: returns empty outputs, of the shapes, dtypes and strides that ``forward`` would give them.
+        results: the number of results.
         differentiable: names of the arguments that have a gradient.
         request: ``request(args)`` returns the arguments with which ``forward`` also forms what ``backward`` needs, for
             those tensors that require grad. Callers pass the arguments for no gradient.
@@ -69,12 +71,13 @@ class Operator:
         *,
         forward: Callable[..., Any],
         fake: Callable[..., Any],
+        results: int = 1,
         differentiable: Sequence[str] = (),
         request: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None,
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Sequence[Tensor | None]] | None = None,
         recorded_backward: Callable[..., Sequence[Tensor | None]] | None = None,
-        definition: Callable[..., Tensor] | None = None,
+        definition: Callable[..., Any] | None = None,
         foldable: Sequence[str] = (),
         fold: Callable[[int, Sequence[Any], Sequence[Any]], Folded] | None = None,
         flops: Callable[..., int] = lambda *args: 0,
@@ -90,6 +93,7 @@ class Operator:
         self._num_arguments = len(arguments)
         self._tensors = [i for i, a in enumerate(self.overload._schema.arguments) if "Tensor" in str(a.type)]
         self._several = len(self.overload._schema.returns) > 1
+        self._results = results
         self._foldable, self._fold = [arguments.index(name) for name in foldable], fold
         self._places = [arguments.index(name) for name in differentiable]
         self._apply: Callable[..., Any] | None = None
@@ -100,8 +104,8 @@ class Operator:
         if fold is not None:
             self._register_vmap(qualified)
 
-    def __call__(self, *args: Any) -> Tensor:
-        """Return the result; the further outputs are for the backward pass alone."""
+    def __call__(self, *args: Any) -> Any:
+        """Return the result, or a tuple of several; the further outputs are for the backward pass alone."""
         output: Any
         if can_bypass_dispatcher(args, self._tensors):
             if self._apply is not None and torch.is_grad_enabled():
@@ -115,7 +119,12 @@ class Operator:
             if self._apply is None and self._request is not None and torch.is_grad_enabled():
                 args = self._request(args)
             output = self._dispatched(*args)
-        return output[0] if self._several else output
+        return self._result(output)
+
+    def _result(self, output: Any) -> Any:
+        if not self._several:
+            return output
+        return output[0] if self._results == 1 else output[: self._results]
 
     def outputs(self, *args: Any) -> Any:
         """Return all outputs, without a derivative; the first argument may be a batch of gradients."""
@@ -136,19 +145,23 @@ class Operator:
                 registry.setdefault(self.overload.overloadpacket, lambda *args, out_val=None: self._flops(*args))
         return self.overload(*args)
 
-    def backward(self, ctx: Any, grad: Tensor | None, needs: Sequence[bool]) -> list[Tensor | None]:
-        """Return a gradient, or None, for each argument."""
+    def backward(self, ctx: Any, results_grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+        """Return a gradient, or None, for each argument, given those of the results."""
         grads: list[Tensor | None] = [None] * self._num_arguments
-        if grad is None or self._backward is None:
+        if self._backward is None or all(grad is None for grad in results_grads):
             return grads
-        if self._recorded_backward is not None and (torch.is_grad_enabled() or is_transformed((grad,))):
-            found = self._recorded_backward(ctx, grad, needs)
+        if self._recorded_backward is not None and (torch.is_grad_enabled() or is_transformed(results_grads)):
+            found = self._recorded_backward(ctx, self._result_grad(results_grads), needs)
         else:
             with backends.as_chosen(ctx.chosen):
-                found = self._backward(ctx, grad.resolve_neg(), needs)
+                resolved = [None if grad is None else grad.resolve_neg() for grad in results_grads]
+                found = self._backward(ctx, self._result_grad(resolved), needs)
         for place, need, value in zip(self._places, needs, found, strict=True):
             grads[place] = value if need else None
         return grads
+
+    def _result_grad(self, grads: Sequence[Tensor | None]) -> Any:
+        return grads[0] if self._results == 1 else tuple(grads)
 
     def _register_derivative(self, qualified: str) -> None:
         if _below_autograd is None:
@@ -167,9 +180,9 @@ class Operator:
                     output = operator.overload(*args)
             return save(ctx, args, output, direct)
 
-        def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             needs = [ctx.needs_input_grad[1 + place] for place in operator._places]
-            return None, *operator.backward(ctx, grad, needs)
+            return None, *operator.backward(ctx, grads[: operator._results], needs)
 
         name = "".join(word.capitalize() for word in self.name.split("_"))
         function: Any = type(
@@ -192,8 +205,9 @@ class Operator:
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             self._save(ctx, inputs, output, False)
 
-        def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
-            return tuple(self.backward(ctx, grad, [ctx.needs_input_grad[place] for place in self._places]))
+        def backward(ctx: Any, *grads: Tensor | None) -> Any:
+            needs = [ctx.needs_input_grad[place] for place in self._places]
+            return tuple(self.backward(ctx, grads[: self._results], needs))
 
         torch.library.register_autograd(qualified, backward, setup_context=setup_context)
 
@@ -228,8 +242,8 @@ class Operator:
         if not self._several:
             return output
         if direct:
-            return output[0]
-        ctx.mark_non_differentiable(*output[1:])
+            return self._result(output)
+        ctx.mark_non_differentiable(*output[self._results :])
         return output
 
 

@@ -52,7 +52,7 @@ struct Sums {
 };
 
 template <typename T, typename E, typename L, bool kDense>
-double cross_entropy_of(const void* logits, int64_t classes, const Label& label, void* scratch, void* grad_pointer) {
+LossAndLse cross_entropy_of(const void* logits, int64_t classes, const Label& label, void* scratch, void* grad_pointer) {
   constexpr int lanes = kLanes<T>;
   const E* x = static_cast<const E*>(logits);
   const L* target = static_cast<const L*>(label.target);
@@ -102,8 +102,15 @@ double cross_entropy_of(const void* logits, int64_t classes, const Label& label,
       loss -= label.values[j] * (load_first<T>(x + label.classes[j], 1, T(0))[0] - max);
     }
   }
-  loss += total * ::log(sum);
-  if (!grad) return loss;
+  const double log_sum = ::log(sum), lse = max + log_sum;
+  loss += total * log_sum;
+  if (label.lse != 0) loss += label.lse * lse;
+  total += label.lse;
+  if (label.lse_square != 0) {
+    loss += label.lse_square * lse * lse;
+    total += 2 * label.lse_square * lse;
+  }
+  if (!grad) return {loss, lse};
 
   const T ratio = total / sum;
   T of_label[2];  // exponentials of the label's classes, which the gradient may overwrite
@@ -126,7 +133,7 @@ double cross_entropy_of(const void* logits, int64_t classes, const Label& label,
     const T value = same_class ? label.values[0] + label.values[1] : label.values[j];
     store_first<T>(grad + label.classes[j], 1, gradient(broadcast(of_label[j]), Vec<T>{}) - broadcast(value));
   }
-  return loss;
+  return {loss, lse};
 }
 
 template <typename T, typename E>
