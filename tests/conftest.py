@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -145,14 +146,21 @@ def one_thread():
 
 @pytest.fixture
 def run_python():
-    """Run code in a fresh interpreter, from the repository's root; fails with its output. Returns its stdout."""
+    """Run code in a process of its own, from the repository's root; fails with its output. Returns its stdout.
 
-    def run(code: str, *, check: bool = True, **environment: str | None) -> str:
+    It forks from one with PyTorch imported, see :mod:`processes`; or is ``fresh``, an interpreter that starts anew.
+    """
+
+    def run(code: str, *, check: bool = True, fresh: bool = False, **environment: str | None) -> str:
         env = {**os.environ, **{k: v for k, v in environment.items() if v is not None}}
         for name in (k for k, v in environment.items() if v is None):
             env.pop(name, None)
-        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-        assert not check or result.returncode == 0, result.stdout + result.stderr
-        return result.stdout + ("" if check else result.stderr)
+        if fresh:
+            result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+            ended = processes.Ended(result.returncode, result.stdout, result.stderr)
+        else:
+            (ended,) = processes.run(code, environment=env)
+        assert not check or ended.status == 0, ended.stdout + ended.stderr
+        return ended.stdout + ("" if check else ended.stderr)
 
     return run

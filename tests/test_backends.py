@@ -94,7 +94,8 @@ def test_import_is_light(run_python):
     heavy = ("triton", "torch._dynamo", "matplotlib", "sqlite3", "mixfeat.experiments")
     heavy += ("mixfeat.kernels.cpu", "mixfeat.kernels.triton")
     new = run_python(
-        "import sys, torch; before = set(sys.modules); import mixfeat; print(*(set(sys.modules) - before))"
+        "import sys, torch; before = set(sys.modules); import mixfeat; print(*(set(sys.modules) - before))",
+        fresh=True,
     ).split()
     assert "mixfeat.functional" in new
     assert not [name for name in new if name.startswith(heavy)]

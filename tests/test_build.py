@@ -3,7 +3,6 @@
 import os
 import pwd
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import processes
 import pytest
 from conftest import ROOT
 
@@ -83,12 +83,6 @@ def script(path, text):
 
 
 @pytest.fixture
-def quick_compiler(tmp_path_factory):
-    """A compiler that leaves out what takes it most of the time."""
-    return script(tmp_path_factory.mktemp("compiler") / "c++", f'exec {shlex.join(compiler())} "$@" -O0')
-
-
-@pytest.fixture
 def stand_in(tmp_path_factory):
     """A compiler that logs its arguments, compiles nothing and links by copying the library of these tests."""
     folder = tmp_path_factory.mktemp("compiler")
@@ -108,20 +102,16 @@ def compilations(stand_in):
     return [line for line in (stand_in.parent / "log").read_text().splitlines() if " -c " in line]
 
 
-def test_builds_at_first_use_once(tmp_path, quick_compiler):
+def test_builds_at_first_use_once(tmp_path, stand_in):
     """Four processes at once: all get the library, one builds it, nothing else stays behind."""
+    text = f'case " $* " in *" -shared "*) sleep 2 ;; esac\nexec {stand_in} "$@"'
+    slow = script(stand_in.with_name("slow-c++"), text)
     code = HIDE + "from mixfeat.kernels.cpu import build\n"
     code += "real = build.build\ndef logged(*a):\n    print('building'); return real(*a)\nbuild.build = logged\n" + CALL
-    env = {**os.environ, "MIXFEAT_CACHE": str(tmp_path), "CXX": quick_compiler}
-    run = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", code], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(4)
-    ]
-    outputs = [process.communicate(timeout=300)[0] for process in run]
-    assert [process.returncode for process in run] == [0] * 4
-    assert sum("building" in output for output in outputs) == 1
+    env = {**os.environ, "MIXFEAT_CACHE": str(tmp_path), "CXX": slow}
+    ended = processes.run(*["import warnings; warnings.simplefilter('error')\n" + code] * 4, environment=env)
+    assert [process.status for process in ended] == [0] * 4
+    assert sum("building" in process.stdout for process in ended) == 1
     (folder,) = tmp_path.iterdir()
     assert sorted(path.name for path in folder.iterdir()) == sorted([cpu.library_name(), "lock"])
 

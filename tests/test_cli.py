@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import fields
 
+import processes
 import pytest
 import test_datasets
 import torch
@@ -229,15 +230,15 @@ def interrupted(*args):
     if len(saves) == 3:
         signal.raise_signal(signal.SIGINT)
 engine.Results.save = interrupted
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(cli.main(command))
 """
     command = ["reproduce", "theory", *SMALL, "--methods", "uniform", "--out", str(tmp_path / "a b")]
-    process = subprocess.run([sys.executable, "-c", code, *command], cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 130, process.stderr
-    assert process.stderr.splitlines()[-1] == (
+    (ended,) = processes.run(f"command = {command}\n{code}")
+    assert ended.status == 130, ended.stderr
+    assert ended.stderr.splitlines()[-1] == (
         f"mixfeat reproduce theory: stopped; go on with: mixfeat {shlex.join(command)} --resume"
     )
-    assert "Traceback" not in process.stderr
+    assert "Traceback" not in ended.stderr
     paths = tmp_path / "resumed.json", tmp_path / "unbroken.json"
     assert cli.main([*command, "--resume", "--json", str(paths[0])]) == 0
     assert cli.main([*command[:-1], str(tmp_path / "b"), "--json", str(paths[1])]) == 0
@@ -480,7 +481,7 @@ import runpy
 sys.argv = ["mixfeat", "--version"]
 runpy.run_module("mixfeat", run_name="__main__")
 """
-    assert run_python(code).splitlines() == ["set()", f"mixfeat {mf.__version__}"]
+    assert run_python(code, fresh=True).splitlines() == ["set()", f"mixfeat {mf.__version__}"]
 
 
 @pytest.mark.parametrize(("chosen", "found"), [(None, "passive"), ("active", "active")])

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from conftest import SEED
 from table import over, problems
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixfeat.operators import Case
+import mixfeat as mf
+from mixfeat.operators import OPERATORS, Case
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -38,20 +40,40 @@ class Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@over("main variants", interpreted="main")
-def test_opcheck(problem):
-    """Each operator that a forward and a backward pass call: schema, fake, autograd, tracing."""
-    operator, draw = problem.operator, problem.draw()
-    leaves = {name: draw.arguments[name].requires_grad_() for name in operator.differentiated}
-    with Recorder() as forward:
-        value = operator.function(**draw.arguments | leaves)
-    with Recorder() as backward:
-        value.backward(draw.upstream.to(value.dtype))
-    assert forward.calls
-    for calls, derived in ((forward.calls, (False, True)), (backward.calls, (False,))):
-        for function, args, kwargs in calls:
-            for requires_grad in derived:
-                opcheck(function, *_detached((args, kwargs), requires_grad))
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=pytest.mark.triton), "reference"])
+def test_opcheck(backend, operator):
+    """Each operator that forward and backward passes call: schema, fake, autograd, tracing.
+
+    Once for all calls that differ in numbers only.
+    """
+    if backend not in mf.backends.available():
+        pytest.skip(f"{backend} needs a GPU, or TRITON_INTERPRET=1")
+    calls = {}
+    for problem in problems("main variants", backends=[backend], operators=[operator], interpreted="main", seed=SEED):
+        draw = problem.draw()
+        leaves = {name: draw.arguments[name].requires_grad_() for name in problem.operator.differentiated}
+        with mf.backend(backend):
+            with Recorder() as forward:
+                value = problem.operator.function(**draw.arguments | leaves)
+            with Recorder() as backward:
+                value.backward(draw.upstream.to(value.dtype))
+        assert forward.calls
+        for recorded, derived in ((forward.calls, (False, True)), (backward.calls, (False,))):
+            for function, *arguments in recorded:
+                kinds = torch.utils._pytree.tree_map(_kind, arguments)
+                calls.setdefault(f"{function} {kinds}", (function, arguments, derived))
+    for function, arguments, derived in calls.values():
+        for requires_grad in derived:
+            with mf.backend(backend):
+                opcheck(function, *_detached(arguments, requires_grad))
+
+
+def _kind(value):
+    """All of an argument but its numbers."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.dim(), value.is_contiguous(), value.requires_grad
+    return type(value) if isinstance(value, float) else value
 
 
 def _detached(arguments, requires_grad):

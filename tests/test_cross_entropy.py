@@ -1,6 +1,7 @@
 """mixup_cross_entropy and soft_target_cross_entropy, held to torch.nn.functional.cross_entropy in float64."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -149,11 +150,9 @@ def test_backward_again_and_scaled(backend, device, dtype):
     assert error([scaled.double() / 2**14], [true]) <= (1e-6 if dtype == torch.float32 else 1e-3)
 
 
-def test_memory():
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory(run_python):
     """Nothing as large as the logits but the gradient."""
-    import subprocess
-    import sys
-
     code = (
         "import torch, mixfeat as mf\n"
         "def peak(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) << 10\n"
@@ -164,10 +163,7 @@ def test_memory():
         "mf.mixup_cross_entropy(x, y, y.flip(0), 0.5).backward()\n"
         "print((peak() - before) / x.nbytes)\n"
     )
-    if not sys.platform.startswith("linux"):
-        pytest.skip("reads /proc")
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 0.9 < float(run.stdout) < 1.1
+    assert 0.9 < float(run_python(code)) < 1.1
 
 
 @pytest.mark.gpu

@@ -391,7 +391,7 @@ arguments = torch.load({str(tmp_path / "arguments")!r}, weights_only=False)
 for _ in range(2):
     torch.save(gradient_descent(*arguments), {str(tmp_path / "results")!r})
 """
-    run_python(code, LD_LIBRARY_PATH=str(tmp_path), MIXFEAT_CACHE=str(tmp_path))
+    run_python(code, fresh=True, LD_LIBRARY_PATH=str(tmp_path), MIXFEAT_CACHE=str(tmp_path))
     expected = reference(*arguments[:3], PolyReLU(4, 0.3), *arguments[4:], 0.0)
     trained, losses, _ = torch.load(tmp_path / "results")
     assert error([trained], [expected[0]]) < 1e-6

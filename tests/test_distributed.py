@@ -1,9 +1,6 @@
 """The all-pairs loss over the ranks of a process group. tests/rank.py holds what a rank does."""
 
-import subprocess
-import sys
-from pathlib import Path
-
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,20 +13,9 @@ from mixfeat.ops.sharding import plan
 @pytest.fixture
 def run_ranks(tmp_path):
     def run(case, ranks):
-        script = Path(__file__).with_name("rank.py")
-        command = [sys.executable, "-W", "error::UserWarning:mixfeat", script, case]
-        processes = [
-            subprocess.Popen(
-                [*command, str(rank), str(ranks), tmp_path / "rendezvous", str(SEED)], stderr=subprocess.PIPE
-            )
-            for rank in range(ranks)
-        ]
-        try:
-            reports = [process.communicate(timeout=300)[1].decode() for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        failed = [report for process, report in zip(processes, reports, strict=True) if process.returncode]
+        rendezvous = str(tmp_path / "rendezvous")
+        calls = [f"import rank; rank.run{(case, rank, ranks, rendezvous, SEED)}" for rank in range(ranks)]
+        failed = [ended.stderr for ended in processes.run(*calls) if ended.status]
         assert not failed, "\n".join(failed)
 
     return run

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import processes
 import pytest
 import torch
 from conftest import ROOT
@@ -167,8 +168,8 @@ except ResultsError as error:
 """
     with Results(tmp_path, "theory", {}) as results:
         results.save("erm", record_of(1))
-        process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        assert "is in use by another process: wait for it, or choose another folder" in process.stdout, process.stderr
+        (ended,) = processes.run(code)
+        assert "is in use by another process: wait for it, or choose another folder" in ended.stdout, ended.stderr
     with Results(tmp_path, "theory", {}, resume=True) as results:
         assert results.get("erm").step == 1
 

@@ -55,7 +55,7 @@ for name, call in calls(2**16, DEVICE).items():
         room *= 1.2
     assert errors > 3, (name, errors)
     print(name, errors)
-""", OMP_NUM_THREADS="2", MALLOC_MMAP_THRESHOLD_="65536")  # fmt: skip
+""", fresh=True, OMP_NUM_THREADS="2", MALLOC_MMAP_THRESHOLD_="65536")  # fmt: skip
     assert output.count("\n") == 8
 
 

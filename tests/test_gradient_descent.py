@@ -21,7 +21,7 @@ ACTIVATIONS = [
     mf.Identity(),
 ]
 # (N, P, D, C, M): odd, degenerate, one class per vector, several blocks of samples
-SHAPES = [(7, 3, 5, 3, 4), (1, 1, 1, 2, 1), (2, 1, 20, 2, 20), (35, 1, 4, 2, 3), (50, 8, 20, 10, 5), (18, 17, 3, 4, 2)]
+SHAPES = [(7, 3, 5, 3, 4), (1, 1, 1, 2, 1), (2, 1, 20, 2, 20), (35, 1, 4, 2, 3), (50, 2, 20, 10, 5), (18, 17, 3, 4, 2)]
 OBJECTIVES = {
     "erm": {"lam": None},
     "midpoint": {},
@@ -381,7 +381,7 @@ def test_compile(backend, device, objective, dynamic):
         weight, loss = mf.gradient_descent(x, w, y, POLY, lr=0.1, steps=3, momentum=0.5, **OBJECTIVES[objective])
         return weight * 2, loss
 
-    compiled = torch.compile(train, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(train, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for samples in (7, 9):
         arguments = make_inputs((samples, 3, 6, 3, 4), device=device)
         for a, b in zip(compiled(*arguments), train(*arguments), strict=True):

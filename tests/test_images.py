@@ -2,13 +2,12 @@
 
 import json
 import signal
-import subprocess
 import sys
 from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
-from conftest import ROOT
 from torch import nn
 
 import mixfeat as mf
@@ -409,15 +408,15 @@ def counted(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return objective(*args)
 images.objective = counted
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(cli.main(command))
 """
     command = [
         "reproduce", "images", "--epochs=3", "--seeds=2", "--batch-size=200", "--device=cpu", "--jobs=1", "--methods",
         "uniform", "--out",
     ]  # fmt: skip
     out = str(tmp_path / "killed")
-    process = subprocess.run([sys.executable, "-c", code, *command, out], cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    (ended,) = processes.run(f"command = {[*command, out]}\n{code}")
+    assert ended.status == -signal.SIGKILL, ended.stderr
     monkeypatch.undo()  # the child had the data set itself
     paths = tmp_path / "resumed.json", tmp_path / "unbroken.json"
     assert cli.main([*command, out, "--resume", "--json", str(paths[0])]) == 0

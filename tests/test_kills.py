@@ -6,8 +6,8 @@ import random
 import signal
 import sys
 import time
-from multiprocessing import get_context
 
+import processes
 import pytest
 import torch
 from conftest import LONG
@@ -26,9 +26,6 @@ COMMANDS = {
     "sweep": ["sweep", *THEORY, "--steps=60", "--evaluations=3", "--x", "degree", "2", "4", "--y", "rho", "0.5",
               "--jobs=1"],
 }  # fmt: skip
-# Processes fork from a server that has imported everything, so that a kill finds a command and not Python's start
-CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["test_kills", "mixfeat.experiments.plots", "sklearn.datasets", "joblib"])
 
 
 def run(arguments, log):
@@ -41,7 +38,7 @@ def run(arguments, log):
 
 
 def started(arguments, log):
-    process = CONTEXT.Process(target=run, args=(arguments, log))
+    process = processes.SERVER.Process(target=run, args=(arguments, log))  # so a kill finds a command, not imports
     process.start()
     return process
 

@@ -1,9 +1,6 @@
-import subprocess
-import sys
-
+import processes
 import pytest
 import torch
-from conftest import ROOT
 from torch.nn import functional as F
 
 import mixfeat as mf
@@ -71,9 +68,8 @@ def test_runs_train_as_if_alone():
 def test_distributed_data_parallel(tmp_path):
     """Two processes on gloo, half of the batch each: the same gradient as one process with all of it."""
     script = f"""
-import sys, torch, torch.distributed as dist, mixfeat as mf
+import torch, torch.distributed as dist, mixfeat as mf
 from torch.nn import functional as F
-rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://{tmp_path}/rendezvous", rank=rank, world_size=2)
 torch.manual_seed(0)
 model = mf.TwoLayerPatchCNN(4, 5, 6, mf.PolyReLU(8, 0.1))
@@ -88,10 +84,8 @@ torch.testing.assert_close(grad, model.weight.grad)
 assert grad.any()
 dist.destroy_process_group()
 """
-    ranks = [subprocess.Popen([sys.executable, "-c", script, str(r)], cwd=ROOT, stderr=subprocess.PIPE) for r in (0, 1)]
-    for rank in ranks:
-        _, stderr = rank.communicate(timeout=120)
-        assert rank.returncode == 0, stderr.decode()
+    for ended in processes.run(*(f"rank = {rank}\n{script}" for rank in (0, 1))):
+        assert ended.status == 0, ended.stderr
 
 
 def test_fully_sharded_data_parallel(run_python):

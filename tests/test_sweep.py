@@ -3,12 +3,11 @@
 import json
 import math
 import re
-import subprocess
 import sys
 
+import processes
 import pytest
 import torch
-from conftest import ROOT
 
 import mixfeat as mf
 from mixfeat import cli
@@ -177,9 +176,9 @@ def test_one_sweep_at_a_time(tmp_path):
     with Results(tmp_path / "out" / "runs", "sweep", {}):
         command = ["sweep", *SMALL, "--out", str(tmp_path / "out")]
         code = f"import sys; from mixfeat import cli; sys.exit(cli.main({command}))"
-        process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 2
-    assert "is in use by another process" in process.stderr
+        (ended,) = processes.run(code)
+    assert ended.status == 2
+    assert "is in use by another process" in ended.stderr
 
 
 def test_divergence_is_recorded_and_the_sweep_goes_on(run, tmp_path, monkeypatch):
