@@ -11,16 +11,18 @@ RUN := $(BIN)/python
 
 RESULTS ?= benchmarks/results
 
-.PHONY: install reproduce test test-native test-triton test-interpreted test-long test-triton-3.6 test-versions coverage lint docs wheel bench gpu \
+.PHONY: install reproduce test test-native test-triton test-interpreted test-long test-triton-3.6 test-versions coverage lint types docs wheel bench gpu \
 	gpu-sanitize
 
 install: $(VENV)/installed
 
-# torch first: with it at hand the CPU library is built ahead, by the compiler here and against that torch
+# pip first, as older ones know no dependency groups; then torch: with it at hand the CPU library is built ahead, by the compiler
+# here and against that torch
 $(VENV)/installed: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard kernels/cpu/* kernels/cpu/isa/*)
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) pip
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) setuptools ninja torch
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[experiments,test,docs,dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[experiments,test]' --group dev
 	@touch $@
 
 reproduce: install
@@ -79,9 +81,12 @@ coverage: install
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-lint: install
+lint: install types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/codespell
+
+types: install
 	rm -rf build/types && mkdir -p build/types/mixfeat
 	ln -s $(abspath $(wildcard mixfeat/*) kernels benchmarks) build/types/mixfeat/
 	$(BIN)/mypy

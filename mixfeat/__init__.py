@@ -6,7 +6,7 @@ from mixfeat.backends import backend
 from mixfeat.functional import *  # noqa: F403  (the operators, which functional.__all__ lists)
 from mixfeat.nn import Mixup, MixupCrossEntropyLoss, PairwiseMixupLoss, TwoLayerPatchCNN
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Identity",

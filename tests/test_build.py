@@ -312,8 +312,11 @@ def test_library_loads_on_old_systems():
     assert [v for v in versions if tuple(map(int, v[1].split("."))) > newest[v[0]]] == []
 
 
-FOLDERS = (".ci", "benchmarks", "docs", "examples", "kernels", "mixfeat", "tests")
-FILES = ("LICENSE", "MANIFEST.in", "Makefile", "README.md", "constraints.txt", "pyproject.toml", "setup.py")
+FOLDERS = (".ci", ".github", "benchmarks", "docs", "examples", "kernels", "mixfeat", "tests")
+FILES = (
+    ".pre-commit-config.yaml", "CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "Makefile", "README.md",
+    "constraints.txt", "pyproject.toml", "setup.py",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -109,7 +109,7 @@ def test_commands_of_the_reference_are_all_there():
 
 def test_site_builds(tmp_path):
     """Without a warning, so no broken link or reference inside, no formula that is no TeX; readable without network."""
-    pytest.importorskip("myst_parser", reason="needs pip install '.[docs]'")
+    pytest.importorskip("myst_parser", reason="needs pip install --group docs")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", tmp_path / "doctrees", DOCS, tmp_path]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
