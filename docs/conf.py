@@ -27,6 +27,21 @@ autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
 napoleon_use_rtype = False
 
+# Pages of the navigation, under the page that lists them. They are added here, as GitHub would show the directive.
+_PAGES = {
+    "index": {
+        "To begin with": ("install", "status", "quickstart", "coming-from"),
+        "To look things up": ("operators", "backends", "api", "reference"),
+        "To go further": ("check-and-bench", "benchmarks", "activations", "experiments", "distributed"),
+    },
+    "operators": {
+        "": (
+            "patch_conv", "pairwise_mixup_loss", "gradient_descent", "mixup", "cutmix", "mixup_cross_entropy",
+            "soft_target_cross_entropy", "mixup_binary_cross_entropy",
+        ),
+    },
+}  # fmt: skip
+
 # A name inside the package must lead somewhere; those of Python and of PyTorch have their pages elsewhere.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!mixfeat).*")]
@@ -46,5 +61,13 @@ def _mathml(translator, node: nodes.math | nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+def _add_navigation(app: Sphinx, page: str, source: list[str]) -> None:
+    for caption, pages in _PAGES.get(page, {}).items():
+        option = f":caption: {caption}\n" if caption else ""
+        paths = "\n".join(pages if page == "index" else [f"{page}/{name}" for name in pages])
+        source[0] += f"\n```{{toctree}}\n:hidden:\n{option}\n{paths}\n```\n"
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("source-read", _add_navigation)
     app.add_html_math_renderer("mathml", (_mathml, None), (_mathml, None))
