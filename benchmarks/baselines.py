@@ -12,6 +12,9 @@ from torch import Tensor
 
 from mixfeat.activations import PolyReLU
 
+#: A user's contender, by its name: ``--against`` puts it here.
+AGAINST: dict[str, Callable[..., Any]] = {}
+
 
 def naive(input: Tensor, weight: Tensor, activation: PolyReLU) -> Tensor:
     """Follow the authors' released code: convolve over patches laid side by side, then apply masks and pow."""

@@ -1,5 +1,6 @@
 """Set up pytest-benchmark: order, clock and seconds of the benchmarks, facts of the machine, what is kept of a run."""
 
+import pkgutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -11,16 +12,35 @@ import torch
 
 from mixfeat._environment import environment
 
-from . import results, timing
+from . import baselines, results, shapes, timing
 from .harness import CLOCK, Bench
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("mixfeat")
+    group.addoption("--shape", metavar="N,P,D,C,M", help="time this problem only, in place of all named shapes")
+    group.addoption(
+        "--against", metavar="MODULE:FUNCTION", help="one more contender, with the arguments of the operator chosen"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    """Read the options before the suites are imported, which list their cases then."""
+    shape, against = config.getoption("shape"), config.getoption("against")
+    if shape:
+        shapes.take_place(shapes.Network(*map(int, shape.split(","))))
+    if against:
+        baselines.AGAINST[against] = pkgutil.resolve_name(against)
     timing.SECONDS = 0.0 if config.getoption("benchmark_disable") else float(config.getoption("benchmark_max_time"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Interleave the suites, each from its most telling case on, so that a run cut short has covered what matters."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Interleave the suites, each from its most telling case on, so that a run cut short has covered what matters.
+
+    Of a user's problem, leave out what is not of it.
+    """
+    if config.getoption("shape"):
+        items[:] = [item for item in items if f"[{shapes.YOURS}-" in item.nodeid or f"[{shapes.YOURS}]" in item.nodeid]
     seen: Counter[str] = Counter()
     positions = {}
     for item in items:
@@ -42,6 +62,7 @@ def bench(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> Iterator[Bench]
     """Time and record contenders; what was found is printed as soon as the test ends."""
     bench = Bench(benchmark)
     yield bench
+    benchmark.skipped = not bench.rows  # a test that failed has no rows, which is no news
     for row in results.rows({"benchmarks": bench.rows}):
         with capsys.disabled():
             print("\n" + results.describe(row))

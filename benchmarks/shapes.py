@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-__all__ = ["BATCHES", "LOGITS", "NETWORKS", "Network", "cases"]
+__all__ = ["BATCHES", "LOGITS", "NETWORKS", "YOURS", "Network", "cases", "named", "take_place"]
 
 _MORE = 8 if torch.cuda.is_available() else 1
 
@@ -51,7 +51,7 @@ NETWORKS = {
 }
 
 #: Shapes of mixed batches: images, activations of a hidden layer, the paper's samples.
-BATCHES = {
+BATCHES: dict[str, tuple[int, ...]] = {
     "imagenet": (256, 3, 224, 224),
     "hidden": (128, 256, 14, 14),
     "cifar": (512, 3, 32, 32),
@@ -69,12 +69,30 @@ LOGITS = {
 }
 
 
+#: Name of the shapes of a user's problem.
+YOURS = "yours"
+
+
+def take_place(problem: Network) -> None:
+    """Time a user's problem in place of the named shapes: call it before the suites are imported."""
+    samples, patches, patch_dim, classes, _ = problem
+    for table in (NETWORKS, BATCHES, LOGITS):
+        table.clear()
+    NETWORKS[YOURS], BATCHES[YOURS], LOGITS[YOURS] = problem, (samples, patches, patch_dim), (samples, classes)
+
+
+def named(*names: str) -> list[str]:
+    """List ``names``, or if there are some and a problem has taken their place that."""
+    return [YOURS] if names and YOURS in NETWORKS else list(names)
+
+
 def cases(
     names: Sequence[str] | Mapping[str, Any],
     half: Sequence[str] = (),
     directions: Sequence[str] = ("forward + backward", "forward"),
 ) -> list[Any]:
     """List parameters ``name, dtype, direction`` of a suite: ``names`` in float32, ``half`` in bfloat16 too."""
+    names, half = named(*names), named(*half)
     dtypes = [(name, dtype) for name in names for dtype in (torch.float32, torch.bfloat16)[: 1 + (name in half)]]
     return [
         pytest.param(name, dtype, direction, id="-".join((name, str(dtype).removeprefix("torch."), direction)))

@@ -25,7 +25,7 @@ SOFT_CASES = cases(["imagenet", "cifar"], ("imagenet",), BOTH) + cases(["imagene
 
 def time_formulas(bench, case, formulas, x, targets, target_bytes, flop=FLOP):
     """Time ``formulas`` of logits ``x`` and ``targets``, from which ``target_bytes`` must be read."""
-    direction = case.direction
+    direction, formulas = case.direction, {**formulas, **baselines.AGAINST}
     contenders = {key: harness.directed(direction, functools.partial(f, x, *targets), x) for key, f in formulas.items()}
     exact = x.detach().double().requires_grad_()
     doubles = [t.double() if t.is_floating_point() else t for t in targets]

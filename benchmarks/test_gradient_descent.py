@@ -1,5 +1,7 @@
 """gradient_descent against loops of training steps, and against the arithmetic peak, the bare pairs and two cores."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,12 +11,12 @@ from mixfeat.ops.pairwise_mixup_loss import pairwise_mixup_block
 
 from . import baselines, harness
 from .limits import network_work
-from .shapes import Network
+from .shapes import NETWORKS, YOURS, Network, named
 from .test_pairwise_mixup_loss import ACTIVATION, fastest, make_inputs, on_threads
 from .timing import CUDA, compare, medians
 
 #: The defaults of ``mixfeat reproduce theory``
-SHAPE = Network(50, 8, 20, 10, 5)
+SHAPE = NETWORKS.get(YOURS, Network(50, 8, 20, 10, 5))
 STEPS, LR = 32, 1e-3
 
 
@@ -66,16 +68,23 @@ def plain_loop(x, w, y, lam, *, compile):
     return run
 
 
+def trained_by(f, x, w, y, lam):
+    """Train as ``mf.gradient_descent`` does; the networks."""
+    return f(x, w.detach(), y, ACTIVATION, lam=lam, lr=LR, steps=STEPS)[0]
+
+
 @pytest.mark.parametrize("runs", [2, 8])
 @pytest.mark.parametrize("lam", [0.5, None], ids=["midpoint", "erm"])
-def test_runs(bench, lam, runs):
+@pytest.mark.parametrize("name", named("theory"))
+def test_runs(bench, name, lam, runs):
     """Train networks for 32 steps in one call, against loops over steps of all networks at once."""
     x, w, y = make_inputs(SHAPE, runs)
     contenders = {
-        "mixfeat": lambda: mf.gradient_descent(x, w.detach(), y, ACTIVATION, lam=lam, lr=LR, steps=STEPS)[0],
+        "mixfeat": functools.partial(trained_by, mf.gradient_descent, x, w, y, lam),
         "operators and SGD": lambda: operator_loop(x, w, y, lam),
         "torch.compile": plain_loop(x, w, y, lam, compile=True),
         "eager": plain_loop(x, w, y, lam, compile=False),
+        **{key: functools.partial(trained_by, f, x, w, y, lam) for key, f in baselines.AGAINST.items()},
     }
     harness.check(contenders, contenders["mixfeat"](), torch.float32)
     contenders["torch.compile"] = fastest(contenders["torch.compile"])
@@ -84,8 +93,8 @@ def test_runs(bench, lam, runs):
         "training", torch.float32, products=runs * STEPS * SHAPE.products, evaluations=runs * STEPS * evaluations,
         bytes=x.nbytes + 2 * w.nbytes,
     )  # fmt: skip
-    name = f"{'ERM' if lam is None else 'Midpoint'}, R={runs} {tuple(SHAPE)}"
-    case = harness.Case("gradient_descent", name, f"{STEPS} steps")
+    objective = "ERM" if lam is None else "Midpoint"
+    case = harness.Case("gradient_descent", f"{name}, {objective}, R={runs} {tuple(SHAPE)}", f"{STEPS} steps")
     bench(case, contenders, work=work, pairwise=True, memory=False)
 
 

@@ -33,6 +33,7 @@ def test_operator(bench, name, dtype, direction):
         "naive": baselines.mixup,
         "torchvision": baselines.mixup_torchvision,
         "timm": baselines.mixup_timm,
+        **baselines.AGAINST,
     }
     if backward:
         del formulas["timm"]  # it overwrites its input

@@ -75,6 +75,8 @@ def test_operator(bench, name, dtype, direction):
         "naive": harness.directed(direction, lambda: baselines.pairwise_naive(x, w, y, ACTIVATION), w),
     }
     contenders = {key: contenders[key] for key in ("mixfeat", "torch.compile", *affordable(shape, dtype))}
+    for key, f in baselines.AGAINST.items():
+        contenders[key] = harness.directed(direction, functools.partial(f, x, w, y, ACTIVATION), w)
     exact = w.detach().float().requires_grad_()
     truth = harness.directed(direction, lambda: mf.pairwise_mixup_loss(x.float(), exact, y, ACTIVATION), exact)
     harness.check(contenders, truth(), dtype)

@@ -14,7 +14,7 @@ from mixfeat import reference
 
 from . import baselines, harness
 from .limits import Work, network_work
-from .shapes import NETWORKS, cases
+from .shapes import NETWORKS, cases, named
 from .timing import CUDA, DEVICE
 
 ACTIVATION = mf.PolyReLU(8, 0.1)
@@ -33,6 +33,7 @@ def formulas():
         "torch.compile": baselines.compiled(baselines.eager),
         "best eager": baselines.eager,
         "naive": baselines.naive,
+        **baselines.AGAINST,
     }
 
 
@@ -55,7 +56,7 @@ def test_operator(bench, name, dtype, direction):
     bench(harness.Case("patch_conv", f"{name} {tuple(shape)}", direction, dtype), contenders, work=work)
 
 
-@pytest.mark.parametrize("name", ["paper-10", "image"])
+@pytest.mark.parametrize("name", named("paper-10", "image"))
 def test_training_step(bench, name):
     """Time a step on a batch mixed within itself: mix, convolve, compare with both labels, update."""
     shape = NETWORKS[name]
@@ -75,6 +76,7 @@ def test_training_step(bench, name):
         "torch.compile": baselines.compiled(functools.partial(theirs, baselines.eager)),
         "best eager": functools.partial(theirs, baselines.eager),
         "naive": functools.partial(theirs, baselines.naive),
+        **{key: functools.partial(theirs, f) for key, f in baselines.AGAINST.items()},
     }
 
     def step(loss):

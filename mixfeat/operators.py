@@ -9,12 +9,13 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from mixfeat import functional, reference
 from mixfeat.activations import Activation, Identity, LeakyReLU, PolyReLU, Power, PowerReLU, ReLU
@@ -112,6 +113,23 @@ class Operator:
 
     def __str__(self) -> str:
         return self.name
+
+    def problem(self, shape: tuple[int, int, int, int, int]) -> tuple[Case, ...]:
+        """Make cases of a user's problem (N,P,D,C,M); none where the operator takes images."""
+        n, p, d, c, _ = shape
+        sizes = {"NPDCM": shape, "N": (n, p, d), "NC": (n, c)}.get(self.main[0].dims)
+        return tuple(replace(case, sizes=sizes) for case in self.main) if sizes else ()
+
+    @property
+    def activates(self) -> bool:
+        """Whether the operator has an activation."""
+        return self.main[0].dims == "NPDCM"
+
+    def of_activation(self, cases: tuple[Case, ...], activation: Activation) -> tuple[Case, ...]:
+        """Give the cases another activation, if the operator has one."""
+        if not self.activates:
+            return cases
+        return tuple(replace(case, options={**case.options, "activation": activation}) for case in cases)
 
     @property
     def outputs(self) -> list[str]:
@@ -290,11 +308,25 @@ def _draw_pairwise(
     return drawn
 
 
+#: Mixed inputs and pre-activations that the reference of the all-pairs loss may have in memory at a time.
+_MOST_IN_PAIRS = 2**24
+
+
 def _pairwise_formula(lam: float | Tensor = 0.5, lam_weight: Tensor | None = None, **arguments: Any) -> Tensor:
-    """Call the reference, which takes nodes as numbers."""
+    """Call the reference, which takes nodes as numbers, of many samples for some rows of pairs at a time."""
     nodes = lam.tolist() if isinstance(lam, Tensor) else lam
     weights = None if lam_weight is None else lam_weight.tolist()
-    return reference.pairwise_mixup_loss(**arguments, lam=nodes, lam_weight=weights)
+    loss = functools.partial(reference.pairwise_mixup_loss, lam=nodes, lam_weight=weights)
+    x, w, y = (arguments[name] for name in ("input", "weight", "target"))
+    samples = x.shape[0]
+    rows = max(1, _MOST_IN_PAIRS // max(1, x.numel() + samples * x.shape[-2] * w[..., 0].numel()))
+    if rows >= samples or set(arguments) != {"input", "weight", "target", "activation"} or x.dim() > 3 or w.dim() > 3:
+        return loss(**arguments)
+    total = torch.zeros((), dtype=x.dtype, device=x.device)
+    for block, label in zip(x.split(rows), y.split(rows), strict=True):
+        paired = functools.partial(loss, activation=arguments["activation"], partner=x, partner_target=y)
+        total = total + checkpoint(paired, block, w, label, use_reentrant=False) * (len(block) / samples)
+    return total
 
 
 _RUNS = ("input", "weight", "input weight")

@@ -4,6 +4,7 @@ An error is ||result - truth|| / ||truth||, of values and of gradients. float32 
 precision has twice what plain PyTorch errs in that dtype on the same inputs, formed by the reference.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mixfeat import backends
+from mixfeat.activations import Activation
 from mixfeat.operators import DTYPES, OPERATORS, Case, Operator, deterministic, relative_error, same_bits
 
 __all__ = ["DTYPES", "OPERATORS", "Outcome", "check", "checks"]
@@ -58,7 +60,17 @@ def checks(
     ]
 
 
-def check(operator: str, backend: str, dtype: str, *, seed: int = 0, quick: bool = False) -> Outcome:
+def check(
+    operator: str,
+    backend: str,
+    dtype: str,
+    *,
+    seed: int = 0,
+    quick: bool = False,
+    shape: tuple[int, int, int, int, int] | None = None,
+    activation: Activation | None = None,
+    seconds: float = 0.0,
+) -> Outcome:
     """Run one operator on one backend in one dtype, over all its shapes.
 
     Args:
@@ -67,6 +79,9 @@ def check(operator: str, backend: str, dtype: str, *, seed: int = 0, quick: bool
         dtype: a key of ``DTYPES``.
         seed: of the inputs.
         quick: without the larger shapes.
+        shape: a problem (N,P,D,C,M) in place of the shapes there are: see :meth:`Operator.problem`.
+        activation: in place of those there are.
+        seconds: to go on for, with new inputs.
 
     Raises:
         ValueError: the backend is not available here.
@@ -75,12 +90,19 @@ def check(operator: str, backend: str, dtype: str, *, seed: int = 0, quick: bool
     gpu = torch.cuda.is_available() and backend != "cpu"
     interpreted = backend == "triton" and not gpu
     cases = entry.interpreted if interpreted else entry.quick if quick else entry.quick + entry.full
+    if shape:
+        cases = entry.problem(shape)
+    if activation:
+        cases = entry.of_activation(cases, activation)
     generator = torch.Generator().manual_seed(seed)
     worst: dict[str, dict[str, Any]] = {}
     failures: list[str] = []
-    repeats, start = True, time.perf_counter()
+    repeats, count, start = True, 0, time.perf_counter()
     with backends.backend(backend), deterministic():
-        for case in cases:
+        for case in itertools.cycle(cases):
+            if count >= len(cases) and (failures or time.perf_counter() - start >= seconds):
+                break
+            count += 1
             try:
                 found, again = _errors(entry, case, data_type, "cuda" if gpu else "cpu", generator)
             except Exception as trouble:  # a kernel that does not even run is a failure like any other
@@ -99,8 +121,8 @@ def check(operator: str, backend: str, dtype: str, *, seed: int = 0, quick: bool
                     }  # fmt: skip
         if not repeats:
             failures.append("a second call gave other bits")
-    seconds = time.perf_counter() - start
-    return Outcome(operator, backend, dtype, len(cases), worst, repeats, failures, seconds)
+    took = time.perf_counter() - start
+    return Outcome(operator, backend, dtype, count, worst, repeats, failures, took)
 
 
 def _errors(

@@ -3,7 +3,9 @@
 import copy
 import functools
 import json
+import os
 import re
+import sys
 import time
 
 import pytest
@@ -145,7 +147,7 @@ def test_command_runs_a_suite(bench):
     chosen = " or ".join(
         f"{suite}-N" for suite in ("patch_conv", "pairwise_mixup_loss", "mixup", "mixup_cross_entropy")
     )
-    status, document = bench("--suite", "scaling", "--filter", chosen)
+    status, document = bench("--only", "scaling", "--filter", chosen)
     assert status == 0
     found = results.rows(document)
     assert len(found) == 4
@@ -178,9 +180,30 @@ def test_command_runs_chosen_cases(bench, monkeypatch, capsys):
     assert "--filter 'no_such_case' chooses no benchmark" in capsys.readouterr().err
 
 
+def test_command_runs_the_users_problem_and_contender(bench, tmp_path, monkeypatch, capfd):
+    """A shape of theirs, in which images have no place; a contender that is wrong is not timed."""
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    code = "def mean_of_both(input, index, lam):\n    return (input + input[index]) / 2\n"
+    (tmp_path / "theirs.py").write_text(
+        code + "def lerp(input, index, lam):\n    return input[index].lerp(input, lam)\n"
+    )
+    problem = ("--shape", "6,3,5,4,2", "--only", "mixup", "--filter", "float32 and not backward")
+    status, document = bench(*problem, "--against", "theirs:lerp")
+    assert status == 0
+    (row,) = results.rows(document)
+    assert row["case"] == "yours (6, 3, 5)"
+    assert {"mixfeat", "torch.compile", "theirs:lerp"} <= set(row["timings"])
+    assert cli.main(["bench", *problem, "--against", "theirs:mean_of_both"]) == 1
+    assert "theirs:mean_of_both is off by " in capfd.readouterr().out
+    assert cli.main(["bench", "--shape", "6,3,5,4,2", "--only", "cutmix"]) == 2
+    assert "--only 'cutmix' --shape '6,3,5,4,2' chooses no benchmark" in capfd.readouterr().err
+
+
 def test_what_there_is_when_the_time_is_up(tmp_path, capfd):
     out = tmp_path / "bench.json"
-    assert cli.main(["bench", "--suite", "scaling", "--limit", "0.5", "--out", str(out)]) == 1
+    assert cli.main(["bench", "--only", "scaling", "--limit", "0.5", "--out", str(out)]) == 1
     output = capfd.readouterr()
     assert "stopped after 0.5 s" in output.out
     if out.exists():
@@ -192,7 +215,13 @@ def test_what_there_is_when_the_time_is_up(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--suite", "none"], "--suite must be of cross_entropy, .*limits, .*, got none"),
+        (["--only", "none"], "--only must be of cross_entropy, .*limits, .*mixup_cross_entropy, .*, got none"),
+        (["--against", "numpy:dot"], "--against needs --only with .*patch_conv, .*gradient_descent, got none"),
+        (["--against", "numpy:dot", "--only", "limits"], "--against needs --only with .*, got limits"),
+        (["--only", "mixup", "--against", "numpy"], "--against must be module:function, got 'numpy'"),
+        (["--only", "mixup", "--against", "no.such:dot"], "no.such:dot cannot be imported: ModuleNotFoundError: "),
+        (["--only", "mixup", "--against", "numpy:dut"], "cannot be imported: AttributeError: .*dut"),
+        (["--only", "mixup", "--against", "numpy:pi"], "--against numpy:pi must be a function, got float"),
         (["--limit", "nan"], "--limit must be finite and positive, got nan"),
         (["--seconds", "0"], "--seconds must be finite and positive, got 0.0"),
         (["--results", "/no/such.json"], r"/no/such.json cannot be read: .*No such file"),

@@ -2,8 +2,8 @@
 
 import argparse
 import contextlib
-import math
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -11,7 +11,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from mixfeat.cli.common import Commands, FailedError, RefusedError, add_command, writable_file, write_json
+from mixfeat.cli.common import (
+    Commands,
+    FailedError,
+    RefusedError,
+    add_command,
+    problem_shape,
+    require_positive,
+    writable_file,
+    write_json,
+)
+from mixfeat.operators import OPERATORS
 
 __all__ = ["add_commands"]
 
@@ -26,7 +36,20 @@ def add_commands(commands: Commands) -> None:
         description="Time every operator against what a user could write in PyTorch and against the hardware's limits, "
         "all in the same run. Needs pip install 'mixfeat[test]'.",
     )
-    benching.add_argument("--suite", nargs="+", metavar="SUITE", help="of benchmarks/test_SUITE.py (default: all)")
+    benching.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="operators, or other suites: of benchmarks/test_NAME.py (default: all)",
+    )
+    benching.add_argument(
+        "--shape", type=problem_shape, metavar="N,P,D,C,M",
+        help="your problem in place of all shapes: samples, patches, their dimension, classes, filters for each class",
+    )  # fmt: skip
+    benching.add_argument(
+        "--against", metavar="MODULE:FUNCTION",
+        help="one more contender, of the one operator of --only, with the arguments of mixfeat's",
+    )  # fmt: skip
     benching.add_argument(
         "-k", "--filter", metavar="EXPRESSION",
         help="of the cases only these, by shape, dtype and direction, as pytest -k: 'paper-10 and not bfloat16'",
@@ -80,18 +103,51 @@ def _bench(args: argparse.Namespace) -> int:
     return status
 
 
+def _suites(folder: Path) -> dict[str, str]:
+    """Find what pytest is to run, by the name of a suite or operator: a file, or a test in it."""
+    files = {path.stem.removeprefix("test_"): path for path in sorted(folder.glob("test_*.py"))}
+    tests = {
+        name: f"{path}::test_{name}"
+        for name in OPERATORS
+        for path in files.values()
+        if name not in files and f"def test_{name}(" in path.read_text()
+    }
+    return {name: str(path) for name, path in files.items()} | tests
+
+
+def _require_contender(args: argparse.Namespace) -> None:
+    """Refuse a contender that cannot be imported, or that is of no one operator."""
+    operators = [*OPERATORS, "gradient_descent"]
+    if args.only is None or len(args.only) != 1 or args.only[0] not in operators:
+        got = " ".join(args.only or ["none"])
+        raise RefusedError(
+            f"--against needs --only with the operator it stands for, one of {', '.join(operators)}, got {got}"
+        )
+    module, colon, function = args.against.partition(":")
+    if not (module and colon and function):
+        raise RefusedError(f"--against must be module:function, got {args.against!r}")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # where `python -m pytest` will look first
+    try:
+        found = pkgutil.resolve_name(args.against)
+    except Exception as error:  # of whatever the module does
+        raise RefusedError(f"--against {args.against} cannot be imported: {type(error).__name__}: {error}") from None
+    if not callable(found):
+        raise RefusedError(f"--against {args.against} must be a function, got {type(found).__name__}")
+
+
 def _run_benchmarks(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], int]:
     """Run the suites in ``folder`` by pytest; returns the results, which are in a file as well, and its exit status."""
     from mixfeat.benchmarks import results
 
-    files = {path.stem.removeprefix("test_"): path for path in sorted(folder.glob("test_*.py"))}
-    unknown = [suite for suite in args.suite or [] if suite not in files]
+    suites = _suites(folder)
+    unknown = [name for name in args.only or [] if name not in suites]
     if unknown:
-        raise RefusedError(f"--suite must be of {', '.join(files)}, got {', '.join(unknown)}")
-    for name in ("seconds", "limit"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise RefusedError(f"--{name} must be finite and positive, got {value}")
+        raise RefusedError(f"--only must be of {', '.join(suites)}, got {', '.join(unknown)}")
+    require_positive(args, "seconds", "limit")
+    if args.against:
+        _require_contender(args)
+    shape = ",".join(map(str, args.shape)) if args.shape else ""
     out = writable_file(args.out)
     with tempfile.TemporaryDirectory() as scratch:
         found = Path(scratch, "bench.json")
@@ -99,7 +155,9 @@ def _run_benchmarks(args: argparse.Namespace, folder: Path) -> tuple[dict[str, A
         command += ["-W", "ignore:Not saving anything"]  # of pytest-benchmark where no benchmark was chosen
         command += [f"--benchmark-json={found}", f"--benchmark-max-time={args.seconds}"]
         command += ["-k", args.filter] if args.filter else []
-        command += [str(files[suite]) for suite in args.suite or files]
+        command += ["--against", args.against] if args.against else []
+        command += ["--shape", shape] if shape else []
+        command += [suites[name] for name in args.only or suites if args.only or "::" not in suites[name]]
         variables = {"PYTEST_ADDOPTS": "", "PYTEST_PLUGINS": ""}  # are for the user's own tests
         process = subprocess.Popen(command, env=os.environ | variables)
         try:
@@ -114,8 +172,10 @@ def _run_benchmarks(args: argparse.Namespace, folder: Path) -> tuple[dict[str, A
         finally:
             process.kill()
             process.wait()
-        if args.filter and status in (4, 5):  # of pytest: not understood, nothing found
-            raise RefusedError(f"--filter {args.filter!r} chooses no benchmark")
+        asked = {"--only": args.only and " ".join(args.only), "--shape": shape, "--filter": args.filter}
+        options = " ".join(f"{name} {value!r}" for name, value in asked.items() if value)
+        if options and status in (4, 5):  # of pytest: not understood, nothing found
+            raise RefusedError(f"{options} chooses no benchmark")
         if not found.exists() or not found.stat().st_size:
             raise FailedError("no benchmark has come to its end")
         document = results.load(found)

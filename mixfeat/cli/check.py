@@ -3,13 +3,25 @@
 import argparse
 import os
 from dataclasses import asdict
+from pathlib import Path
+from xml.etree import ElementTree
 
 import torch
 
 import mixfeat
 from mixfeat import report, validate
 from mixfeat._environment import environment
-from mixfeat.cli.common import Commands, RefusedError, add_command, writable_file, write_json
+from mixfeat._files import replacing
+from mixfeat.cli.common import (
+    Commands,
+    RefusedError,
+    activation,
+    add_command,
+    problem_shape,
+    require_positive,
+    writable_file,
+    write_json,
+)
 from mixfeat.kernels import cuda
 
 __all__ = ["add_commands"]
@@ -34,6 +46,17 @@ def add_commands(commands: Commands) -> None:
         checking.add_argument(f"--{name}", nargs="+", choices=list(choices), metavar=name.upper(), help=text)
     checking.add_argument("--seed", type=int, default=0, metavar="INT", help="of the inputs (default: 0)")
     checking.add_argument("--quick", action="store_true", help="small shapes only")
+    checking.add_argument(
+        "--shape", type=problem_shape, metavar="N,P,D,C,M",
+        help="your problem in place of all shapes: samples, patches, their dimension, classes, filters for each class",
+    )  # fmt: skip
+    checking.add_argument(
+        "--activation", type=activation, metavar="ACTIVATION", help="in place of all others, as 'PolyReLU(8, 0.1)'"
+    )
+    checking.add_argument(
+        "--seconds", type=float, metavar="FLOAT", help="go on with new inputs for so long, shared by all checks"
+    )
+    checking.add_argument("--junit", type=Path, metavar="FILE", help="also write a report in JUnit's XML")
     reporting = add_command(
         commands,
         "compile-report",
@@ -52,7 +75,8 @@ def _check(args: argparse.Namespace) -> int:
     interpreted = "triton" in wanted and not torch.cuda.is_available()
     if interpreted:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first needed, below
-    json_file = writable_file(args.json)
+    require_positive(args, "seconds")
+    json_file, junit = writable_file(args.json), writable_file(args.junit, "--junit")
     available = mixfeat.backends.available()
     for name in wanted:
         if name not in available:
@@ -60,7 +84,7 @@ def _check(args: argparse.Namespace) -> int:
                 f"--backend {name} is not available here: {mixfeat.backends.describe()['backends'][name]}"
             )
     chosen = [name for name in available if name in wanted or not wanted]
-    cells = validate.checks(chosen, args.operator or validate.OPERATORS, args.dtype or validate.DTYPES)
+    cells = validate.checks(chosen, _operators(args), args.dtype or validate.DTYPES)
     if not cells:
         raise RefusedError("nothing to check: triton has no float64")
     if interpreted:
@@ -69,7 +93,10 @@ def _check(args: argparse.Namespace) -> int:
     print(form.format("operator", "backend", "dtype", "shapes", "worst of", "error", "PyTorch's", "budget", ""))
     outcomes = []
     for cell in cells:
-        outcome = validate.check(*cell, seed=args.seed, quick=args.quick)
+        outcome = validate.check(
+            *cell, seed=args.seed, quick=args.quick, shape=args.shape, activation=args.activation,
+            seconds=(args.seconds or 0) / len(cells),
+        )  # fmt: skip
         outcomes.append(outcome)
         numbers = ["", "", "", ""]
         if outcome.worst:
@@ -81,8 +108,44 @@ def _check(args: argparse.Namespace) -> int:
     failed = sum(not outcome.passed for outcome in outcomes)
     print(f"\n{failed} of {len(outcomes)} checks FAILED" if failed else f"\nall {len(outcomes)} checks passed")
     rows = [asdict(outcome) | {"passed": outcome.passed} for outcome in outcomes]
-    write_json(json_file, {"seed": args.seed, "quick": args.quick, "environment": environment(), "checks": rows})
+    asked = {"seed": args.seed, "quick": args.quick, "shape": args.shape}
+    asked["activation"] = str(args.activation) if args.activation else None
+    write_json(json_file, {**asked, "environment": environment(), "checks": rows})
+    if junit:
+        with replacing(junit) as temporary:
+            _junit(outcomes).write(temporary, "utf-8", xml_declaration=True)
     return 1 if failed else 0
+
+
+def _operators(args: argparse.Namespace) -> list[str]:
+    """List the operators that are asked for, of a shape those that have it."""
+    names = args.operator or list(validate.OPERATORS)
+    if args.shape:
+        without = [name for name in names if not validate.OPERATORS[name].problem(args.shape)]
+        if args.operator and without:
+            raise RefusedError(f"--shape must be without --operator {', '.join(without)}, which takes images")
+        names = [name for name in names if name not in without]
+    if args.activation and not any(validate.OPERATORS[name].activates for name in names):
+        raise RefusedError(f"--activation must be with an operator that has one, got {', '.join(names)}")
+    return names
+
+
+def _junit(outcomes: list[validate.Outcome]) -> ElementTree.ElementTree:
+    """Write the outcomes as a report of tests, which continuous integration shows."""
+    suite = ElementTree.Element(
+        "testsuite", name="mixfeat check", tests=str(len(outcomes)), errors="0",
+        failures=str(sum(not outcome.passed for outcome in outcomes)),
+        time=f"{sum(outcome.seconds for outcome in outcomes):.3f}",
+    )  # fmt: skip
+    for outcome in outcomes:
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=f"mixfeat.{outcome.operator}", name=f"{outcome.backend}, {outcome.dtype}",
+            time=f"{outcome.seconds:.3f}",
+        )  # fmt: skip
+        if outcome.failures:
+            failure = ElementTree.SubElement(case, "failure", message=outcome.failures[0])
+            failure.text = "\n".join(outcome.failures)
+    return ElementTree.ElementTree(suite)
 
 
 def _compile_report(args: argparse.Namespace) -> int:

@@ -1,17 +1,21 @@
 """Shared by all commands: the parser, refusals, files that are written whole, and tables."""
 
 import argparse
+import ast
 import json
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mixfeat import activations
 from mixfeat._files import replacing
+from mixfeat.activations import Activation
 
 __all__ = [
-    "Commands", "FailedError", "Parser", "RefusedError", "add_command", "aligned", "problem_shape", "writable_file",
-    "writable_folder", "write_json",
+    "Commands", "FailedError", "Parser", "RefusedError", "activation", "add_command", "aligned", "problem_shape",
+    "require_positive", "writable_file", "writable_folder", "write_json",
 ]  # fmt: skip
 
 Commands = Any  # the result of ArgumentParser.add_subparsers, whose class argparse does not export
@@ -58,6 +62,34 @@ def problem_shape(text: str) -> tuple[int, int, int, int, int]:
     return n, p, d, c, m
 
 
+def activation(text: str) -> Activation:
+    """Parse an activation as Python writes it: ``PolyReLU(8, 0.1)``, ``ReLU()`` or just ``ReLU``."""
+    kinds = {name: getattr(activations, name) for name in activations.__all__ if name != "Activation"}
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
+        kind = kinds[call.func.id] if isinstance(call.func, ast.Name) else None
+        values = [ast.literal_eval(value) for value in call.args]
+        options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, KeyError, MemoryError, RecursionError):
+        kind = None
+    if kind is None:
+        raise argparse.ArgumentTypeError(f"needs one of {', '.join(kinds)}, as in 'PolyReLU(8, 0.1)', got {text!r}")
+    try:
+        found: Activation = kind(*values, **options)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    return found
+
+
+def require_positive(args: argparse.Namespace, *names: str) -> None:
+    """Refuse numbers of options, if given, that are not finite and positive."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise RefusedError(f"--{name} must be finite and positive, got {value}")
+
+
 def writable_folder(folder: Path) -> Path:
     """Return the folder, created if missing. Only an attempt shows whether it can be written."""
     try:
@@ -68,11 +100,11 @@ def writable_folder(folder: Path) -> Path:
         raise RefusedError(f"folder {folder} cannot be written: {error.strerror}") from None
 
 
-def writable_file(path: Path | None) -> Path | None:
-    """Return the file of --json, if given; whether it can be written is found out before the work, not after."""
+def writable_file(path: Path | None, option: str = "--json") -> Path | None:
+    """Return the file of an option, if given; whether it can be written is found out before the work, not after."""
     if path is not None:
         if path.is_dir():
-            raise RefusedError(f"--json {path} cannot be written: it is a folder")
+            raise RefusedError(f"{option} {path} cannot be written: it is a folder")
         writable_folder(path.parent)
     return path
 
