@@ -62,6 +62,10 @@ class Case:
         """Which of the kernels that it launches is meant."""
         return -1
 
+    def launch(self, launches: list[Any]) -> Any:
+        """Return the launch that is meant."""
+        return launches[self.place()]
+
     def record(self) -> AbstractContextManager[list[Any]]:
         """List the launches that follow instead of making them."""
         from mixfeat.kernels.triton import launch
@@ -74,25 +78,29 @@ _PATCHES, _CLASSES = 12, 10
 
 @dataclass(frozen=True)
 class PatchConvCase(Case):
-    """Direction "forward", "backward_input", "backward_weight", or "mix": the kernel that mixes first."""
+    """Direction "forward", "backward_input" or "backward_weight"; "mix", the kernel that mixes first, or "sum", that
+    adds up partial sums.
+    """
 
     kernel = "patch_conv"
     patch_dim: int
     activation: Activation
     mix: bool = False
     filters: int = 10
+    samples: int = 4096  # where they are few, a tile has several patches of each
 
     def sizes(self) -> str:
         mix = "-mix" if self.mix else ""
-        return f"D{self.patch_dim}-M{self.filters}-{self.activation}{mix}"
+        return f"N{self.samples}-D{self.patch_dim}-M{self.filters}-{self.activation}{mix}"
 
-    def place(self) -> int:
-        return 0 if self.direction == "mix" else -1
+    def launch(self, launches: list[Any]) -> Any:
+        name = f"patch_conv_{self.direction}_kernel"
+        return next(launch for launch in launches if launch.kernel.__name__ == name)
 
     def call(self) -> None:
         from mixfeat.kernels.triton import patch_conv
 
-        samples = 4096
+        samples = self.samples
         input = _meta(1, samples, _PATCHES, self.patch_dim, dtype=self.dtype)
         weight = _meta(1, _CLASSES, self.filters, self.patch_dim, dtype=self.dtype)
         index = _meta(samples, dtype=torch.int64) if self.mix else None
@@ -358,6 +366,7 @@ def shipped(target: str) -> list[Case]:
     cases: list[Case] = [
         PatchConvCase("mix", dtype, 50, default, mix=mix) for dtype, mix in ((half, True), (single, False))
     ]
+    cases += [PatchConvCase("sum", half, 64, default)]
     # Three filters per class make the narrow tiles of forward the better ones.
     for direction, filters in (("forward", 10), ("forward", 3), ("backward_input", 10), ("backward_weight", 10)):
         case = partial(PatchConvCase, direction, filters=filters)
@@ -365,6 +374,8 @@ def shipped(target: str) -> list[Case]:
         cases += [case(half, dim, default, mix=True) for dim in (32, 64)]
         cases += [case(single, dim, default) for dim in ((32, 128) if direction == "forward" else (32, 64, 128))]
         cases += [case(single, 32, default, mix=True), case(half, 64, ReLU())]
+        cases += [case(half, 64, default, samples=samples) for samples in (1, 9)]
+        cases += [case(half, 64, default, samples=samples) for samples in (1, 9)]
         if TARGETS[target][0] == "cuda":  # AMD's matrix units take float32 as it is
             cases += [case(single, dim, default, matmul_precision="high") for dim in (32, 64, 128)]
             cases += [case(single, 32, default, mix=True, matmul_precision="high")]
@@ -483,7 +494,7 @@ def recorded_launch(case: Case) -> Any:
             case.call()
     finally:
         matmul.fp32_precision = previous
-    return launches[case.place()]
+    return case.launch(launches)
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

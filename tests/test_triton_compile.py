@@ -61,7 +61,7 @@ def test_kernel(compiled, key):
             assert instructions / evaluations <= limit + MORE_INSTRUCTIONS
     if (
         case.kernel == "patch_conv"
-        and case.direction != "mix"
+        and case.direction not in ("mix", "sum")
         and (case.dtype.itemsize == 2 or case.matmul_precision == "high")
     ):
         assert row.matrix_instructions[MATRIX_UNIT[target]] > 0
@@ -118,12 +118,39 @@ def test_every_configuration_is_compiled():
     }
     compiled = set()
     cases = (case for case in report.shipped("sm_90") if case.kernel == "patch_conv")
-    for case in (case for case in cases if case.direction != "mix" and not case.mix):
+    for case in (case for case in cases if case.direction not in ("mix", "sum") and not case.mix):
         recorded = report.recorded_launch(case)
-        blocks = [recorded.constants[f"BLOCK_{side}"] for side in "NQD"]
+        network, tile = (recorded.constants[name] for name in ("NETWORK", "TILE"))
+        blocks = (tile.samples * tile.patches, tile.filters, tile.dim)
         options = (recorded.num_warps, recorded.num_stages, recorded.max_registers)
-        compiled.add((case.direction, recorded.constants["WHOLE_D"], configs.PatchConvConfig(*blocks, *options)))
+        compiled.add((case.direction, network.width <= tile.dim, configs.PatchConvConfig(*blocks, *options)))
     assert shipped <= compiled
+
+
+@pytest.mark.parametrize("samples", [1, 8, 50, 256, 1024, 8192])
+@pytest.mark.parametrize("patches", [12, 196])
+@pytest.mark.parametrize(("rows", "tiles"), [(64, 1), (64, 3), (32, 18)])
+def test_rows_are_split_to_fill_a_gpu(samples, patches, rows, tiles):
+    """No program has much more than its share of the work, and all places for programs that are worth it are taken."""
+    slots = 264
+    for slice_samples in (False, True):
+        split = configs.split(samples, patches, rows, tiles, slots, slice_samples)
+        steps = samples * patches / rows * tiles  # of full tiles
+        assert split.programs >= min(steps / 4, slots / 2)
+        blocks = -(-samples * split.block_p // rows)
+        covered = -(-patches // split.block_p // (split.slices // split.sample_slices))
+        if slice_samples:
+            assert split.programs == tiles * split.slices
+            assert split.sample_slices <= blocks
+            covered *= -(-blocks // split.sample_slices)
+        waves = -(-split.programs // slots)
+        assert waves * covered <= 2 * steps / slots + 4
+
+
+def test_parameters_of_kernels_are_few():
+    kernels = {report.recorded_launch(case).kernel for case in report.shipped("sm_90") if case.kernel == "patch_conv"}
+    assert len(kernels) == 5
+    assert all(len(kernel.arg_names) <= 20 for kernel in kernels)
 
 
 def test_every_configuration_of_the_cross_entropy_is_compiled():

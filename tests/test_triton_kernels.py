@@ -180,10 +180,11 @@ SHAPES = [
     (1, 5, 2, 20, 2, 150),  # more filters per class than a tile
     (1, 5, 2, 150, 3, 11),  # longer patches than a tile, rows not aligned
     (1, 5, 2, 160, 3, 43),
+    (1, 2, 70, 20, 3, 5),  # few samples: tiles of several patches, and slices of them
 ]
 # Two errors in half precision compare only where many roundings enter both: here more networks supply them.
 MANY = (4, *SMALL[1:])
-MANY_SHAPES = [(runs, *shape[1:]) for runs, shape in zip((2, 32, 16, 8, 2, 2, 4, 2), SHAPES, strict=True)]
+MANY_SHAPES = [(runs, *shape[1:]) for runs, shape in zip((2, 32, 16, 8, 2, 2, 4, 2, 4), SHAPES, strict=True)]
 ACTIVATIONS = [
     *(PolyReLU(degree, 0.3) for degree in (1, 2, 8, 13, 16)),
     *(PolyReLU(degree, 0.3, clamp=False) for degree in (1, 3, 8)),

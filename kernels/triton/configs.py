@@ -1,16 +1,18 @@
 """The tile sizes of the Triton kernels, with their reasons, and which of them serves a problem."""
 
+import functools
 import math
 import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 __all__ = [
     "BINARY_CROSS_ENTROPY_CONFIG", "CROSS_ENTROPY_CONFIGS", "CUTMIX_CONFIG", "MIXUP_CONFIG", "PAIRWISE_CONFIGS",
     "PATCH_CONV_TILES", "CrossEntropyConfig", "Direction", "MixupConfig", "PairwiseConfig", "PatchConvConfig",
-    "PatchConvTiles", "cross_entropy_config", "pairwise_config", "patch_conv_tiles", "vector_size",
+    "PatchConvTiles", "Split", "cross_entropy_config", "pairwise_config", "patch_conv_tiles", "split", "tile_rows",
+    "vector_size",
 ]  # fmt: skip
 
 Direction = Literal["forward", "backward_input", "backward_weight"]
@@ -21,21 +23,23 @@ class PatchConvConfig:
     """Tile sizes of one patch_conv kernel.
 
     Attributes:
-        block_n: samples per tile.
+        block_rows: patches per tile, some of each of some samples.
         block_q: filters per tile.
         block_d: entries of a patch per tile. A patch that fits is read once per tile, a longer one in steps of block_d.
         num_warps: warps per program, 32 (AMD: 64) threads each.
         num_stages: depth of the pipeline of loads.
         max_registers: cap per thread (NVIDIA, without a mix) that lets a multiprocessor hold several programs; None
             where the assembler finds by itself how many it needs.
+        programs: how many programs a multiprocessor should have, to fill it.
     """
 
-    block_n: int
+    block_rows: int
     block_q: int
     block_d: int
     num_warps: int = 4
     num_stages: int = 2
     max_registers: int | None = 255
+    programs: int = 2
 
     def holds(self, patch_dim: int) -> bool:
         """Whether a tile holds patches of ``patch_dim`` entries."""
@@ -159,6 +163,55 @@ def patch_conv_tiles(dtype: torch.dtype, input_precision: str, patch_dim: int) -
     """The configurations that serve patches of ``patch_dim`` entries."""
     kind = input_precision if dtype == torch.float32 else "half"
     return next(tiles for tiles in PATCH_CONV_TILES[kind] if patch_dim <= tiles.patch_dim)
+
+
+class Split(NamedTuple):
+    """How the programs of a patch_conv kernel divide the samples and patches.
+
+    Attributes:
+        block_p: patches of each sample in a tile.
+        slices: programs that share the work on other tiles, each with a partial sum.
+        sample_slices: how many slices the samples are divided into, each of which the patches are divided into further.
+        programs: programs in all.
+    """
+
+    block_p: int
+    slices: int
+    sample_slices: int
+    programs: int
+
+
+def _blocks(samples: int, patches: int, rows: int) -> list[tuple[int, int, int]]:
+    """The tiles of so many rows: patches of each sample, and how many tiles cover the samples and the patches."""
+    few = [block_p for block_p in (1, 4, 16, 64) if block_p <= rows]  # each is compiled
+    return [(block_p, math.ceil(samples * block_p / rows), math.ceil(patches / block_p)) for block_p in few]
+
+
+@functools.lru_cache(1024)
+def tile_rows(samples: int, patches: int, rows: int) -> tuple[int, int]:
+    """Return how many patches of each sample a tile has so that the fewest tiles cover all, and how many those are."""
+    tiles, block_p = min((a * b, block_p) for block_p, a, b in _blocks(samples, patches, rows))
+    return block_p, tiles
+
+
+@functools.lru_cache(1024)
+def split(samples: int, patches: int, rows: int, tiles: int, slots: int, slice_samples: bool) -> Split:
+    """Choose the division that is done first where ``slots`` programs run at once.
+
+    ``tiles`` programs have the same rows; ``slice_samples`` if one may have several blocks of samples. Time is counted
+    in tiles of rows: a program takes that of one to begin and to end, partial sums of several slices that of two.
+    """
+    best: tuple[tuple[float, ...], Split] = (math.inf,), Split(1, 1, 1, 1)
+    for block_p, sample_blocks, patch_blocks in _blocks(samples, patches, rows):
+        blocks = 1 if slice_samples else sample_blocks
+        wanted = max(1, slots // (tiles * blocks))
+        for patch_slices in range(1, min(patch_blocks, wanted) + 1):
+            sample_slices = min(sample_blocks, wanted // patch_slices) if slice_samples else 1
+            slices, programs = sample_slices * patch_slices, tiles * blocks * sample_slices * patch_slices
+            steps = math.ceil(patch_blocks / patch_slices) * math.ceil(sample_blocks / blocks / sample_slices)
+            cost = math.ceil(programs / slots) * (steps + 1) + 2 * (slices > 1)
+            best = min(best, ((cost, slices, block_p), Split(block_p, slices, sample_slices, programs)))
+    return best[1]
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,18 @@
     dL/dx_i = lam_i dL/dz_i + sum_{n: index_n = i} (1 - lam_n) dL/dz_n
 
 The pre-activations s exist on chip only: the gradients recompute them, and the mix z with them (_Problem says when z is
-written to memory first). No kernel uses atomic operations, so results repeat bit for bit; index_add_, which adds up the
-partners' shares, follows torch.use_deterministic_algorithms.
+written to memory first). The rows of a tile are patches: some of some samples, so that few samples make as many rows as
+many do. Where there are still fewer programs than a GPU runs at once, each gets a slice of the patches, and partial
+sums are added up by another kernel. None uses atomic operations, so results repeat bit for bit.
 
 All kernels count their programs on one axis, as only a grid's first axis may be longer than 65535, and address memory
-with 64 bits. The rows of input and weight lie a multiple of 16 bytes apart, and their strides and D are passed in units
-of 16 bytes, from which the compiler knows that it may load 16 bytes at once, whatever D is.
+with 64 bits. They are compiled for a network: classes, filters and dimension are constants, the numbers of samples and
+patches are not. The rows of the input lie a multiple of 16 bytes apart, and their strides are passed in units of 16
+bytes, from which the compiler knows that it may load 16 bytes at once.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,20 +28,52 @@ import triton.language as tl
 from torch import Tensor
 
 from ..polynomial import Polynomial
-from . import configs, launch
+from . import configs, launch, mixup
 from .activation import add_phi, kind, mul_slope, normal_form
 
 __all__ = ["patch_conv", "patch_conv_backward"]
 
 # Integers that must not cost a compilation per batch size.
-_SIZES = ["N", "P", "C", "M", "D", "stride_xb", "stride_xn", "stride_xp", "stride_wb", "stride_wq", "stride_lam"]
-_GRAD_STRIDES = ["stride_gb", "stride_gn", "stride_gc"]
+_SIZES = ["N", "P", "stride_xb", "stride_xn", "stride_xp", "stride_lam", "slices", "sample_slices"]
+
+
+class Network(NamedTuple):
+    """Sizes that a kernel is compiled for.
+
+    ``width`` is ``dim``, padded to a multiple of 16 bytes; ``shared`` tells that all networks have the same weight.
+    """
+
+    classes: int
+    filters: int
+    dim: int
+    width: int
+    shared: bool
+
+
+class Tile(NamedTuple):
+    """The tile of a program: ``patches`` of each of ``samples`` are its rows, ``filters`` or ``dim`` its columns.
+
+    ``classes`` is how many classes a tile of filters may touch, or 0 without matrix units.
+    """
+
+    samples: int
+    patches: int
+    filters: int
+    dim: int
+    classes: int = 0
 
 
 @triton.jit
 def _wide(stride, VECTOR: tl.constexpr):
     """Convert a stride in vectors to elements, in 64 bits."""
     return stride.to(tl.int64) * VECTOR
+
+
+@triton.jit
+def _size(NETWORK: tl.constexpr):
+    """Return how far apart the weights of two networks lie: 0 where all have the same."""
+    SIZE: tl.constexpr = 0 if NETWORK.shared else NETWORK.classes * NETWORK.filters * NETWORK.width
+    return tl.full([], SIZE, tl.int64)
 
 
 @triton.jit
@@ -77,9 +111,9 @@ def _operand(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _patch(samples, partners, lam, offset, in_samples, d, D, MIX: tl.constexpr, PRECISION: tl.constexpr):
-    """Load the tile z[n,d] of the patch at ``offset`` in each sample; 0 beyond the last sample and beyond D."""
-    mask = in_samples[:, None] & (d < D)[None, :]
+def _patches(samples, partners, lam, offset, mask, d, WIDTH: tl.constexpr, MIX: tl.constexpr, PRECISION: tl.constexpr):
+    """Load the tile z[row,d] at ``offset`` from the rows' first patches; 0 where not ``mask`` and beyond WIDTH."""
+    mask = mask[:, None] & (d < WIDTH)[None, :]
     z = tl.load((samples + offset)[:, None] + d[None, :], mask=mask, other=0.0)
     if MIX:
         z = _mix(z, tl.load((partners + offset)[:, None] + d[None, :], mask=mask, other=0.0), lam[:, None])
@@ -87,20 +121,20 @@ def _patch(samples, partners, lam, offset, in_samples, d, D, MIX: tl.constexpr, 
 
 
 @triton.jit
-def _filters(filters, in_filters, d, D, PRECISION: tl.constexpr):
-    """Load the tile w[q,d]; 0 beyond the last filter and beyond D."""
-    w = tl.load(filters[:, None] + d[None, :], mask=in_filters[:, None] & (d < D)[None, :], other=0.0)
-    return _operand(w, PRECISION)
+def _filters(weight, q, end, d, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """Load the tile w[q,d]; 0 from filter ``end`` on and beyond WIDTH."""
+    mask = (q < end)[:, None] & (d < WIDTH)[None, :]
+    return _operand(tl.load(weight + (q.to(tl.int64) * WIDTH)[:, None] + d[None, :], mask=mask, other=0.0), PRECISION)
 
 
 @triton.jit
-def _filters_t(filters, in_filters, d, D, PRECISION: tl.constexpr):
+def _filters_t(weight, q, end, d, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     """Load the same tile, transposed."""
-    w = tl.load(filters[None, :] + d[:, None], mask=in_filters[None, :] & (d < D)[:, None], other=0.0)
-    return _operand(w, PRECISION)
+    mask = (q < end)[None, :] & (d < WIDTH)[:, None]
+    return _operand(tl.load(weight + (q.to(tl.int64) * WIDTH)[None, :] + d[:, None], mask=mask, other=0.0), PRECISION)
 
 
-@triton.jit(do_not_specialize=[*_SIZES, "stride_xd", "WIDTH"])
+@triton.jit(do_not_specialize=[*_SIZES, "D", "stride_xd", "WIDTH"])
 def patch_conv_mix_kernel(
     input, index, lam, N, P, D, stride_xb, stride_xn, stride_xp, stride_xd, stride_lam, mixed, WIDTH,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -134,190 +168,229 @@ def patch_conv_mix_kernel(
 @triton.jit(do_not_specialize=_SIZES)
 def patch_conv_forward_kernel(
     input, weight, index, lam,
-    N, P, C, M, D, stride_xb, stride_xn, stride_xp, stride_wb, stride_wq, stride_lam, inverse,
-    scale, logits,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WHOLE_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+    N, P, stride_xb, stride_xn, stride_xp, stride_lam, inverse, scale, logits, slices,
+    NETWORK: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``g[n,c] = sum_{p,m} phi(<w[c,m], z[n,p]>)``
+    """``g[n,c] = sum_{p,m} phi(<w[c,m], z[n,p]>)``, a partial sum per slice of the patches.
 
-    A program owns BLOCK_N samples and as many whole classes as BLOCK_Q filters hold, at least one. It loops over the
-    patches and sums phi in registers, per sample and filter; the sum over the filters of a class comes last.
+    A program owns a block of samples, as many whole classes as TILE.filters hold, at least one, and of each sample
+    every slices-th block of patches. It sums phi in registers, per row and filter; the sum over the filters of a class
+    and over a sample's rows comes last.
 
-    input (B,N,P,D), weight (B,CM,D), index (N,), lam (N,) or (), logits (B,N,C) contiguous
+    input (B,N,P,D), weight (B,CM,D) or (1,CM,D) contiguous, index (N,), lam (N,) or (),
+    logits (B,slices,N,C) contiguous
     """
     VECTOR: tl.constexpr = 128 // input.dtype.element_ty.primitive_bitwidth
-    D *= VECTOR
+    ROWS: tl.constexpr = TILE.samples * TILE.patches
+    CLASSES: tl.constexpr = max(TILE.filters // NETWORK.filters, 1)
+    TILES: tl.constexpr = (NETWORK.classes + CLASSES - 1) // CLASSES
+    WHOLE: tl.constexpr = NETWORK.width <= TILE.dim
     stride_xb, stride_xn, stride_xp = _wide(stride_xb, VECTOR), _wide(stride_xn, VECTOR), _wide(stride_xp, VECTOR)
-    stride_wb, stride_wq = _wide(stride_wb, VECTOR), _wide(stride_wq, VECTOR)
-    blocks = tl.cdiv(N, BLOCK_N)
-    classes = tl.maximum(BLOCK_Q // M, 1)
-    tiles = tl.cdiv(C, classes)
+    blocks = tl.cdiv(N, TILE.samples)
     program = tl.program_id(0)
-    first_class = program % tiles * classes
-    n = program // tiles % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    b = program // tiles // blocks
+    first_class = program % TILES * CLASSES
+    program = program // TILES
+    first = program % slices * TILE.patches
+    program = program // slices
+    b = program // blocks
+    n0 = program % blocks * TILE.samples
+    row = tl.arange(0, ROWS)
+    n, row_patch = n0 + row // TILE.patches, row % TILE.patches
 
     samples, partners, ratio = _samples(input, index, lam, b, n, N, stride_xb, stride_xn, stride_lam)
-    classes = tl.minimum(classes, C - first_class)
-    d = tl.arange(0, BLOCK_D)
-    accum = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
-    for start in range(0, classes * M, BLOCK_Q):
-        q = start + tl.arange(0, BLOCK_Q)
-        filters = weight + b * stride_wb + (first_class * M + q) * stride_wq
-        in_filters = q < classes * M
-        if WHOLE_D:
-            w = _filters_t(filters, in_filters, d, D, PRECISION)
-        for p in range(P):
+    samples += row_patch * stride_xp
+    partners += row_patch * stride_xp
+    weight += b * _size(NETWORK) + first_class.to(tl.int64) * (NETWORK.filters * NETWORK.width)
+    end = tl.minimum(CLASSES, NETWORK.classes - first_class) * NETWORK.filters
+    d = tl.arange(0, TILE.dim)
+    accum = tl.zeros([ROWS, TILE.filters], tl.float32)
+    for start in range(0, CLASSES * NETWORK.filters, TILE.filters):
+        q = start + tl.arange(0, TILE.filters)
+        if WHOLE:
+            w = _filters_t(weight, q, end, d, NETWORK.width, PRECISION)
+        for p in range(first, P, slices * TILE.patches):
             offset = p * stride_xp
-            if WHOLE_D:
-                z = _patch(samples, partners, ratio, offset, n < N, d, D, index is not None, PRECISION)
+            mask = (n < N) & (p + row_patch < P)
+            if WHOLE:
+                z = _patches(samples, partners, ratio, offset, mask, d, NETWORK.width, index is not None, PRECISION)
                 s = tl.dot(z, w, input_precision=PRECISION, out_dtype=tl.float32)
             else:
-                s = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
-                for k in range(0, D, BLOCK_D):
-                    z = _patch(samples, partners, ratio, offset, n < N, k + d, D, index is not None, PRECISION)
-                    w = _filters_t(filters, in_filters, k + d, D, PRECISION)
+                s = tl.zeros([ROWS, TILE.filters], tl.float32)
+                for k in range(0, NETWORK.width, TILE.dim):
+                    z = _patches(
+                        samples, partners, ratio, offset, mask, k + d, NETWORK.width, index is not None, PRECISION
+                    )
+                    w = _filters_t(weight, q, end, k + d, NETWORK.width, PRECISION)
                     s = tl.dot(z, w, s, input_precision=PRECISION, out_dtype=tl.float32)
+            if TILE.patches > 1:
+                s = tl.where((p + row_patch < P)[:, None], s, 0.0)  # infinite filters times 0
             accum = add_phi(accum, s, inverse, ACTIVATION)
 
-    owner = tl.arange(0, BLOCK_Q) // M
-    logits += (b.to(tl.int64) * N + n) * C + first_class
-    for c in range(classes):
+    if TILE.patches > 1:
+        accum = tl.sum(tl.reshape(accum, (TILE.samples, TILE.patches, TILE.filters)), 1)
+    n = n0 + tl.arange(0, TILE.samples)
+    logits += ((b * slices + first // TILE.patches).to(tl.int64) * N + n) * NETWORK.classes + first_class
+    owner = tl.arange(0, TILE.filters) // NETWORK.filters
+    for c in range(tl.minimum(CLASSES, NETWORK.classes - first_class)):
         g = tl.sum(tl.where((owner == c)[None, :], accum, 0.0), axis=1)
         tl.store(logits + c, (g * scale).to(logits.dtype.element_ty), mask=n < N)
 
 
-@triton.jit(do_not_specialize=[*_SIZES, *_GRAD_STRIDES, "B", "sample_slices", "patch_slices"])
+@triton.jit(do_not_specialize=_SIZES)
 def patch_conv_backward_weight_kernel(
     input, weight, index, lam,
-    N, P, C, M, D, stride_xb, stride_xn, stride_xp, stride_wb, stride_wq, stride_lam, inverse,
-    scale, grad, stride_gb, stride_gn, stride_gc, weight_grad, B, sample_slices, patch_slices,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WHOLE_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+    N, P, stride_xb, stride_xn, stride_xp, stride_lam, inverse,
+    scale, grad, weight_grad, slices, sample_slices,
+    NETWORK: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dL/dw[q] = sum_{n,p} E[n,p,q] z[n,p]``, a partial sum per slice of the samples and patches.
 
-    A program owns BLOCK_Q filters, BLOCK_D of D, and every sample_slices-th block of samples with every patch_slices-th
-    patch. s and E are computed transposed: the product E^T z then takes E from the registers that hold it.
+    A program owns TILE.filters, TILE.dim of D, every sample_slices-th block of samples and of each sample every
+    (slices / sample_slices)-th block of patches. s and E are computed transposed: the product E^T z then takes E from
+    the registers that hold it.
 
-    grad (B,N,C), input (B,N,P,D), weight (B,CM,D), index (N,), lam (N,) or (),
-    weight_grad (sample_slices * patch_slices,B,CM,D) contiguous
+    grad (B,N,C) contiguous, input (B,N,P,D), weight (B,CM,D) or (1,CM,D) contiguous, index (N,), lam (N,) or (),
+    weight_grad (B,slices,CM,D) contiguous
     """
     VECTOR: tl.constexpr = 128 // input.dtype.element_ty.primitive_bitwidth
-    D *= VECTOR
+    ROWS: tl.constexpr = TILE.samples * TILE.patches
+    Q: tl.constexpr = NETWORK.classes * NETWORK.filters
+    Q_TILES: tl.constexpr = (Q + TILE.filters - 1) // TILE.filters
+    D_TILES: tl.constexpr = (NETWORK.width + TILE.dim - 1) // TILE.dim
+    WHOLE: tl.constexpr = NETWORK.width <= TILE.dim
     stride_xb, stride_xn, stride_xp = _wide(stride_xb, VECTOR), _wide(stride_xn, VECTOR), _wide(stride_xp, VECTOR)
-    stride_wb, stride_wq = _wide(stride_wb, VECTOR), _wide(stride_wq, VECTOR)
-    stride_gb, stride_gn, stride_gc = _wide(stride_gb, 1), _wide(stride_gn, 1), _wide(stride_gc, 1)
-    q_tiles = tl.cdiv(C * M, BLOCK_Q)
-    d_tiles = tl.cdiv(D, BLOCK_D)
     program = tl.program_id(0)
-    q = program % q_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    program = program // q_tiles
-    d_own = program % d_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
-    program = program // d_tiles
-    b = program % B
-    part = program // B
+    q = program % Q_TILES * TILE.filters + tl.arange(0, TILE.filters)
+    program = program // Q_TILES
+    d_own = program % D_TILES * TILE.dim + tl.arange(0, TILE.dim)
+    program = program // D_TILES
+    part = program % slices
+    b = program // slices
 
-    d = tl.arange(0, BLOCK_D)
-    in_filters = q < C * M
-    filters = weight + b * stride_wb + q * stride_wq
-    grad += b * stride_gb + q // M * stride_gc
-    if WHOLE_D:
-        w = _filters(filters, in_filters, d, D, PRECISION)
-    accum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    for start in range(part % sample_slices * BLOCK_N, N, sample_slices * BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, TILE.dim)
+    row = tl.arange(0, ROWS)
+    row_patch = row % TILE.patches
+    first = part // sample_slices * TILE.patches
+    step = slices // sample_slices * TILE.patches
+    weight += b * _size(NETWORK)
+    grad += b.to(tl.int64) * N * NETWORK.classes + q // NETWORK.filters
+    if WHOLE:
+        w = _filters(weight, q, Q, d, NETWORK.width, PRECISION)
+    accum = tl.zeros([TILE.filters, TILE.dim], tl.float32)
+    for start in range(part % sample_slices * TILE.samples, N, sample_slices * TILE.samples):
+        n = start + row // TILE.patches
         samples, partners, ratio = _samples(input, index, lam, b, n, N, stride_xb, stride_xn, stride_lam)
-        g = grad[:, None] + (n * stride_gn)[None, :]
-        g = tl.load(g, mask=in_filters[:, None] & (n < N)[None, :], other=0.0).to(tl.float32) * scale
-        for p in range(part // sample_slices, P, patch_slices):
+        samples += row_patch * stride_xp
+        partners += row_patch * stride_xp
+        g = grad[:, None] + (n.to(tl.int64) * NETWORK.classes)[None, :]
+        g = tl.load(g, mask=(q < Q)[:, None] & (n < N)[None, :], other=0.0).to(tl.float32) * scale
+        for p in range(first, P, step):
             offset = p * stride_xp
-            if WHOLE_D:
-                z = _patch(samples, partners, ratio, offset, n < N, d, D, index is not None, PRECISION)
+            mask = (n < N) & (p + row_patch < P)
+            if WHOLE:
+                z = _patches(samples, partners, ratio, offset, mask, d, NETWORK.width, index is not None, PRECISION)
                 s = tl.dot(w, tl.trans(z), input_precision=PRECISION, out_dtype=tl.float32)
             else:
-                s = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
-                for k in range(0, D, BLOCK_D):
-                    z = _patch(samples, partners, ratio, offset, n < N, k + d, D, index is not None, PRECISION)
-                    w = _filters(filters, in_filters, k + d, D, PRECISION)
+                s = tl.zeros([TILE.filters, ROWS], tl.float32)
+                for k in range(0, NETWORK.width, TILE.dim):
+                    z = _patches(
+                        samples, partners, ratio, offset, mask, k + d, NETWORK.width, index is not None, PRECISION
+                    )
+                    w = _filters(weight, q, Q, k + d, NETWORK.width, PRECISION)
                     s = tl.dot(w, tl.trans(z), s, input_precision=PRECISION, out_dtype=tl.float32)
-                z = _patch(samples, partners, ratio, offset, n < N, d_own, D, index is not None, PRECISION)
+                z = _patches(samples, partners, ratio, offset, mask, d_own, NETWORK.width, index is not None, PRECISION)
+            if TILE.patches > 1:
+                s = tl.where((p + row_patch < P)[None, :], s, 0.0)  # infinite filters times 0
             e = _operand(mul_slope(g, s, inverse, ACTIVATION).to(z.dtype), PRECISION)
             accum = tl.dot(e, z, accum, input_precision=PRECISION, out_dtype=tl.float32)
 
-    weight_grad += ((part.to(tl.int64) * B + b) * C * M + q)[:, None] * D + d_own[None, :]
-    mask = in_filters[:, None] & (d_own < D)[None, :]
+    weight_grad += ((b * slices + part).to(tl.int64) * Q + q)[:, None] * NETWORK.dim + d_own[None, :]
+    mask = (q < Q)[:, None] & (d_own < NETWORK.dim)[None, :]
     tl.store(weight_grad, accum.to(weight_grad.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=[*_SIZES, *_GRAD_STRIDES])
+@triton.jit(do_not_specialize=_SIZES)
 def patch_conv_backward_input_kernel(
     input, weight, index, lam,
-    N, P, C, M, D, stride_xb, stride_xn, stride_xp, stride_wb, stride_wq, stride_lam, inverse,
-    scale, grad, stride_gb, stride_gn, stride_gc, mixed_grad,
-    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WHOLE_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    N, P, stride_xb, stride_xn, stride_xp, stride_lam, inverse, scale, grad, mixed_grad,
+    NETWORK: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dL/dz[n,p] = sum_q E[n,p,q] w[q]``
 
-    A program owns one patch of BLOCK_N samples and BLOCK_D of D, and loops over the filters. To spread G[n,c] over the
-    filters of c by a product with the matrix of who owns whom takes matrix units a fraction of the time of loading it
-    for each filter; BLOCK_C is how many classes a tile of filters may touch, or 0 without matrix units.
+    A program owns some patches of a block of samples and TILE.dim of D, and loops over the filters. To spread G[n,c]
+    over the filters of c by a product with the matrix of who owns whom takes matrix units a fraction of the time of
+    loading it for each filter.
 
-    grad (B,N,C), input (B,N,P,D), weight (B,CM,D), index (N,), lam (N,) or (), mixed_grad (B,N,P,D) contiguous
+    grad (B,N,C) contiguous, input (B,N,P,D), weight (B,CM,D) or (1,CM,D) contiguous, index (N,), lam (N,) or (),
+    mixed_grad (B,N,P,D) contiguous
     """
     VECTOR: tl.constexpr = 128 // input.dtype.element_ty.primitive_bitwidth
-    D *= VECTOR
+    ROWS: tl.constexpr = TILE.samples * TILE.patches
+    C: tl.constexpr = NETWORK.classes
+    Q: tl.constexpr = NETWORK.classes * NETWORK.filters
+    D_TILES: tl.constexpr = (NETWORK.width + TILE.dim - 1) // TILE.dim
+    WHOLE: tl.constexpr = NETWORK.width <= TILE.dim
     stride_xb, stride_xn, stride_xp = _wide(stride_xb, VECTOR), _wide(stride_xn, VECTOR), _wide(stride_xp, VECTOR)
-    stride_wb, stride_wq = _wide(stride_wb, VECTOR), _wide(stride_wq, VECTOR)
-    stride_gb, stride_gn, stride_gc = _wide(stride_gb, 1), _wide(stride_gn, 1), _wide(stride_gc, 1)
-    blocks = tl.cdiv(N, BLOCK_N)
-    d_tiles = tl.cdiv(D, BLOCK_D)
     program = tl.program_id(0)
-    d_own = program % d_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
-    program = program // d_tiles
-    p = program % P
-    n = program // P % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    b = program // P // blocks
+    d_own = program % D_TILES * TILE.dim + tl.arange(0, TILE.dim)
+    program = program // D_TILES
+    patch_blocks = tl.cdiv(P, TILE.patches)
+    blocks = tl.cdiv(N, TILE.samples)
+    row = tl.arange(0, ROWS)
+    p = program % patch_blocks * TILE.patches + row % TILE.patches
+    program = program // patch_blocks
+    n = program % blocks * TILE.samples + row // TILE.patches
+    b = program // blocks
 
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, TILE.dim)
     samples, partners, ratio = _samples(input, index, lam, b, n, N, stride_xb, stride_xn, stride_lam)
+    mask = (n < N) & (p < P)
     offset = p * stride_xp
-    weight += b * stride_wb
-    grad += b * stride_gb + n * stride_gn
-    if WHOLE_D:
-        z = _patch(samples, partners, ratio, offset, n < N, d, D, index is not None, PRECISION)
-    accum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for start in range(0, C * M, BLOCK_Q):
-        q = start + tl.arange(0, BLOCK_Q)
-        in_filters = q < C * M
-        filters = weight + q * stride_wq
-        owner = q // M
-        if BLOCK_C == 0:
-            g = grad[:, None] + (owner * stride_gc)[None, :]
-            g = tl.load(g, mask=(n < N)[:, None] & in_filters[None, :], other=0.0)
+    weight += b * _size(NETWORK)
+    grad += (b.to(tl.int64) * N + n) * C
+    if WHOLE:
+        z = _patches(samples, partners, ratio, offset, mask, d, NETWORK.width, index is not None, PRECISION)
+    accum = tl.zeros([ROWS, TILE.dim], tl.float32)
+    for start in range(0, Q, TILE.filters):
+        q = start + tl.arange(0, TILE.filters)
+        owner = q // NETWORK.filters
+        if TILE.classes == 0:
+            g = tl.load(grad[:, None] + owner[None, :], mask=mask[:, None] & (q < Q)[None, :], other=0.0)
         else:
-            c = start // M + tl.arange(0, BLOCK_C)
-            g = tl.load(grad[:, None] + (c * stride_gc)[None, :], mask=(n < N)[:, None] & (c < C)[None, :], other=0.0)
+            c = start // NETWORK.filters + tl.arange(0, TILE.classes)
+            g = tl.load(grad[:, None] + c[None, :], mask=mask[:, None] & (c < C)[None, :], other=0.0)
             owned = (c[:, None] == owner[None, :]).to(g.dtype)
             g = tl.dot(_operand(g, PRECISION), owned, input_precision=PRECISION, out_dtype=tl.float32)
-        if WHOLE_D:
-            w = _filters(filters, in_filters, d, D, PRECISION)
+        if WHOLE:
+            w = _filters(weight, q, Q, d, NETWORK.width, PRECISION)
             s = tl.dot(z, tl.trans(w), input_precision=PRECISION, out_dtype=tl.float32)
         else:
-            s = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
-            for k in range(0, D, BLOCK_D):
-                z = _patch(samples, partners, ratio, offset, n < N, k + d, D, index is not None, PRECISION)
-                w = _filters(filters, in_filters, k + d, D, PRECISION)
+            s = tl.zeros([ROWS, TILE.filters], tl.float32)
+            for k in range(0, NETWORK.width, TILE.dim):
+                z = _patches(samples, partners, ratio, offset, mask, k + d, NETWORK.width, index is not None, PRECISION)
+                w = _filters(weight, q, Q, k + d, NETWORK.width, PRECISION)
                 s = tl.dot(z, tl.trans(w), s, input_precision=PRECISION, out_dtype=tl.float32)
-            w = _filters(filters, in_filters, d_own, D, PRECISION)
+            w = _filters(weight, q, Q, d_own, NETWORK.width, PRECISION)
         e = _operand(mul_slope(g.to(tl.float32) * scale, s, inverse, ACTIVATION).to(w.dtype), PRECISION)
         accum = tl.dot(e, w, accum, input_precision=PRECISION, out_dtype=tl.float32)
 
-    mixed_grad += (((b.to(tl.int64) * N + n) * P + p) * D)[:, None] + d_own[None, :]
-    mask = (n < N)[:, None] & (d_own < D)[None, :]
-    tl.store(mixed_grad, accum.to(mixed_grad.dtype.element_ty), mask=mask)
+    mixed_grad += (((b.to(tl.int64) * N + n) * P + p) * NETWORK.dim)[:, None] + d_own[None, :]
+    store = mask[:, None] & (d_own < NETWORK.dim)[None, :]
+    tl.store(mixed_grad, accum.to(mixed_grad.dtype.element_ty), mask=store)
+
+
+@triton.jit(do_not_specialize=["slices", "size"])
+def patch_conv_sum_kernel(partial, total, slices, size, BLOCK: tl.constexpr):
+    """``total[b,i] = sum_slice partial[b,slice,i]``, in order; partial (B,slices,size) float32, total (B,size)"""
+    blocks = tl.cdiv(size, BLOCK)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    i = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    partial += b * slices * size + i
+    accum = tl.zeros([BLOCK], tl.float32)
+    for _ in range(slices):
+        accum += tl.load(partial, mask=i < size, other=0.0)
+        partial += size
+    tl.store(total + b * size + i, accum.to(total.dtype.element_ty), mask=i < size)
 
 
 class _Problem:
@@ -330,9 +403,7 @@ class _Problem:
     def __init__(
         self, input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, activation: Polynomial
     ) -> None:
-        self.runs, self.num_samples, self.num_patches, self.patch_dim = input.shape
-        self.num_classes, self.filters_per_class = weight.shape[1:3]
-        self.num_filters = self.num_classes * self.filters_per_class
+        self.runs, self.num_samples, self.num_patches, dim = input.shape
         self.empty = 0 in input.shape or 0 in weight.shape
         # A CPU tensor means Triton's interpreter, which gets bfloat16 products wrong: there float32 stands in.
         self.dtype = torch.float32 if input.dtype == torch.bfloat16 and input.is_cpu else input.dtype
@@ -342,49 +413,80 @@ class _Problem:
         if self.empty:
             return
         vector = 16 // self.dtype.itemsize  # elements in 16 bytes
-        self.width = triton.cdiv(self.patch_dim, vector) * vector
-        input, weight = input.to(self.dtype), weight.to(self.dtype).flatten(1, 2)
-        if not _aligned(weight, vector):
-            weight = torch.nn.functional.pad(weight, (0, self.width - self.patch_dim)).contiguous()
+        width = triton.cdiv(dim, vector) * vector
+        self.slots = launch.multiprocessors(input)
+        shared = self.runs == 1 or weight.stride(0) == 0
+        self.network = Network(weight.shape[1], weight.shape[2], dim, width, shared)
+        input, weight = input.to(self.dtype), weight[: 1 if shared else None].to(self.dtype)
+        if width > dim:
+            weight = torch.nn.functional.pad(weight, (0, width - dim))
+        weight = weight.contiguous()
         index = None if index is None else index.contiguous()
         stride_lam = 0 if lam is None or lam.dim() == 0 else lam.stride(0)
-        self.tiles = configs.patch_conv_tiles(self.dtype, self.precision, self.width)
+        self.tiles = configs.patch_conv_tiles(self.dtype, self.precision, width)
         if not _aligned(input, vector) or (index is not None and not self.tiles.mixes):
             input, index, lam = self._mix(input, index, lam, stride_lam), None, None
-        strides = (*input.stride()[:3], *weight.stride()[:2])
         self.arguments = (
-            input, weight, index, lam,
-            self.num_samples, self.num_patches, self.num_classes, self.filters_per_class, self.width // vector,
-            *(stride // vector for stride in strides), stride_lam, 1 / self.activation.threshold,
+            input, weight, index, lam, self.num_samples, self.num_patches,
+            *(stride // vector for stride in input.stride()[:3]), stride_lam, 1 / self.activation.threshold,
         )  # fmt: skip
 
     def _mix(self, input: Tensor, index: Tensor | None, lam: Tensor | None, stride_lam: int) -> Tensor:
         """Return z, or without a mix a copy of the input, (B,N,P,width)."""
-        mixed = torch.empty([*input.shape[:3], self.width], dtype=self.dtype, device=input.device)
+        width = self.network.width
+        mixed = torch.empty([*input.shape[:3], width], dtype=self.dtype, device=input.device)
         blocks = {"BLOCK_N": 32, "BLOCK_D": 64}
-        tiles = triton.cdiv(self.num_samples, blocks["BLOCK_N"]) * triton.cdiv(self.width, blocks["BLOCK_D"])
-        arguments = (input, index, lam, *input.shape[1:], *input.stride(), stride_lam, mixed, self.width)
+        tiles = triton.cdiv(self.num_samples, blocks["BLOCK_N"]) * triton.cdiv(width, blocks["BLOCK_D"])
+        arguments = (input, index, lam, *input.shape[1:], *input.stride(), stride_lam, mixed, width)
         launch.run(launch.Launch(patch_conv_mix_kernel, self.runs * self.num_patches * tiles, arguments, blocks))
         return mixed
 
     def config(self, direction: configs.Direction) -> configs.PatchConvConfig:
-        return self.tiles.config(direction, self.num_classes, self.filters_per_class)
+        return self.tiles.config(direction, self.network.classes, self.network.filters)
+
+    def split(self, config: configs.PatchConvConfig, tiles: int, slice_samples: bool = False) -> configs.Split:
+        """How programs, ``tiles`` for the same rows of one network, divide the rows."""
+        return configs.split(
+            self.num_samples, self.num_patches, config.block_rows, self.runs * tiles,
+            self.slots * config.programs, slice_samples,
+        )  # fmt: skip
 
     def launch(
-        self, kernel: Any, config: configs.PatchConvConfig, programs: int, *arguments: Any, **constants: Any
+        self,
+        kernel: Any,
+        config: configs.PatchConvConfig,
+        block_p: int,
+        programs: int,
+        *arguments: Any,
+        classes: int = 0,
     ) -> None:
-        constants |= {
+        constants = {
+            "NETWORK": self.network,
+            "TILE": Tile(config.block_rows // block_p, block_p, config.block_q, config.block_d, classes),
             "ACTIVATION": kind(self.activation),
             "PRECISION": self.precision,
-            "WHOLE_D": config.holds(self.width),
-            "BLOCK_N": config.block_n,
-            "BLOCK_Q": config.block_q,
-            "BLOCK_D": config.block_d,
         }
         # Mixing takes registers for the partners' addresses and values, so there is no tighter cap then.
         max_registers = config.max_registers if self.arguments[2] is None else 255
         options = (config.num_warps, config.num_stages, max_registers)
         launch.run(launch.Launch(kernel, programs, (*self.arguments, *arguments), constants, *options))
+
+    def partial(self, slices: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Memory for the sums of each slice, which are the result if there is one slice."""
+        dtype = self.dtype if slices == 1 else torch.float32
+        return torch.empty((self.runs, slices, *shape), dtype=dtype, device=device)
+
+    def total(self, partial: Tensor) -> Tensor:
+        """Return the sum over the slices."""
+        if partial.shape[1] == 1:
+            return partial.squeeze(1)
+        total = torch.empty((self.runs, *partial.shape[2:]), dtype=self.dtype, device=partial.device)
+        size = total.numel() // self.runs
+        block = 256
+        programs = self.runs * triton.cdiv(size, block)
+        arguments = (partial, total, partial.shape[1], size)
+        launch.run(launch.Launch(patch_conv_sum_kernel, programs, arguments, {"BLOCK": block}))
+        return total
 
 
 def _aligned(rows: Tensor, vector: int) -> bool:
@@ -401,16 +503,15 @@ def patch_conv(
     () float32. A sample whose partner is out of range gets NaN.
     """
     problem = _Problem(input, weight, index, lam, activation)
-    shape = (problem.runs, problem.num_samples, problem.num_classes)
     if problem.empty:
-        return input.new_zeros(shape)
-    logits = torch.empty(shape, dtype=problem.dtype, device=input.device)
-    config = problem.config("forward")
-    tiles = triton.cdiv(problem.num_classes, max(config.block_q // problem.filters_per_class, 1))
-    programs = problem.runs * triton.cdiv(problem.num_samples, config.block_n) * tiles
+        return input.new_zeros((*input.shape[:2], weight.shape[1]))
+    config, network = problem.config("forward"), problem.network
+    tiles = triton.cdiv(network.classes, max(config.block_q // network.filters, 1))
+    split = problem.split(config, tiles)
+    logits = problem.partial(split.slices, (problem.num_samples, network.classes), input.device)
     scale = problem.activation.scale / problem.activation.degree
-    problem.launch(patch_conv_forward_kernel, config, programs, scale, logits)
-    return logits.to(input.dtype)
+    problem.launch(patch_conv_forward_kernel, config, split.block_p, split.programs, scale, logits, split.slices)
+    return problem.total(logits).to(input.dtype)
 
 
 def patch_conv_backward(
@@ -429,7 +530,7 @@ def patch_conv_backward(
     if problem.empty:
         input, weight = input.new_zeros(input.shape), weight.new_zeros(weight.shape)
         return input if input_grad else None, weight if weight_grad else None
-    grad = grad.to(problem.dtype)
+    grad = grad.to(problem.dtype).contiguous()
     return (
         _input_grad(problem, grad, index, lam).to(input.dtype) if input_grad else None,
         _weight_grad(problem, grad).to(weight.dtype).view(weight.shape) if weight_grad else None,
@@ -437,45 +538,37 @@ def patch_conv_backward(
 
 
 def _input_grad(problem: _Problem, grad: Tensor, index: Tensor | None, lam: Tensor | None) -> Tensor:
-    config = problem.config("backward_input")
-    dtype = problem.dtype if index is None else torch.float32
-    shape = (problem.runs, problem.num_samples, problem.num_patches, problem.width)
-    mixed_grad = torch.empty(shape, dtype=dtype, device=grad.device)
-    tiles = problem.num_patches * triton.cdiv(problem.width, config.block_d)
-    programs = problem.runs * triton.cdiv(problem.num_samples, config.block_n) * tiles
+    config, network = problem.config("backward_input"), problem.network
+    shape = (problem.runs, problem.num_samples, problem.num_patches, network.dim)
+    mixed_grad = torch.empty(shape, dtype=problem.dtype, device=grad.device)
+    tiles = triton.cdiv(network.width, config.block_d)
+    block_p, blocks = configs.tile_rows(problem.num_samples, problem.num_patches, config.block_rows)
     matrix_units = problem.dtype != torch.float32 or problem.precision != "ieee"
-    classes = (config.block_q + problem.filters_per_class - 2) // problem.filters_per_class + 1
+    classes = (config.block_q + network.filters - 2) // network.filters + 1
     problem.launch(
-        patch_conv_backward_input_kernel, config, programs, problem.slope_scale, grad, *grad.stride(), mixed_grad,
-        BLOCK_C=max(16, triton.next_power_of_2(classes)) if matrix_units else 0,
+        patch_conv_backward_input_kernel, config, block_p, problem.runs * blocks * tiles,
+        problem.slope_scale, grad, mixed_grad, classes=max(16, triton.next_power_of_2(classes)) if matrix_units else 0,
     )  # fmt: skip
-    mixed_grad = mixed_grad[..., : problem.patch_dim]
     if index is None or lam is None:
-        return mixed_grad.contiguous()
-    # A sample adds the partner's share to the partner. Where the partner is out of range, the sample itself gets NaN.
-    exists = (index >= 0) & (index < problem.num_samples)
-    lam = lam.where(exists, torch.nan)[:, None, None]
-    partner_grad = ((1 - lam) * mixed_grad).where(exists[:, None, None], 0)
-    return (lam * mixed_grad).index_add_(1, index.where(exists, 0), partner_grad)
+        return mixed_grad
+    samples = problem.num_samples
+    if problem.runs > 1:  # samples of all runs, each with a partner in its own run
+        first = torch.arange(0, problem.runs * samples, samples, device=index.device)[:, None]
+        index = (index + first).where((index >= 0) & (index < samples), -1).flatten()
+        lam = lam if lam.dim() == 0 else lam.repeat(problem.runs)
+    input_grad = torch.empty_like(mixed_grad)
+    mixup.mixup_backward(mixed_grad.flatten(0, 1).flatten(1), index, lam, input_grad.flatten(0, 1).flatten(1))
+    return input_grad
 
 
 def _weight_grad(problem: _Problem, grad: Tensor) -> Tensor:
-    config = problem.config("backward_weight")
-    blocks = triton.cdiv(problem.num_samples, config.block_n)
-    tiles = triton.cdiv(problem.num_filters, config.block_q) * triton.cdiv(problem.width, config.block_d)
-    # Slices of the samples, and of the patches where samples are few, give every multiprocessor some programs.
-    slices = triton.cdiv(4 * launch.multiprocessors(grad), problem.runs * tiles)
-    sample_slices = min(slices, blocks)
-    patch_slices = min(slices // sample_slices, problem.num_patches)
-    parts = sample_slices * patch_slices
-    partial = torch.empty(
-        [parts, problem.runs, problem.num_filters, problem.width],
-        dtype=problem.dtype if parts == 1 else torch.float32,
-        device=grad.device,
-    )
+    config, network = problem.config("backward_weight"), problem.network
+    filters = network.classes * network.filters
+    tiles = triton.cdiv(filters, config.block_q) * triton.cdiv(network.width, config.block_d)
+    split = problem.split(config, tiles, slice_samples=True)
+    partial = problem.partial(split.slices, (filters, network.dim), grad.device)
     problem.launch(
-        patch_conv_backward_weight_kernel, config, problem.runs * tiles * parts,
-        problem.slope_scale, grad, *grad.stride(), partial, problem.runs, sample_slices, patch_slices,
+        patch_conv_backward_weight_kernel, config, split.block_p, split.programs,
+        problem.slope_scale, grad, partial, split.slices, split.sample_slices,
     )  # fmt: skip
-    partial = partial[..., : problem.patch_dim]
-    return partial[0].contiguous() if parts == 1 else partial.sum(0)
+    return problem.total(partial)

@@ -70,7 +70,7 @@ def _forward(
             logits = logits[0] if weight.dim() == 3 else logits[0].unflatten(1, weight.shape[:2]).transpose(0, 1)
     else:
         logits = fallback.patch_conv(input, weight, index, lam, polynomial)
-    return logits.clone(memory_format=torch.contiguous_format), _slope(input, weight, index, lam, polynomial, saved)
+    return logits.contiguous(), _slope(input, weight, index, lam, polynomial, saved)
 
 
 def _backward(
@@ -140,9 +140,10 @@ def _slope(
     input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, polynomial: Polynomial, saved: int
 ) -> Tensor:
     """phi' of the first ``saved`` samples from a backend that does not yield it, as the schema promises."""
-    x, w = (t.to(_checks.accumulation(input.dtype)) for t in _as_networks(input, weight))
+    dtype = _checks.accumulation(input.dtype)
     if saved == 0:
-        return x.new_empty(_slope_shape(input, weight, 0))
+        return input.new_empty(_slope_shape(input, weight, 0), dtype=dtype)
+    x, w = (t.to(dtype) for t in _as_networks(input, weight))
     if index is not None and lam is not None:
         x = reference.mixup(x, index, lam, dim=-3)
     with torch.autocast(input.device.type, enabled=False):
