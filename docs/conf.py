@@ -30,9 +30,11 @@ napoleon_use_rtype = False
 # Pages of the navigation, under the page that lists them. They are added here, as GitHub would show the directive.
 _PAGES = {
     "index": {
-        "To begin with": ("install", "status", "quickstart", "coming-from"),
+        "To begin with": ("install", "status", "quickstart", "gallery", "coming-from"),
         "To look things up": ("operators", "backends", "api", "reference"),
-        "To go further": ("check-and-bench", "benchmarks", "activations", "experiments", "distributed"),
+        "To go further": (
+            "check-and-bench", "reading-a-benchmark", "benchmarks", "gpu", "activations", "experiments", "distributed",
+        ),
     },
     "operators": {
         "": (
