@@ -133,18 +133,14 @@ def mixup(input: Tensor, index: Tensor, lam: Tensor) -> Tensor:
 
 
 def mixup_lerp(input: Tensor, index: Tensor, lam: Tensor) -> Tensor:
-    """Mix in two passes, the fewest that eager PyTorch offers."""
-    return torch.lerp(input[index], input, lam)
+    """Mix in place into the gathered partners: one allocation and two passes, the fewest that eager PyTorch offers."""
+    partners = input[index]
+    return partners.lerp_(input, lam.to(input.dtype))
 
 
-def mixup_timm(input: Tensor, index: Tensor, lam: Tensor) -> Tensor:
-    """Mix as timm does: in place, with the reversed batch; ``index`` is ignored."""
-    return input.mul_(lam).add_(input.flip(0).mul_(1 - lam))
-
-
-def mixup_torchvision(input: Tensor, index: Tensor, lam: Tensor) -> Tensor:
-    """Mix as torchvision does: with the previous sample; ``index`` is ignored."""
-    return input.roll(1, 0).mul_(1 - lam).add_(input.mul(lam))
+def mixup_of_bytes(input: Tensor, index: Tensor, lam: Tensor) -> Tensor:
+    """Mix bytes in place into the partners, gathered as bytes and converted."""
+    return input[index].float().lerp_(input.float(), lam)
 
 
 def cutmix(input: Tensor, index: Tensor, box: Tensor) -> Tensor:
@@ -181,9 +177,15 @@ def dense_cross_entropy(input: Tensor, target_a: Tensor, target_b: Tensor, lam: 
     return F.cross_entropy(input, lam * a + (1 - lam) * b)
 
 
-def soft_cross_entropy_timm(input: Tensor, target: Tensor) -> Tensor:
-    """Compute timm's SoftTargetCrossEntropy."""
-    return torch.sum(-target * F.log_softmax(input, dim=-1), dim=-1).mean()
+def logsumexp_cross_entropy(input: Tensor, target_a: Tensor, target_b: Tensor, lam: Tensor) -> Tensor:
+    """Compute the loss from one logsumexp and the logits of both labels, with no log-probabilities in memory."""
+    labels = lam * input.gather(1, target_a[:, None]) + (1 - lam) * input.gather(1, target_b[:, None])
+    return input.logsumexp(1).mean() - labels.mean()
+
+
+def logsumexp_soft_cross_entropy(input: Tensor, target: Tensor) -> Tensor:
+    """Compute the loss of dense targets from one logsumexp."""
+    return (input.logsumexp(1) * target.sum(1) - (input * target).sum(1)).mean()
 
 
 def two_cross_entropies(input: Tensor, target_a: Tensor, target_b: Tensor, lam: Tensor) -> Tensor:

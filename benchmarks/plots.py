@@ -141,7 +141,7 @@ def _plain_numbers(axis: Axis) -> None:
 def _label(row: Mapping[str, Any]) -> str:
     """Name a row without its shape, which the tables give."""
     case = re.sub(r" \([\d, ]+\)$", "", row["case"])
-    return ", ".join([case, row["direction"], *(["bfloat16"] if row["dtype"] == "bfloat16" else [])]) + "  "
+    return ", ".join([case, row["direction"], *([row["dtype"]] if row["dtype"] != "float32" else [])]) + "  "
 
 
 def _share(axes: Axes, row: Mapping[str, Any], y: float) -> None:

@@ -7,10 +7,10 @@ import torch
 
 import mixfeat as mf
 
-from . import baselines, harness
+from . import baselines, harness, peers
 from .limits import Work, copy_limit, of_old_copies
 from .shapes import BATCHES, cases
-from .timing import DEVICE
+from .timing import DEVICE, Contender
 
 #: Images need no gradient.
 CASES = cases([name for name in ("imagenet", "cifar", "tiny") if name in BATCHES], ("imagenet", "cifar"), ("forward",))
@@ -30,10 +30,12 @@ def test_operator(bench, name, dtype, direction):
         "naive": baselines.cutmix_where,
         **baselines.AGAINST,
     }
-    contenders = {key: functools.partial(f, x, index, box) for key, f in formulas.items()}
+    contenders: dict[str, Contender] = {key: functools.partial(f, x, index, box) for key, f in formulas.items()}
     harness.check(contenders, baselines.cutmix_where(x.double(), index, box), dtype)
+    others, missing = peers.mixers(peers.CUTMIX, x)
+    contenders |= others
     bytes = 2 * x.nbytes  # each pixel is read once, and written
     bench(
         harness.Case("cutmix", f"{name} {shape}", direction, dtype), contenders, figures=of_old_copies(bytes),
-        work=Work({"bytes": bytes}, copy_limit(bytes)),
+        missing=missing, work=Work({"bytes": bytes}, copy_limit(bytes)),
     )  # fmt: skip

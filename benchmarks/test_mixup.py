@@ -9,10 +9,10 @@ from torch import nn
 
 import mixfeat as mf
 
-from . import baselines, harness
+from . import baselines, harness, peers
 from .limits import Work, copy_limit, of_old_copies
 from .shapes import BATCHES, cases
-from .timing import DEVICE
+from .timing import CUDA, DEVICE
 
 #: Images need no gradient; activations of a hidden layer do.
 CASES = cases(BATCHES, ("imagenet", "hidden", "cifar"), ("forward",)) + cases(
@@ -31,25 +31,44 @@ def test_operator(bench, name, dtype, direction):
         "torch.compile": baselines.compiled(baselines.mixup),
         "best eager": baselines.mixup_lerp,
         "naive": baselines.mixup,
-        "torchvision": baselines.mixup_torchvision,
-        "timm": baselines.mixup_timm,
         **baselines.AGAINST,
     }
-    if backward:
-        del formulas["timm"]  # it overwrites its input
-    scratch = x.detach().clone()  # timm overwrites it
     contenders = {
-        key: harness.directed(direction, functools.partial(f, scratch if key == "timm" else x, index, lam), x, grad)
-        for key, f in formulas.items()
+        key: harness.directed(direction, functools.partial(f, x, index, lam), x, grad) for key, f in formulas.items()
     }
     exact = x.detach().double().requires_grad_()
     truth = harness.directed(direction, lambda: baselines.mixup(exact, index, lam.double()), exact, grad.double())
-    own_pairs = ("timm", "torchvision")  # they ignore index
-    harness.check({key: run for key, run in contenders.items() if key not in own_pairs}, truth(), dtype)
+    harness.check(contenders, truth(), dtype)
+    others, missing = ({}, {}) if backward else peers.mixers(peers.MIXUP, x)  # which are for images
+    contenders |= others
     bytes = 3 * x.nbytes * (1 + backward)  # two samples read, one written; the same for the gradient
     bench(
         harness.Case("mixup", f"{name} {shape}", direction, dtype), contenders, figures=of_old_copies(bytes),
-        work=Work({"FLOP": 3 * x.numel() * (1 + backward), "bytes": bytes}, copy_limit(bytes)),
+        missing=missing, work=Work({"FLOP": 3 * x.numel() * (1 + backward), "bytes": bytes}, copy_limit(bytes)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in ("imagenet", "cifar") if name in BATCHES])
+def test_bytes(bench, name):
+    """Time the mixing of images as they are stored, into float32."""
+    shape = BATCHES[name]
+    x = torch.randint(256, shape, dtype=torch.uint8, device=DEVICE)
+    index, lam = mf.sample_mixup(shape[0], lam=0.3, device=DEVICE)
+    makers = {} if CUDA else {"OpenCV": peers.mixup_of_bytes}
+    others, missing = peers.gather(makers)
+    formulas = {
+        "mixfeat": mf.mixup,
+        "torch.compile": baselines.compiled(baselines.mixup),
+        "best eager": baselines.mixup_of_bytes,
+        "naive": baselines.mixup,
+        **others,
+    }
+    contenders = {key: functools.partial(f, x, index, lam) for key, f in formulas.items()}
+    harness.check(contenders, baselines.mixup(x.double(), index, lam.double()), torch.float32)
+    bytes = x.numel() * (2 + 4)  # two samples read, one written
+    bench(
+        harness.Case("mixup", f"{name} {shape}", "forward", torch.uint8), contenders, missing=missing,
+        work=Work({"FLOP": 3 * x.numel(), "bytes": bytes}, copy_limit(bytes)),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 
 from mixfeat import cli
-from mixfeat.benchmarks import harness, pages, results, timing
+from mixfeat.benchmarks import harness, pages, peers, results, timing
 
 
 def row(seconds, contenders=("mixfeat", "eager"), peaks=(2**20, 3 * 2**20), also=True, **changes):
@@ -286,6 +286,60 @@ def test_slowdown_is_seen(rows_of):
     (line,) = results.compare(new, old)
     assert line.startswith("mixup paper forward float32: ")
     assert results.compare(old, new) == []
+
+
+def reversed_with(first, second):
+    """Mix a batch with itself in reverse, by shares of both; its labels say the first one's share."""
+
+    def mix(x, labels):
+        one_hot = torch.nn.functional.one_hot(labels).float()
+        return first * x + second * x.flip(0), first * one_hot + (1 - first) * one_hot.flip(0)
+
+    return lambda classes: (mix, peers._read_dense)
+
+
+def test_peers_that_mix_are_compared():
+    """By what their labels say; where one is not there or does not fit, it is said."""
+
+    def absent(classes):
+        import no_such_package
+
+        return no_such_package.Mixup(classes)
+
+    makers = {"right": reversed_with(0.25, 0.75), "absent": absent}
+    found, missing = peers.mixers(makers, torch.rand(4, 3, 5, 6))
+    assert list(found) == ["right"]
+    assert found["right"]().shape == (4, 3, 5, 6)
+    assert missing == {"absent": "No module named 'no_such_package'"}
+    assert list(peers.mixers(makers, torch.rand(4, 5))[1]) == ["right", "absent"]
+    with pytest.raises(AssertionError, match="wrong mixes otherwise"):
+        peers.mixers({"wrong": reversed_with(0.25, 0.7)}, torch.rand(4, 3, 5, 6))
+
+
+@pytest.mark.parametrize("box", [(1, 4, 2, 6), (0, 5, 0, 6), (2, 2, 3, 3)], ids=str)
+def test_peers_that_cut_are_compared(box):
+    """The box is found from the pixels, and its area held to the labels."""
+    y0, y1, x0, x1 = box
+    share = 1 - (y1 - y0) * (x1 - x0) / 30
+
+    def make(classes, share=share):
+        def mix(x, labels):
+            one_hot = torch.nn.functional.one_hot(labels).float()
+            x[:, :, y0:y1, x0:x1] = x.flip(0)[:, :, y0:y1, x0:x1]
+            return x, share * one_hot + (1 - share) * one_hot.flip(0)
+
+        return mix, peers._read_dense
+
+    assert list(peers.mixers({"right": make}, torch.rand(4, 3, 5, 6))[0]) == ["right"]
+    with pytest.raises(AssertionError):
+        peers.mixers({"wrong": functools.partial(make, share=0.9 * share + 0.05)}, torch.rand(4, 3, 5, 6))
+
+
+@pytest.mark.parametrize("makers", [peers.LOSSES, peers.BINARY_LOSSES, peers.SOFT_LOSSES, peers.HEADS])
+def test_losses_of_others_are_there_or_say_why(makers):
+    found, missing = peers.gather(makers)
+    assert {*found, *missing} == {*makers}
+    assert all(missing.values())
 
 
 def test_baselines_alone():
