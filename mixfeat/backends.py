@@ -62,7 +62,7 @@ def interpreted() -> bool:
 
 
 def available() -> tuple[str, ...]:
-    """Names of the backends that can run in this process; builds the CPU library if that has not been done."""
+    """Name the backends that can run in this process; builds the CPU library if that has not been done."""
     return tuple(name for name in NAMES if _why_not(name) is None)
 
 
@@ -131,7 +131,7 @@ def _default(device_type: str) -> str:
 
 
 def serving(device_type: str, dtype: torch.dtype = torch.float32) -> str:
-    """Name of the backend that serves tensors of this device type and dtype in this thread.
+    """Return the name of the backend that serves tensors of this device type and dtype in this thread.
 
     Raises:
         ValueError: the backend chosen by ``with`` or by the environment does not serve them.
@@ -151,7 +151,7 @@ def serving(device_type: str, dtype: torch.dtype = torch.float32) -> str:
 
 
 def serving_network(device_type: str, dtype: torch.dtype, polynomial: Polynomial) -> str:
-    """Name of the backend that serves networks with an activation: of kernels' family, or else plain PyTorch."""
+    """Return the name of the backend that serves a network: the kernels do not have every activation."""
     name = serving(device_type, dtype)
     return "reference" if polynomial.negative_slope else name
 
@@ -162,7 +162,7 @@ def serves_cuda() -> bool:
 
 
 def describe() -> dict[str, Any]:
-    """Facts for a bug report: ``"backends"``, each one's state, and what the CPU backend is built by and runs on."""
+    """Describe for a bug report: ``"backends"``, the state of each, and how the CPU library is built and runs."""
     from mixfeat.kernels import cpu
 
     facts: dict[str, Any] = {"backends": {name: _why_not(name) or "available" for name in NAMES}}

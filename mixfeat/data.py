@@ -496,7 +496,7 @@ class TwoFeatureImages:
         return self.images.device if self._generator is None else self._generator.device
 
     def _draw_partners(self) -> Tensor:
-        """(N,) the place of an image of the paired class, each as likely as any other."""
+        """Draw for each image the place of one of the paired class, (N,), all equally likely."""
         count = self.target.bincount(minlength=len(self.partner_class))
         if not count.all():
             missing = int((count == 0).nonzero()[0])
@@ -509,7 +509,7 @@ class TwoFeatureImages:
 
 
 def _pairing(num_classes: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """(C,) a perfect matching of the classes, all equally likely."""
+    """Draw a perfect matching of the classes, (C,), all equally likely."""
     first, second = torch.randperm(num_classes, generator=generator, device=device).view(2, num_classes // 2)
     partner_class = torch.empty(num_classes, dtype=torch.int64, device=device)
     partner_class[first], partner_class[second] = second, first
@@ -545,7 +545,7 @@ class _Draw:
         return torch.randperm(count, generator=self._generator, device=self.device)
 
     def orthonormal(self, count: int, dim: int) -> Tensor:
-        """(count, dim) in float64, uniformly distributed among all orthonormal sets."""
+        """Draw (count, dim) in float64, uniformly distributed among all orthonormal sets."""
         gaussian = torch.randn(dim, count, generator=self._generator, device=self.device, dtype=torch.float64)
         q, r = torch.linalg.qr(gaussian)
         return (q * r.diagonal().sign()).T.contiguous()  # the signs of r make it uniform
@@ -569,7 +569,7 @@ def _check_features(features: Tensor, num_classes: int) -> None:
 
 
 def _check_signals(features: Tensor, views: int, patch_dim: int) -> None:
-    """Signals as :func:`signal_noise` returns them: opposite ones, and for XOR a + b and a - b of equal length."""
+    """Check signals as :func:`signal_noise` returns them: opposite, and for XOR a + b and a - b of equal length."""
     _checks.tensor("features", features)
     _checks.floating("features", features)
     if features.shape != (2, views, patch_dim):

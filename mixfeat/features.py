@@ -142,7 +142,7 @@ def feature_variance(weight: Tensor, input: Tensor, target: Tensor, features: Te
 def learned(
     model: Callable[[Tensor], Tensor], data_of_each_view: Sequence[MultiViewData], threshold: float = 0.9
 ) -> Tensor:
-    """Which features of which classes the model has learned (Chidambaram et al. 2023).
+    """Find which features of which classes the model has learned (Chidambaram et al. 2023).
 
     Feature v of class c is learned when more than ``threshold`` of the test points of class c whose signal patches all
     carry that view (``multi_view(..., views=v)``) are classified as c. A tie for the largest logit counts as wrong.

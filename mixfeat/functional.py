@@ -37,7 +37,7 @@ def patch_conv(
     lam: float | Tensor | None = None,
     readout: Tensor | None = None,
 ) -> Tensor:
-    r"""Logits of a 2-layer patch-wise convolutional network, of samples or of samples mixed with a partner each.
+    r"""Compute the logits of a 2-layer patch-wise convolutional network, of samples or of samples mixed with partners.
 
     Mixing, convolution, activation and the sum over patches and filters are one operator::
 
@@ -271,7 +271,7 @@ def gradient_descent(
 def beta_quadrature(
     alpha: float, num_nodes: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Nodes and weights that average over lam ~ Beta(alpha, alpha), exactly for polynomials up to degree 2K - 1.
+    """Return nodes and weights that average over lam ~ Beta(alpha, alpha), exactly for polynomials to degree 2K - 1.
 
     Gauss-Jacobi quadrature on [0, 1], by the eigenvalues of the Jacobi matrix (Golub and Welsch, 1969). Nodes are
     ascending and symmetric about 1/2; alpha = 1 is Gauss-Legendre.
@@ -577,7 +577,7 @@ def mixup_cross_entropy(
 
 
 def _as_rows(dense: Tensor) -> Tensor:
-    """(N,C,d1,...) as rows (N*d1*..., C)."""
+    """Turn (N,C,d1,...) into rows (N*d1*..., C)."""
     return dense.movedim(1, -1).flatten(0, -2)
 
 

@@ -89,7 +89,7 @@ class TwoLayerPatchCNN(nn.Module):
         nn.init.normal_(self.weight, std=self.init_std, generator=generator)
 
     def forward(self, input: Tensor, index: Tensor | None = None, lam: float | Tensor | None = None) -> Tensor:
-        """Logits (N,C) or (R,N,C) of ``input``, mixed if ``index`` and ``lam`` say so (:func:`mixfeat.patch_conv`)."""
+        """Return the logits (N,C) or (R,N,C), of mixed samples if ``index`` is given (:func:`mixfeat.patch_conv`)."""
         return functional.patch_conv(input, self.weight, self.activation, index=index, lam=lam, readout=self.readout)
 
     def extra_repr(self) -> str:

@@ -122,7 +122,7 @@ class Operator:
 
     @property
     def activates(self) -> bool:
-        """Whether the operator has an activation."""
+        """Tell whether the operator has an activation."""
         return self.main[0].dims == "NPDCM"
 
     def of_activation(self, cases: tuple[Case, ...], activation: Activation) -> tuple[Case, ...]:
@@ -133,7 +133,7 @@ class Operator:
 
     @property
     def outputs(self) -> list[str]:
-        """Names of the results."""
+        """Return the names of the results."""
         return ["value", *(f"{name} grad" for name in self.differentiated)]
 
     def arguments(self, case: Case, dtype: torch.dtype, device: str, generator: torch.Generator) -> Arguments:
@@ -266,7 +266,7 @@ def _draw_network(
     generator: torch.Generator, sizes: tuple[int, ...], activation: Activation = _POLY, runs: str = "",
     readout: bool = False,
 ) -> Arguments:  # fmt: skip
-    """Pre-activations of the order of the threshold. ``runs`` names the arguments that have R = 3."""
+    """Draw pre-activations of the order of the threshold. ``runs`` names the arguments that have R = 3."""
     samples, patches, dim, classes, filters = sizes
     input = _normal(generator, *[3] * ("input" in runs), samples, patches, dim)
     weight = _normal(generator, *[3] * ("weight" in runs), classes, filters, dim)

@@ -22,7 +22,7 @@ __all__ = [
 def mixup(
     input: Tensor, index: Tensor, lam: float | Tensor, dim: int = 0, *, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """``lam_n x_n + (1 - lam_n) x_{index_n}``, samples n along ``dim``; ``lam`` a float, () or (N,).
+    """Compute ``lam_n x_n + (1 - lam_n) x_{index_n}``, samples n along ``dim``; ``lam`` a float, () or (N,).
 
     A tensor ``lam`` is not rounded to a half-precision input's dtype; the mixed samples are, or to ``dtype``.
     """
@@ -32,7 +32,7 @@ def mixup(
 
 
 def cutmix(input: Tensor, index: Tensor, box: Tensor) -> Tensor:
-    """``x_{index_n}`` inside the box, x_n outside; ``input`` (N,ch,H,W), ``box`` (4,) or (N,4): y0, y1, x0, x1."""
+    """Paste x_{index_n} inside the box of x_n; ``input`` (N,ch,H,W), ``box`` (4,) or (N,4): y0, y1, x0, x1."""
     return torch.where(in_box(input, box), input[index], input)
 
 
@@ -52,7 +52,7 @@ def patch_conv(
     lam: float | Tensor | None = None,
     readout: Tensor | None = None,
 ) -> Tensor:
-    """Logits of the 2-layer patch-wise network: mix, convolve, activate, sum over patches and filters::
+    """Compute the logits of the 2-layer patch-wise network: mix, convolve, activate, sum over patches and filters::
 
         z_n = lam_n x_n + (1 - lam_n) x_{index_n}
         g[n,c] = sum_{p,m} readout[c,m] phi(<w[c,m], z[n,p]>)
@@ -166,7 +166,7 @@ def mixup_cross_entropy(
     reduction: str = "mean",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``lam CE(input, target_a) + (1 - lam) CE(input, target_b)``; a mean is over the targets that are not ignored.
+    """Compute ``lam CE(input, target_a) + (1 - lam) CE(input, target_b)``; a mean is over targets not ignored.
 
     To each cross-entropy of a target that counts ``lse_square_scale logsumexp(input_n)^2`` is added. ``input`` (N,C),
     targets (N,), ``lam`` a float, () or (N,), ``weight`` (C,); result () or, without reduction, (N,); with
@@ -218,7 +218,7 @@ def mixed_labels(
     target_a: Tensor, target_b: Tensor, lam: float | Tensor, num_classes: int, label_smoothing: float,
     threshold: float | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """``(1 - eps) (lam [c = a] + (1 - lam) [c = b]) + eps / C``, or whether that exceeds the threshold; (N,C)."""
+    """Compute ``(1 - eps) (lam [c = a] + (1 - lam) [c = b]) + eps / C``, (N,C), or whether it exceeds the threshold."""
     share = lam[:, None] if isinstance(lam, Tensor) and lam.dim() else lam
     classes = torch.arange(num_classes, device=target_a.device)
     one_hot_a, one_hot_b = ((target[:, None] == classes).to(dtype) for target in (target_a, target_b))
@@ -230,5 +230,5 @@ def mixed_labels(
 def soft_target_cross_entropy(
     input: Tensor, target: Tensor, *, label_smoothing: float = 0.0, reduction: str = "mean"
 ) -> Tensor:
-    """``- sum_c t_nc log softmax(input_n)_c``, t the smoothed target; ``input`` and ``target`` (N,C)."""
+    """Compute ``- sum_c t_nc log softmax(input_n)_c``, t the smoothed target; ``input`` and ``target`` (N,C)."""
     return F.cross_entropy(input, target, label_smoothing=label_smoothing, reduction=reduction)

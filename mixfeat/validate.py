@@ -50,7 +50,7 @@ class Outcome:
 def checks(
     backend_names: Sequence[str], operators: Iterable[str] = OPERATORS, dtypes: Iterable[str] = DTYPES
 ) -> list[tuple[str, str, str]]:
-    """(operator, backend, dtype) that :func:`check` can run."""
+    """List each (operator, backend, dtype) that :func:`check` can run."""
     return [
         (operator, backend, dtype)
         for operator in operators

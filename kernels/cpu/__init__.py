@@ -94,7 +94,7 @@ def _built_at_first_use() -> Path:
 
 @functools.cache
 def library_path() -> Path:
-    """Where the library is, building it if need be.
+    """Return the path of the library, building it if need be.
 
     Raises:
         BuildError: it is not there and cannot be built.

@@ -103,7 +103,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """Its name on the screen."""
+        """Return its name on the screen."""
         return f"n {self.num_samples}, signal {self.signal:g}, seed {self.seed}"
 
     @property
@@ -113,7 +113,7 @@ class Run:
 
     @property
     def group(self) -> Hashable:
-        """On a GPU all runs of as many samples; None on a CPU, where each network has a core."""
+        """Return on a GPU the number of samples, for runs to share a launch; None on a CPU: a core for each network."""
         return self.num_samples if self.settings.device.startswith("cuda") else None
 
     @staticmethod

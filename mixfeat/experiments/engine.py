@@ -90,7 +90,7 @@ class Run(Protocol):
 
     @property
     def label(self) -> str:
-        """Its name on the screen."""
+        """Return its name on the screen."""
 
     @property
     def steps(self) -> int:

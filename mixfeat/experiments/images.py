@@ -209,7 +209,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """Its name on the screen."""
+        """Return its name on the screen."""
         return f"{METHODS[self.method]}, seed {self.seed}"
 
     @staticmethod

@@ -92,7 +92,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """Its name on the screen."""
+        """Return its name on the screen."""
         return f"{METHODS[self.method]}, seed {self.settings.seed}"
 
     @property
@@ -102,7 +102,7 @@ class Run:
 
     @property
     def group(self) -> Hashable:
-        """On a GPU the runs of a method; None on a CPU, where each network has a core."""
+        """Return on a GPU the method, whose runs share a launch; None on a CPU, where each network has a core."""
         return self.method if self.settings.device.startswith("cuda") else None
 
     @staticmethod

@@ -180,7 +180,7 @@ class Run:
 
     @property
     def group(self) -> Hashable:
-        """On a GPU all that is common to the networks of a launch; None on a CPU, where each network has a core."""
+        """Return on a GPU all that runs of a launch have in common; None on a CPU, where each network has a core."""
         if not self.settings.device.startswith("cuda"):
             return None
         return self.method, replace(

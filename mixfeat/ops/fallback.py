@@ -69,7 +69,7 @@ def cutmix_backward(grad: Tensor, index: Tensor, box: Tensor) -> Tensor:
 def patch_conv(
     input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, polynomial: Polynomial
 ) -> Tensor:
-    """Logits (N,C) or (R,N,C)."""
+    """Compute the logits (N,C) or (R,N,C)."""
     if index is not None and lam is not None:
         index, lam = _existing(index, lam, input.shape[-3])
     return reference.patch_conv(input, weight, polynomial, index=index, lam=lam)
@@ -78,7 +78,7 @@ def patch_conv(
 def patch_conv_backward(
     grad: Tensor, input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, polynomial: Polynomial
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`patch_conv` to input and weight, given ``grad`` = dL/dg, all of one dtype::
+    """Compute the gradients of :func:`patch_conv` to input and weight, given ``grad`` = dL/dg, all of one dtype::
 
     E[n,p,c,m]  = dL/dg[n,c] phi'(s[n,p,c,m])
     dL/dw[c,m]  = sum_{n,p} E[n,p,c,m] z[n,p]
@@ -109,7 +109,7 @@ def patch_conv_double_backward(
     weight_factor: Tensor | None,
     need_input: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Gradients to ``grad``, input and weight of what :func:`patch_conv_backward` returns, weighted by two factors::
+    """Differentiate :func:`patch_conv_backward`, weighted by two factors, to ``grad``, input and weight::
 
     A          = <u, dL/dx> + <v, dL/dw>,  u = input_factor, v = weight_factor; None is 0
     r[n,p,c,m] = <u[n,p], w[c,m]> + <z[n,p], v[c,m]>, where u is mixed as z is
@@ -230,7 +230,7 @@ def _mixed(first: Tensor, second: Tensor, share: float, label_smoothing: float) 
 
 
 def _counts(row_label: Tensor, column_label: Tensor, rows: Tensor, pairs: str) -> Tensor:
-    """Which pairs (R,n,N') count, of the rows at these places and all columns; labels are one-hot."""
+    """Tell which pairs (R,n,N') of the rows at these places and all columns count; labels are one-hot."""
     if pairs == "different_class":
         return (row_label[:, :, None] * column_label[:, None]).sum(-1) == 0
     shape = (row_label.shape[0], len(rows), column_label.shape[1])
@@ -308,7 +308,7 @@ def mixup_cross_entropy_rows(
     factor: Tensor | None = None,
     lse_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss and logsumexp (N,) of each row, and the gradient (N,C) to ``input``, of lam's dtype::
+    """Compute loss and logsumexp (N,) of each row, and the gradient (N,C) to ``input``, of lam's dtype::
 
         L_n      = log sum_c exp x_nc
         loss_n   = sum over both targets y of w_n (CE(x_n, y_n) + scale L_n^2),  w = lam or 1 - lam, 0 if y is ignored
@@ -359,7 +359,7 @@ def mixup_binary_cross_entropy(
     label_smoothing: float,
     threshold: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss (N,C) of each class, and its derivative, of lam's dtype::
+    """Compute the loss (N,C) of each class, and its derivative, of lam's dtype::
 
         w_nc    = 1 + (pos_weight_c - 1) q_nc
         loss_nc = (1 - q_nc) x_nc - w_nc log sigmoid(x_nc);  slope_nc = 1 - q_nc - w_nc sigmoid(-x_nc)
@@ -376,7 +376,7 @@ def mixup_binary_cross_entropy(
 
 
 def soft_target_cross_entropy_rows(input: Tensor, label: Tensor, need_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Loss (N,) of each row, and its gradient (N,C) to ``input``, given the weight of each class::
+    """Compute the loss (N,) of each row, and its gradient (N,C) to ``input``, given the weight of each class::
 
     loss_n  = - sum_c label_nc log softmax(x_n)_c
     grad_nc = softmax(x_n)_c sum_k label_nk - label_nc

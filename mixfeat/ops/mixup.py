@@ -32,7 +32,7 @@ def sample_order(tensor: Tensor) -> list[int]:
 
 
 def samples_of(tensor: Tensor, order: list[int]) -> Tensor:
-    """(N,K), a view where each sample is one run of memory in this order, else a copy."""
+    """Flatten to (N,K): a view if each sample is one run of memory in this order, else a copy."""
     samples = tensor.permute(order).flatten(1) if tensor.dim() > 1 else tensor[:, None]
     return samples if samples.stride(1) == 1 else samples.contiguous()
 

@@ -79,7 +79,7 @@ class Plan:
         return slice(begin, end)
 
     def work(self) -> list[int]:
-        """Pairs of samples that each rank evaluates, an unordered pair counted once."""
+        """Count the pairs of samples that each rank evaluates, an unordered pair once."""
         work = [n * (n + 1) // 2 for n in self.sizes]
         for (a, b), own in self.own.items():
             work[a] += own * self.sizes[b]
