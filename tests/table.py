@@ -78,7 +78,7 @@ def problems(
         dtypes, backends: Triton gets no float64.
         operators: their names.
         interpreted: the fields in Triton's interpreter, which takes long. By default the same. There, only the field
-            ``interpreted`` is run in other dtypes than float32.
+            ``interpreted`` is run in other dtypes than float32, and each value of an option once.
         seed: of the generator of each problem.
     """
     found = {}
@@ -87,12 +87,23 @@ def problems(
         in_interpreter = backend == "triton" and mf.backends.interpreted()
         for field in (interpreted if in_interpreter and interpreted is not None else cases).split():
             few = in_interpreter and field != "interpreted"
-            for case, dtype in itertools.product(getattr(operator, field), ("float32",) if few else dtypes):
+            chosen = _each_option_once(getattr(operator, field)) if few else getattr(operator, field)
+            for case, dtype in itertools.product(chosen, ("float32",) if few else dtypes):
                 if not (backend == "triton" and dtype == "float64"):
                     generator = torch.Generator().manual_seed(seed)
                     problem = Problem(operator, backend, case, DTYPES[dtype], generator)
                     found.setdefault(str(problem), problem)
     return list(found.values())
+
+
+def _each_option_once(cases: Iterable[Case]) -> Iterable[Case]:
+    """Leave out cases whose options all have values that they have in earlier cases, at the same sizes or others."""
+    seen: set[tuple[str, str]] = set()
+    for case in cases:
+        options = {(name, str(value)) for name, value in case.options.items()}
+        if not options or not options <= seen:
+            yield case
+        seen |= options
 
 
 def over(cases: str, dtypes: Iterable[str] = ("float32",), backends: Iterable[str] = BACKENDS, **options):

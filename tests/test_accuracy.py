@@ -24,7 +24,7 @@ def test_accuracy_of_options(problem):
     problem.hold(few(problem))
 
 
-@over("degrees", interpreted="main")
+@over("degrees", interpreted="")
 def test_accuracy_of_degrees(problem):
     problem.hold(few(problem))
 
@@ -45,6 +45,8 @@ def test_empty_dimensions(problem):
 @over("main")
 def test_layouts(problem, layout):
     """Arguments in any layout give the results of contiguous ones, for upstream gradients in any layout too."""
+    if interpreted(problem.backend) and layout not in ("gaps", "transposed", "one sample"):
+        pytest.skip("long in the interpreter; tests of the kernels have more")
     draw = problem.draw(LAYOUTS[layout])
     contiguous = {k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in draw.arguments.items()}
     others = (torch.clone, lambda upstream: upstream.new_ones(()).expand_as(upstream))
