@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -483,6 +483,19 @@ def loss_options(label_smoothing: Any, ignore_index: Any, reduction: Any) -> tup
 
 
 # Values, which are read where the CPU holds them; on another device they give NaN instead of an error
+
+
+def explained(operator: Callable[..., Any], args: Sequence[Any], check: Callable[..., Any], *checked: Any) -> Any:
+    """Call an operator of the CPU library, which refuses values out of range; ``check(*checked)`` says which.
+
+    Values are thus checked where they are read, and once more only to tell what is wrong.
+    """
+    try:
+        return operator(*args)
+    except RuntimeError as error:
+        refusal = error
+    check(*checked)
+    raise refusal
 
 
 def lam_values(lam: Tensor) -> None:

@@ -1,5 +1,5 @@
 // torch.ops.mixfeat_cpu.mixup_binary_cross_entropy: divides the work into tasks and owns all memory. Python has checked the
-// arguments (mixfeat/functional.py, mixfeat/ops). Checks here only guard memory.
+// arguments (mixfeat/functional.py, mixfeat/ops), except the values of targets and lam.
 
 #include <optional>
 #include <tuple>
@@ -16,8 +16,9 @@ std::tuple<Tensor, Tensor> rows(const Tensor& input, const Tensor& target_a, con
   const int64_t samples = input.size(0), classes = input.size(1), stride = input.stride(0), width = input.element_size();
   STD_TORCH_CHECK(input.dim() == 2 && (samples == 0 || classes <= 1 || input.stride(1) == 1), "unexpected layout");
   STD_TORCH_CHECK(lam.scalar_type() == kType<T> && (lam.dim() == 0 || lam.size(0) == samples), "unexpected lam");
+  STD_TORCH_CHECK(all_fractions(lam), "unexpected lam");
   for (const Tensor* target : {&target_a, &target_b}) {
-    STD_TORCH_CHECK(target->is_contiguous() && target->numel() == samples, "unexpected target");
+    STD_TORCH_CHECK(target->is_contiguous() && target->numel() == samples && all_within(*target, classes), "unexpected target");
   }
   const T* weight = nullptr;
   if (pos_weight) {

@@ -1,5 +1,5 @@
 // torch.ops.mixfeat_cpu.mixup_cross_entropy and soft_target_cross_entropy: divide the work into tasks and own all memory.
-// Python has checked the arguments (mixfeat/functional.py, mixfeat/ops), except the values of targets, which are checked here.
+// Python has checked the arguments (mixfeat/functional.py, mixfeat/ops), except the values of targets and lam.
 
 #include <limits>
 #include <optional>
@@ -74,6 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, int64_t> mixup_cross_entropy(const Tensor& in
                                                                 bool need_lse, bool need_grad, Upstream upstream) {
   const int64_t samples = input.size(0), classes = input.size(1);
   STD_TORCH_CHECK(lam.scalar_type() == kType<T> && (lam.dim() == 0 || lam.size(0) == samples), "unexpected lam");
+  STD_TORCH_CHECK(all_fractions(lam), "unexpected lam");
   const T* ratio = data<T>(lam);
   const int64_t ratio_stride = lam.dim() ? lam.stride(0) : 0;
   const T *loss_grad = numbers<T>(upstream.loss, samples), *lse_grad = numbers<T>(upstream.lse, samples);

@@ -1,5 +1,5 @@
 // torch.ops.mixfeat_cpu.cutmix and its backward pass: copies of parts of samples, and sums where several samples were cut from
-// one. Python has checked the arguments (mixfeat/functional.py, mixfeat/ops). Checks here only guard memory.
+// one. Python has checked the arguments (mixfeat/functional.py, mixfeat/ops), except the values of index and box.
 
 #include <cstring>
 
@@ -65,6 +65,7 @@ void check(const Tensor& samples, const Tensor& index) {
   STD_TORCH_CHECK(samples.dim() == 2 && (samples.numel() == 0 || samples.size(1) <= 1 || samples.stride(1) == 1),
                   "unexpected layout");
   STD_TORCH_CHECK(index.dim() == 1 && index.size(0) == samples.size(0) && index.is_contiguous(), "unexpected index");
+  STD_TORCH_CHECK(all_within(index, samples.size(0)), "unexpected index");
 }
 
 Tensor cutmix(Tensor input, Tensor index, Tensor box, int64_t height, int64_t width, int64_t pixel) {

@@ -91,6 +91,27 @@ Element element_of(ScalarType type) {
   }
 }
 
+bool all_within(const Tensor& index, int64_t size) {
+  const int64_t* values = data<int64_t>(index);
+  return std::all_of(values, values + index.numel(), [&](int64_t value) { return 0 <= value && value < size; });
+}
+
+template <typename T>
+static bool all_fractions_of(const Tensor& lam) {
+  const T* values = data<T>(lam);
+  const int64_t stride = lam.dim() ? lam.stride(0) : 0;
+  for (int64_t n = 0; n < lam.numel(); ++n) {
+    if (!(values[n * stride] >= 0 && values[n * stride] <= 1)) return false;
+  }
+  return true;
+}
+
+bool all_fractions(const Tensor& lam) {
+  if (lam.scalar_type() == ScalarType::Float) return all_fractions_of<float>(lam);
+  STD_TORCH_CHECK(lam.scalar_type() == ScalarType::Double, "unexpected lam");
+  return all_fractions_of<double>(lam);
+}
+
 int64_t bytes_of(Element element) {
   constexpr int64_t bytes[] = {4, 8, 2, 2, 1};
   return bytes[int(element)];

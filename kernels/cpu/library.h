@@ -50,6 +50,11 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
+// Whether all of `index`, contiguous int64, lie in [0, size), and all of `lam`, () or (N,) of float or double, in [0, 1]. Values are
+// checked where they are read: an operator refuses, and then Python says what is wrong (mixfeat/_checks.py).
+bool all_within(const Tensor& index, int64_t size);
+bool all_fractions(const Tensor& lam);
+
 inline std::vector<int64_t> shape_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
 
 // Calls f(n, begin, end) for elements [begin, end) of every sample n: a part of a sample is a task.

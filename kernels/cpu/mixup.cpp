@@ -1,16 +1,16 @@
 // torch.ops.mixfeat_cpu.mixup and its backward pass: divide the work into tasks and own all memory. Python has checked the
-// arguments (mixfeat/functional.py, mixfeat/ops). Checks here only guard memory.
+// arguments (mixfeat/functional.py, mixfeat/ops), except the values of index and lam.
 
 #include "mixup.h"
 
 namespace mixfeat {
 namespace {
 
-// Guards the reads of index and lam. Python has checked the values of index.
 void check(const Tensor& rows, const Tensor& index, const Tensor& lam) {
   STD_TORCH_CHECK(rows.dim() == 2 && (rows.size(0) == 0 || rows.size(1) <= 1 || rows.stride(1) == 1), "unexpected layout");
   STD_TORCH_CHECK(index.dim() == 1 && index.size(0) == rows.size(0) && index.is_contiguous(), "unexpected index");
   STD_TORCH_CHECK(lam.dim() == 0 || (lam.dim() == 1 && lam.size(0) == rows.size(0)), "unexpected lam");
+  STD_TORCH_CHECK(all_within(index, rows.size(0)) && all_fractions(lam), "unexpected partners");
 }
 
 // Calls f(values of lam, their stride) for lam of float or double.

@@ -28,6 +28,7 @@ struct Batch {
     STD_TORCH_CHECK((input.numel() == 0 || x[i + 2] <= 1 || x_stride[i + 2] == 1) && weight.is_contiguous(), "unexpected layout");
     STD_TORCH_CHECK(input.scalar_type() == kType<T> && weight.scalar_type() == kType<T>, "unexpected dtype");
     STD_TORCH_CHECK(!index || (lam && lam->scalar_type() == kType<T> && index->is_contiguous()), "unexpected mixing");
+    STD_TORCH_CHECK(!index || (all_within(*index, index->numel()) && all_fractions(*lam)), "unexpected mixing");
     first.samples = x[i];
     first.patches = x[i + 1];
     first.patch_dim = x[i + 2];

@@ -43,17 +43,16 @@ def _forward(
     reduction: str,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    _checks.lam_values(lam)
-    for key, target in (("target_a", target_a), ("target_b", target_b)):
-        _checks.class_values(target, input.shape[1], key)
     name, reduce = backends.serving(input.device.type, input.dtype), reduction != "none"
     scale = 1 / max(1, input.numel()) if reduction == "mean" and folds_mean(input.dtype) else 1.0
     weight = None if pos_weight is None else pos_weight.contiguous()
     arguments = (target_a.contiguous(), target_b.contiguous(), lam, weight, label_smoothing, threshold)
     if name == "cpu":
         run = torch.ops.mixfeat_cpu.mixup_binary_cross_entropy.default
-        loss, grad = run(rows_of(input), *arguments, scale, reduce, need_grad)  # the loss summed already
+        native = (rows_of(input), *arguments, scale, reduce, need_grad)
+        loss, grad = _checks.explained(run, native, _values, *arguments[:3], input.shape[1])  # the loss summed already
     else:
+        _values(target_a, target_b, lam, input.shape[1])
         loss = input.new_empty(input.shape[: 1 if reduce else 2], dtype=_checks.accumulation(input.dtype))
         grad = input.new_empty(input.shape if need_grad else 0)
         if name == "triton":
@@ -67,6 +66,13 @@ def _forward(
                 grad.copy_(scale * slopes)
         loss = loss.sum() if reduce else loss
     return (loss / input.numel() if reduction == "mean" else loss), grad
+
+
+def _values(target_a: Tensor, target_b: Tensor, lam: Tensor, num_classes: int) -> None:
+    """Refuse targets and weights out of range."""
+    _checks.lam_values(lam)
+    for key, target in (("target_a", target_a), ("target_b", target_b)):
+        _checks.class_values(target, num_classes, key)
 
 
 def _fake(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -91,17 +91,19 @@ def _mixup_forward(
     num_samples, num_classes = input.shape
     mean, fold = reduction == "mean", folds_mean(input.dtype)
     name = backends.serving(input.device.type, input.dtype)
-    _checks.lam_values(lam)
     if name == "cpu":
         targets = target_a.contiguous(), target_b.contiguous()
-        loss, lse, grad, bad = torch.ops.mixfeat_cpu.mixup_cross_entropy.default(
+        native = (
             rows_of(input), *targets, lam, label_smoothing, lse_square_scale, ignore_index, mean, fold,
             reduction != "none", need_lse, need_grad, None, None,
         )  # fmt: skip
+        run = torch.ops.mixfeat_cpu.mixup_cross_entropy.default
+        loss, lse, grad, bad = _checks.explained(run, native, _checks.lam_values, lam)
         if bad >= 0:
             raise _out_of_range("ab"[bad % 2], int(targets[bad % 2][bad // 2]), num_classes, ignore_index)
         return loss / num_samples if mean and not fold else loss, lse, grad
 
+    _checks.lam_values(lam)
     if input.device.type == "cpu":  # elsewhere a target that is out of range gives NaN
         for key, target in (("a", target_a), ("b", target_b)):
             bad_ones = target[(target != ignore_index) & ((target < 0) | (target >= num_classes))]

@@ -20,23 +20,25 @@ def cutmix(input: Tensor, index: Tensor, box: Tensor) -> Tensor:
 
 def _image_order(images: Tensor) -> list[int]:
     """Return the dimensions in memory: channels last, or else first."""
-    order = sample_order(images)
+    order = sample_order(images)  # as they are, if they are contiguous
     return order if order == [0, 2, 3, 1] else [0, 1, 2, 3]
 
 
 def _run(images: Tensor, index: Tensor, box: Tensor, backward: bool) -> Tensor:
     name = backends.serving(images.device.type, images.dtype)
     num_samples, channels, height, width = images.shape
-    index = _checks.partner_values(index, num_samples)
-    _checks.box_values(box, height, width)
-    if name == "reference" or (backward and box.dim() == 2):  # a gradient to images with a box each is rare
+    by_formula = name == "reference" or (backward and box.dim() == 2)  # a gradient to images with a box each is rare
+    if by_formula or name != "cpu":
+        index = _values(index, box, num_samples, height, width)
+    if by_formula:
         result = (fallback.cutmix_backward if backward else fallback.cutmix)(images, index, box)
         return _in_format_of(result, images)
     order = _image_order(images)
     samples, pixel = samples_of(images, order), 1 if order[1] == 1 else channels  # elements side by side
     if name == "cpu":
         run = torch.ops.mixfeat_cpu.cutmix_backward if backward else torch.ops.mixfeat_cpu.cutmix
-        result = run.default(samples, index, box.contiguous(), height, width, pixel)
+        arguments = (samples, index.contiguous(), box.contiguous(), height, width, pixel)
+        result = _checks.explained(run.default, arguments, _values, index, box, num_samples, height, width)
     else:
         from mixfeat.kernels.triton import cutmix as kernels
 
@@ -44,6 +46,13 @@ def _run(images: Tensor, index: Tensor, box: Tensor, backward: bool) -> Tensor:
         result = torch.empty(samples.shape, dtype=images.dtype, device=images.device)
         launch(samples, index, box, height, width, pixel, result)
     return in_shape_of(result, images, order)
+
+
+def _values(index: Tensor, box: Tensor, num_samples: int, height: int, width: int) -> Tensor:
+    """Refuse partners and boxes out of range; return the partners contiguous."""
+    index = _checks.partner_values(index, num_samples)
+    _checks.box_values(box, height, width)
+    return index
 
 
 def _in_format_of(result: Tensor, images: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ def mixup(input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> Tens
 
 def sample_order(tensor: Tensor) -> list[int]:
     """Return the dimensions, in the order in which each sample is one run of memory; as they are if there is none."""
+    if tensor.is_contiguous():
+        return list(range(tensor.dim()))
     strides = tensor.stride()
     order = sorted(range(1, tensor.dim()), key=lambda d: -strides[d])
     expected = 1
@@ -33,24 +35,30 @@ def sample_order(tensor: Tensor) -> list[int]:
 
 def samples_of(tensor: Tensor, order: list[int]) -> Tensor:
     """Flatten to (N,K): a view if each sample is one run of memory in this order, else a copy."""
+    if tensor.dim() == 2 and tensor.stride(1) == 1:
+        return tensor
     samples = tensor.permute(order).flatten(1) if tensor.dim() > 1 else tensor[:, None]
     return samples if samples.stride(1) == 1 else samples.contiguous()
 
 
 def in_shape_of(samples: Tensor, tensor: Tensor, order: list[int]) -> Tensor:
     """Return the inverse: (N,K), samples in this order, in the shape of ``tensor``."""
+    if tensor.is_contiguous():
+        return samples if tensor.dim() == 2 else samples.view_as(tensor)
     shaped = samples.view([tensor.shape[d] for d in order])
     return shaped.permute([order.index(d) for d in range(tensor.dim())])
 
 
 def _forward(input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> Tensor:
     name = backends.serving(input.device.type, dtype)
-    index = _checks.partners(index, lam, input.shape[0])
     order = sample_order(input)
     samples = samples_of(input, order)
     if name == "cpu":
-        mixed = torch.ops.mixfeat_cpu.mixup.default(samples, index, lam, dtype)
-    elif name == "triton":
+        run, partners = torch.ops.mixfeat_cpu.mixup.default, (index.contiguous(), lam)
+        mixed = _checks.explained(run, (samples, *partners, dtype), _checks.partners, *partners, input.shape[0])
+        return in_shape_of(mixed, input, order)
+    index = _checks.partners(index, lam, input.shape[0])
+    if name == "triton":
         from mixfeat.kernels.triton.mixup import mixup as launch
 
         mixed = torch.empty(samples.shape, dtype=dtype, device=input.device)
@@ -62,12 +70,14 @@ def _forward(input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> T
 
 def _backward(grad: Tensor, index: Tensor, lam: Tensor) -> Tensor:
     name = backends.serving(grad.device.type, grad.dtype)
-    index = _checks.partners(index, lam, grad.shape[0])
     order = sample_order(grad)
     samples = samples_of(grad, order)
     if name == "cpu":
-        input_grad = torch.ops.mixfeat_cpu.mixup_backward.default(samples, index, lam)
-    elif name == "triton":
+        run, partners = torch.ops.mixfeat_cpu.mixup_backward.default, (index.contiguous(), lam)
+        input_grad = _checks.explained(run, (samples, *partners), _checks.partners, *partners, grad.shape[0])
+        return in_shape_of(input_grad, grad, order)
+    index = _checks.partners(index, lam, grad.shape[0])
+    if name == "triton":
         from mixfeat.kernels.triton.mixup import mixup_backward as launch
 
         input_grad = torch.empty(samples.shape, dtype=grad.dtype, device=grad.device)

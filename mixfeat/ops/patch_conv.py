@@ -54,14 +54,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     polynomial = Polynomial.of(fields)
     name = backends.serving_network(input.device.type, input.dtype, polynomial)
-    if index is not None and lam is not None:
-        index = _checks.partners(index, lam, input.shape[-3])
     if name == "cpu":
+        index = None if index is None else index.contiguous()
         # tuple(): PyTorch takes 0.8 us longer to convert a NamedTuple
-        logits, slope = torch.ops.mixfeat_cpu.patch_conv.default(
-            *_native(input, weight), index, lam, tuple(polynomial), saved
-        )
+        native = (*_native(input, weight), index, lam, tuple(polynomial), saved)
+        run = torch.ops.mixfeat_cpu.patch_conv.default
+        logits, slope = _checks.explained(run, native, _values, index, lam, input.shape[-3])
         return logits if logits.dtype == input.dtype else logits.to(input.dtype), slope
+    index = _values(index, lam, input.shape[-3])
     if name == "triton":
         from mixfeat.kernels.triton.patch_conv import patch_conv as launch
 
@@ -86,21 +86,18 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     polynomial = Polynomial.of(fields)
     name = backends.serving_network(input.device.type, input.dtype, polynomial)
-    if index is not None and lam is not None:
-        index = _checks.partners(index, lam, input.shape[-3])
     input_grad, weight_grad = input.new_empty(0), weight.new_empty(0)
     if name == "cpu":
-        input_grad, weight_grad = torch.ops.mixfeat_cpu.patch_conv_backward.default(
-            grad.to(slope.dtype).contiguous(),
-            slope,
-            *_native(input, weight),
-            index,
-            lam,
-            tuple(polynomial),
-            need_input,
-            need_weight,
-        )
-    elif name == "triton":
+        index = None if index is None else index.contiguous()
+        native = (
+            grad.to(slope.dtype).contiguous(), slope, *_native(input, weight), index, lam, tuple(polynomial),
+            need_input, need_weight,
+        )  # fmt: skip
+        run = torch.ops.mixfeat_cpu.patch_conv_backward.default
+        input_grad, weight_grad = _checks.explained(run, native, _values, index, lam, input.shape[-3])
+        return input_grad.to(input.dtype), weight_grad.to(weight.dtype)
+    index = _values(index, lam, input.shape[-3])
+    if name == "triton":
         from mixfeat.kernels.triton.patch_conv import patch_conv_backward as launch
 
         if input.dim() == 3:
@@ -120,6 +117,11 @@ def _backward(
             t.contiguous() if need else t.new_empty(0) for t, need in zip(grads, (need_input, need_weight), strict=True)
         )
     return input_grad.to(input.dtype), weight_grad.to(weight.dtype)
+
+
+def _values(index: Tensor | None, lam: Tensor | None, num_samples: int) -> Tensor | None:
+    """Refuse partners and their weights out of range; return the partners contiguous."""
+    return None if index is None or lam is None else _checks.partners(index, lam, num_samples)
 
 
 def _native(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
