@@ -161,7 +161,8 @@ class MixupCase(Case):
 @dataclass(frozen=True)
 class CrossEntropyCase(Case):
     """Direction "classes" or "dense", by its targets, with or without smoothing; or what comes before or after:
-    "count", for a mean, "scale", the gradient's scaling, and "backward", the gradient of loss and logsumexp.
+    "count" or "mean", for a mean, "scale", the gradient's scaling, "written" and "backward", the gradient where forward
+    has left it and that of loss and logsumexp.
     """
 
     kernel = "cross_entropy"
@@ -174,29 +175,33 @@ class CrossEntropyCase(Case):
         square = f"-{self.lse_square_scale}" if self.lse_square_scale else ""
         return f"C{self.classes}-{self.label_smoothing}{square}{'' if self.need_grad else '-loss'}"
 
-    def place(self) -> int:
-        return 0 if self.direction == "count" else -1
-
     def call(self) -> None:
         from mixfeat.kernels.triton import cross_entropy
 
         samples = 1024
         input, row = _meta(samples, self.classes, dtype=self.dtype), _meta(samples)
-        results = row, input if self.need_grad else None
+        grad = input if self.need_grad else None
+        target = _meta(samples, dtype=torch.int64)
+        counts, losses = _meta(2, dtype=torch.int32), _meta(2, samples)
+        classes = partial(
+            cross_entropy.cross_entropy, input, target, target, row, self.label_smoothing, self.lse_square_scale, -100,
+            1.0,
+        )  # fmt: skip
         if self.direction == "scale":
             cross_entropy.scale_(input, row)
         elif self.direction == "dense":
-            target = _meta(samples, self.classes)
-            cross_entropy.soft_target_cross_entropy(input, target, 1.0, self.label_smoothing, *results)
+            dense = _meta(samples, self.classes)
+            cross_entropy.soft_target_cross_entropy(input, dense, 1.0, self.label_smoothing, row, grad)
+        elif self.direction == "count":
+            cross_entropy.count(target, target, -100)
+        elif self.direction == "mean":
+            cross_entropy.mean(losses, target, target, -100, 1.0, _meta(), counts)
+        elif self.direction == "written":
+            classes(None, None, grad, row, None, counts, 2)
+        elif self.direction == "backward":
+            classes(None, None, grad, row, row, counts)
         else:
-            target = _meta(samples, dtype=torch.int64)
-            scale = self.lse_square_scale
-            gradients = (row, row) if self.direction == "backward" else (None, None)
-            loss, grad = results if self.direction != "backward" else (None, input)
-            cross_entropy.cross_entropy(
-                input, target, target, row, self.label_smoothing, scale, -100, 1.0, loss, row if scale else None, grad,
-                *gradients,
-            )  # fmt: skip
+            classes(losses, row if self.lse_square_scale else None, grad)
 
 
 @dataclass(frozen=True)
@@ -407,13 +412,14 @@ def shipped(target: str) -> list[Case]:
             for direction in ("classes", "backward")
             for classes in (10, 1000, 50257)
         ]
+        cases += [CrossEntropyCase("written", dtype, classes) for classes in (10, 1000, 50304)]
         cases += [CutmixCase("forward", dtype, side) for side in (224, 9)]
         cases += [CutmixCase("backward", dtype, 224)]
         cases += [BinaryCrossEntropyCase("forward", dtype, classes) for classes in (10, 1000)]
     cases += [CutmixCase("forward", torch.uint8, 224, channels_last=True)]
     cases += [BinaryCrossEntropyCase("forward", half, 1001, options=True)]
     cases += [BinaryCrossEntropyCase("forward", single, 1000, reduce=False)]
-    cases += [CrossEntropyCase("count", single, 1000)]
+    cases += [CrossEntropyCase(direction, single, 1000) for direction in ("count", "mean")]
     backend, capability, _ = TARGETS[target]
     if backend == "cuda" and cuda.unavailable() is None:
         patches = 5 if target == "sm_120" else 12  # of the shared memory that there is

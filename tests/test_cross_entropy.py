@@ -150,6 +150,28 @@ def test_backward_again_and_scaled(backend, device, dtype):
     assert error([scaled.double() / 2**14], [true]) <= (1e-6 if dtype == torch.float32 else 1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rows", [0, 4096])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_means_as_a_gpu_forms_them(backend, device, monkeypatch, dtype, rows, ignored):
+    """The mean of few rows assumes that all targets count, and backward mends that; that of many counts them first."""
+    if backend == "cpu":
+        pytest.skip("for a GPU's kernels and what stands in for them")
+    monkeypatch.setattr("mixfeat.ops.cross_entropy._counts_serve", lambda input: True)
+    if backend == "triton":
+        monkeypatch.setattr("mixfeat.kernels.triton.configs.MEAN_ROWS", rows)
+    x, a, b, lam = make_inputs((7, 9), dtype, device, ignored=ignored)
+    true = results(reference.mixup_cross_entropy, x.double(), a, b, lam.double(), label_smoothing=0.1)
+    for factor in (1.0, 3.0):
+        leaf = x.clone().requires_grad_()
+        loss = mf.mixup_cross_entropy(leaf, a, b, lam, label_smoothing=0.1)
+        for keep in (True, False):
+            grad = torch.autograd.grad(loss, leaf, torch.full_like(loss, factor), retain_graph=keep)[0]
+            assert grad.dtype == dtype
+            assert error([grad], [factor * true[1]]) <= (1e-6 if dtype == torch.float32 else 1e-3)
+        assert error([loss], [true[0]]) <= 1e-6
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory(run_python):
     """Nothing as large as the logits but the gradient."""

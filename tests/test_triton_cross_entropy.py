@@ -20,10 +20,11 @@ def results_for(input, need_grad=True):
 
 def run(input, a, b, lam, smoothing=0.0, total_weight=None, need_grad=True, scale=0.0):
     """Loss (N,) and gradient (N,C) of two classes a row."""
-    from mixfeat.kernels.triton.cross_entropy import cross_entropy
+    from mixfeat.kernels.triton.cross_entropy import count, cross_entropy
 
     loss, grad = results_for(input, need_grad)
-    cross_entropy(input, a, b, lam, smoothing, scale, IGNORED, total_weight, loss, None, grad)
+    counts = count(a, b, IGNORED) if total_weight is not None and len(input) else None
+    cross_entropy(input, a, b, lam, smoothing, scale, IGNORED, total_weight, loss, None, grad, counts=counts)
     return loss, grad
 
 
@@ -103,29 +104,60 @@ def check_mean(samples, classes, total_weight, one):
 
 def check_lse(samples, classes, dtype, smoothing):
     """The logsumexp and its square in the loss; the gradient of both, scaled; rows that do not count have one too."""
-    from mixfeat.kernels.triton.cross_entropy import cross_entropy
+    from mixfeat.kernels.triton.cross_entropy import count, cross_entropy
 
     x, a, b, lam = problem(samples, classes, dtype)
     a[1], b[1], a[2] = IGNORED, IGNORED, IGNORED
+    counts = count(a, b, IGNORED)
     factor, h = torch.rand(samples, device=DEVICE), torch.randn(2 * samples, device=DEVICE)[::2]
     loss, grad = results_for(x)
     lse = torch.full_like(loss, NAN)
     arguments = x, a, b, lam, smoothing
-    cross_entropy(*arguments, 0.1, IGNORED, 1.0, loss, lse, grad)
+    cross_entropy(*arguments, 0.1, IGNORED, 1.0, loss, lse, grad, counts=counts)
     wanted = partial(expected, *arguments, 1.0, scale=0.1)
     compare((loss, grad), wanted(), lambda dtype: wanted(dtype=dtype))
     assert error(lse, x.double().logsumexp(1)) <= 1e-6
     for f in (factor, factor[0]):
         grad.fill_(NAN)
-        cross_entropy(*arguments, 0.1, IGNORED, 1.0, None, None, grad, f, h)
+        cross_entropy(*arguments, 0.1, IGNORED, 1.0, None, None, grad, f, h, counts)
         wanted = partial(expected, *arguments, 1.0, scale=0.1, factor=f.double(), h=h.double())
         compare((loss, grad), (loss.double(), wanted()[1]), lambda dtype, wanted=wanted: wanted(dtype=dtype))
     x[1] = NAN
     h[1] = 0
-    cross_entropy(*arguments, 0.1, IGNORED, 1.0, loss, lse, grad, factor, h)
+    cross_entropy(*arguments, 0.1, IGNORED, 1.0, loss, lse, grad, factor, h, counts)
     assert lse.isnan().tolist() == [n == 1 for n in range(samples)]
     assert loss[1] == 0
     assert (grad[1] == 0).all()
+
+
+def check_counts_later(samples, classes, dtype, smoothing, ignored):
+    """A mean in which all targets are assumed to count, and the gradient formed anew where not all do."""
+    from mixfeat.kernels.triton import cross_entropy as kernels
+
+    x, a, b, lam = problem(samples, classes, dtype)
+    if ignored:
+        a[torch.rand(samples, device=DEVICE) < 0.3] = IGNORED
+        b[torch.rand(samples, device=DEVICE) < 0.6] = IGNORED
+        a[0], b[-1] = 0, classes - 1
+    _, grad = results_for(x)
+    losses, loss = torch.full((2, samples), NAN, device=DEVICE), torch.full((), NAN, device=DEVICE)
+    counts = torch.full((2,), -1, dtype=torch.int32, device=DEVICE)
+    arguments = x, a, b, lam, smoothing, 0.1, IGNORED
+    kernels.cross_entropy(*arguments, 1.0, losses, None, grad)
+    kernels.mean(losses, a, b, IGNORED, samples, loss, counts)
+    assert counts.tolist() == [(y != IGNORED).sum() for y in (a, b)]
+    left = grad.clone()
+    for factor in (1.0, 0.3):
+        upstream = torch.full((), factor, device=DEVICE)
+        kernels.cross_entropy(*arguments, 1.0, None, None, grad, upstream, counts=counts, written=2)
+        if factor == 1 and not ignored:
+            assert torch.equal(grad, left)
+        wanted = partial(expected, x, a, b, lam, smoothing, 1.0, scale=0.1, factor=factor)
+        true_loss, true_grad = wanted()
+        compare((loss, grad), (true_loss.sum(), true_grad), lambda dtype, wanted=wanted: wanted(dtype=dtype))
+    a[:] = IGNORED
+    kernels.mean(losses, a, b, IGNORED, samples, loss, counts)
+    assert loss.isnan()
 
 
 def check_dense(samples, classes, dtype, target_dtype, smoothing):
@@ -331,6 +363,13 @@ CHECKS = {
     **{f"ignored-{c}-{s}": partial(check_ignored, c, s) for c, s in ((10, 0.0), (10, 0.1), (300, 0.0))},
     **{f"strides-{c}-{d}": partial(check_strides, c, d) for c in (16, 200) for d in (torch.float32, torch.float16)},
     "grad-strides": check_grad_strides,
+    **{
+        f"counts-later-{n}-{c}-{ignored}": partial(check_counts_later, n, c, torch.float32, 0.1, ignored)
+        for n, c in ((5, 10), (7, 300), (1500, 2))
+        for ignored in (False, True)
+    },
+    "counts-later-bfloat16": partial(check_counts_later, 5, 10, torch.bfloat16, 0.0, True),
+    "counts-later-blocks": partial(check_counts_later, 2, 17000, torch.float32, 0.0, True),
     **{f"lse-{c}-{s}": partial(check_lse, 5, c, torch.float32, s) for c, s in ((10, 0.0), (300, 0.1))},
     **{f"lse-{c}-{d}": partial(check_lse, 5, c, d, 0.1) for c, d in ((10, HALF[0]), (17000, torch.float32))},
     **{

@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple
 import torch
 
 __all__ = [
-    "BINARY_CROSS_ENTROPY_CONFIG", "CROSS_ENTROPY_CONFIGS", "CUTMIX_CONFIG", "MIXUP_CONFIG", "PAIRWISE_CONFIGS",
-    "PATCH_CONV_TILES", "CrossEntropyConfig", "Direction", "MixupConfig", "PairwiseConfig", "PatchConvConfig",
-    "PatchConvTiles", "Split", "cross_entropy_config", "pairwise_config", "patch_conv_tiles", "split", "tile_rows",
-    "vector_size",
+    "BINARY_CROSS_ENTROPY_CONFIG", "CROSS_ENTROPY_CONFIGS", "CUTMIX_CONFIG", "MEAN_LOGITS", "MEAN_ROWS", "MIXUP_CONFIG",
+    "PAIRWISE_CONFIGS", "PATCH_CONV_TILES", "CrossEntropyConfig", "Direction", "MixupConfig", "PairwiseConfig",
+    "PatchConvConfig", "PatchConvTiles", "Split", "cross_entropy_config", "pairwise_config", "patch_conv_tiles",
+    "split", "tile_rows", "vector_size",
 ]  # fmt: skip
 
 Direction = Literal["forward", "backward_input", "backward_weight"]
@@ -320,6 +320,10 @@ CROSS_ENTROPY_CONFIGS = {
     "other": CrossEntropyConfig(16, 96, 80),  # dense targets take as many registers again, single elements masks
 }
 
+
+# The most rows, and logits, of a mean that assumes that all targets count. One program adds up the losses of so many
+# rows in some 3 us, and a gradient formed anew because a target did not count costs at most some 20.
+MEAN_ROWS, MEAN_LOGITS = 4096, 1 << 24
 
 # It needs no whole row at a time. A thread holds few logits, as each takes the registers of an exponential and a
 # logarithm.

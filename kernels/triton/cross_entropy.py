@@ -11,7 +11,11 @@ Targets are two classes a row, each with a weight, or probabilities, "dense": on
               + (2 W scale L_n + h_n) exp(z_c) / s,   T = 1, or dense: sum_c q_c
 
 where dense targets have no a and b, L_n = max_c x_nc + log s is the logsumexp, and h_n the upstream gradient to it. A
-and B are 1, or for the mean 1 over the number of targets that count, which a kernel of its own counts first.
+and B are 1, or for the mean 1 over the number of targets that count.
+
+A mean of few logits takes three launches, forward and backward. The first assumes that all targets count. The second
+adds up the losses, and the targets that do. The third, in the backward pass, ends at once if all did and the upstream
+gradient is 1; otherwise it forms the gradient anew. With many logits that would cost more than to count first.
 
 All arithmetic is in float32. Infinities and NaN propagate as in F.cross_entropy: a dense target 0 on a logit -inf gives
 NaN; a logit -inf of a class that is not the target changes nothing.
@@ -36,7 +40,7 @@ from torch import Tensor
 
 from . import configs, launch
 
-__all__ = ["cross_entropy", "scale_", "soft_target_cross_entropy"]
+__all__ = ["count", "counts_later", "cross_entropy", "mean", "scale_", "soft_target_cross_entropy"]
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 # Integers that must not cost a compilation per problem size. C and the strides of rows are in vectors.
@@ -117,15 +121,17 @@ def _gradient(e, q, c, scale, row_weight, classes, SPREAD: tl.constexpr):
 def cross_entropy_forward_kernel(
     input, target, partner_target, weight, counts, total_weight, ignored, factor, lse_grad, lse_square_scale,
     N, C, stride_input, stride_target, stride_grad, stride_weight, stride_factor, stride_lse,
-    one_minus_eps, eps_share, loss, lse, grad,
-    VECTOR: tl.constexpr, DENSE: tl.constexpr, SMOOTH: tl.constexpr, WHOLE: tl.constexpr,
+    one_minus_eps, eps_share, loss, partner_loss, lse, grad,
+    VECTOR: tl.constexpr, DENSE: tl.constexpr, SMOOTH: tl.constexpr, WHOLE: tl.constexpr, WRITTEN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Write the loss (N,) of each row, its logsumexp (N,) and the gradient (N,C), unless they are None.
 
     input (N,C). Classes: target and partner_target (N,) with lam, (N,) or (), as weight; those ``ignored`` do not
-    count; for a mean, the targets of each side that count, by ``counts`` (2,), weigh ``total_weight`` together. The
-    gradient is that of factor_n loss_n + lse_grad_n L_n; factor (N,) or () and lse_grad (N,) or None, for 1 and 0.
+    count; for a mean, the targets of each side that count, by ``counts`` (2,), weigh ``total_weight`` together, and
+    without ``counts`` all N do. With ``partner_loss`` (N,) the partner's part of the losses goes there. The gradient is
+    that of factor_n loss_n + lse_grad_n L_n; factor (N,) or () and lse_grad (N,) or None, for 1 and 0. WRITTEN: grad
+    holds it already where the factors are 1 and, if WRITTEN is 2, all targets count.
     DENSE: target (N,C), weight a number, and None for the other arguments. ``eps_share`` is eps / C, SMOOTH whether
     eps > 0.
     """
@@ -134,6 +140,12 @@ def cross_entropy_forward_kernel(
     n = _rows(N, BLOCK_N)
     rows = _pointers(input, n, stride_input, VECTOR)
     columns = tl.arange(0, BLOCK_C)[None, :]
+    if WRITTEN:
+        differs = tl.max((tl.load(factor + n * stride_factor.to(tl.int64)) != 1.0).to(tl.int32), 0) != 0
+        if WRITTEN == 2:
+            differs |= (tl.load(counts) != N) | (tl.load(counts + 1) != N)
+        if not differs:
+            return
     if DENSE:
         labels = _pointers(target, n, stride_target, VECTOR)
         row_weight = weight
@@ -178,7 +190,11 @@ def cross_entropy_forward_kernel(
     else:
         lam = tl.load(weight + n * stride_weight.to(tl.int64))[:, None]
         partner_lam = 1.0 - lam
-        if counts is not None:
+        if counts is None:
+            if total_weight is not None:
+                lam *= total_weight / N.to(tl.float32)
+                partner_lam *= total_weight / N.to(tl.float32)
+        else:
             count, partner_count = tl.load(counts), tl.load(counts + 1)
             lam *= total_weight / count.to(tl.float32)
             partner_lam *= total_weight / partner_count.to(tl.float32)
@@ -190,16 +206,25 @@ def cross_entropy_forward_kernel(
         weight_b, x_b = _weigh(b, x_b, partner_lam)
         row_weight = weight_a + weight_b
         share_a, share_b = one_minus_eps * weight_a, one_minus_eps * weight_b
-        value = share_a * (log_sum - (x_a - shift)) + share_b * (log_sum - (x_b - shift))
-        if SMOOTH:
-            value += row_weight * (label_sum * log_sum - dot)
+        value = share_a * (log_sum - (x_a - shift))
+        partner_value = share_b * (log_sum - (x_b - shift))
         row_lse = shift + log_sum
         share = row_weight  # of the softmax
+        if SMOOTH:
+            value += weight_a * (label_sum * log_sum - dot)
+            partner_value += weight_b * (label_sum * log_sum - dot)
         if lse_square_scale is not None:
-            value += row_weight * lse_square_scale * row_lse * row_lse
+            square = lse_square_scale * row_lse * row_lse
+            value += weight_a * square
+            partner_value += weight_b * square
             share += 2.0 * row_weight * lse_square_scale * row_lse
+        value = tl.where(weight_a != 0.0, value, 0.0)
+        partner_value = tl.where(weight_b != 0.0, partner_value, 0.0)
+        if partner_loss is not None:
+            tl.store((partner_loss + n)[:, None], partner_value)
+        else:
+            value += partner_value
         has_weight = (weight_a != 0.0) | (weight_b != 0.0)
-        value = tl.where(has_weight, value, 0.0)
         if lse_grad is not None:
             h = tl.load(lse_grad + n * stride_lse.to(tl.int64))[:, None]
             share = tl.where(has_weight, share, 0.0) + h
@@ -230,6 +255,32 @@ def cross_entropy_forward_kernel(
                 tl.store(grad + c, g.to(grad.dtype.element_ty), mask=in_row, eviction_policy="evict_first")
 
 
+@triton.jit(do_not_specialize=["N", "ignored"])
+def mixup_cross_entropy_mean_kernel(
+    losses, partner_losses, target, partner_target, N, ignored, scale, loss, counts, BLOCK: tl.constexpr
+):
+    """Write to counts (2,) how many targets of each side are not ignored, and to loss () the mean over those::
+
+        scale (sum_n losses_n / counts_0 + sum_n partner_losses_n / counts_1)
+
+    One program; losses, partner_losses, target and partner_target (N,).
+    """
+    total, partner_total = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    count, partner_count = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    for start in range(0, N, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        in_rows = n < N
+        total += tl.load(losses + n, mask=in_rows, other=0.0)
+        partner_total += tl.load(partner_losses + n, mask=in_rows, other=0.0)
+        count += (tl.load(target + n, mask=in_rows, other=ignored) != ignored).to(tl.int32)
+        partner_count += (tl.load(partner_target + n, mask=in_rows, other=ignored) != ignored).to(tl.int32)
+    number, partner_number = tl.sum(count, 0), tl.sum(partner_count, 0)
+    mean = tl.sum(total, 0) / number.to(tl.float32) + tl.sum(partner_total, 0) / partner_number.to(tl.float32)
+    tl.store(loss, tl.where((number > 0) & (partner_number > 0), scale * mean, float("nan")))
+    tl.store(counts, number)
+    tl.store(counts + 1, partner_number)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def cross_entropy_backward_kernel(
     grad, factor, N, C, stride_grad, stride_factor, VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
@@ -251,6 +302,11 @@ def cross_entropy_backward_kernel(
             tl.store(rows + c, (g * f[:, None]).to(grad.dtype.element_ty), mask=mask)
 
 
+def counts_later(num_samples: int, num_classes: int) -> bool:
+    """Whether a mean assumes that all targets count: of few rows, and where a gradient formed anew costs little."""
+    return num_samples <= configs.MEAN_ROWS and num_samples * num_classes <= configs.MEAN_LOGITS
+
+
 def cross_entropy(
     input: Tensor,
     target_a: Tensor,
@@ -265,28 +321,47 @@ def cross_entropy(
     grad: Tensor | None,
     factor: Tensor | None = None,
     lse_grad: Tensor | None = None,
+    counts: Tensor | None = None,
+    written: int = 0,
 ) -> None:
     """Compute losses, logsumexps L and the gradient of ``factor_n loss_n + lse_grad_n L_n``, those that are not None::
 
         loss_n = lam_n A (CE(x_n, a_n) + lse_square_scale L_n^2) + (1 - lam_n) B (CE(x_n, b_n) + lse_square_scale L_n^2)
 
-    A and B are 1, or ``total_weight`` over the number of a_n and of b_n that are not ``ignore_index``; where either
-    number is 0, every loss is NaN.
+    A and B are 1, or ``total_weight`` over the number of a_n and of b_n that are not ``ignore_index``, which are
+    ``counts`` (2,) int32; where either number is 0, every loss is NaN. A loss (2,N) gets both sides' terms one by one,
+    where A and B are total_weight / N. ``written`` tells that grad holds the gradient already where all factors are 1
+    and, if it is 2, all targets count.
 
     ``input`` (N,C) and, of its dtype, ``grad`` (N,C): unit stride in C; targets (N,) int64, ``lam`` and ``factor`` (N,)
     or (), ``loss``, ``lse`` and ``lse_grad`` (N,) float32. A target out of range reads nothing and gives NaN, unless it
     is ignored or its weight is 0; a row that has no weight gets 0 whatever its logits are.
     """
     targets = target_a.contiguous(), target_b.contiguous()
-    counts = None
-    if total_weight is not None and len(input):
-        counts, block = torch.zeros(2, dtype=torch.int32, device=input.device), 2048
-        arguments = (*targets, len(input), ignore_index, counts)
-        programs = triton.cdiv(len(input), block)
-        launch.run(launch.Launch(mixup_cross_entropy_count_kernel, programs, arguments, {"BLOCK": block}))
     strides = [0, *(0 if t is None or not t.dim() else t.stride(0) for t in (lam, factor, lse_grad))]
     options = counts, total_weight, ignore_index, factor, lse_grad, lse_square_scale or None
-    _run(input, (*targets, lam, *options), strides, label_smoothing, loss, lse, grad)
+    losses = (loss[0], loss[1]) if loss is not None and loss.dim() == 2 else (loss, None)
+    _run(input, (*targets, lam, *options), strides, label_smoothing, losses, lse, grad, written)
+
+
+def count(target_a: Tensor, target_b: Tensor, ignore_index: int) -> Tensor:
+    """Return (2,) int32: how many of ``target_a`` and of ``target_b`` (N,) are not ``ignore_index``."""
+    counts, block = torch.zeros(2, dtype=torch.int32, device=target_a.device), 2048
+    if len(target_a):
+        arguments = (target_a.contiguous(), target_b.contiguous(), len(target_a), ignore_index, counts)
+        programs = triton.cdiv(len(target_a), block)
+        launch.run(launch.Launch(mixup_cross_entropy_count_kernel, programs, arguments, {"BLOCK": block}))
+    return counts
+
+
+def mean(
+    losses: Tensor, target_a: Tensor, target_b: Tensor, ignore_index: int, scale: float, loss: Tensor, counts: Tensor
+) -> None:
+    """Write :func:`count` to ``counts``, and to ``loss`` () ``scale`` times the sum of ``losses`` (2,N) over them."""
+    arguments = (*losses.unbind(), target_a.contiguous(), target_b.contiguous(), len(target_a), ignore_index)
+    constants = {"BLOCK": 1024}
+    arguments = (*arguments, float(scale), loss, counts)
+    launch.run(launch.Launch(mixup_cross_entropy_mean_kernel, 1, arguments, constants, num_warps=8))
 
 
 def soft_target_cross_entropy(
@@ -299,7 +374,7 @@ def soft_target_cross_entropy(
     """
     target = launch.interpretable(target)
     targets = (target, None, float(weight), *[None] * 6)
-    _run(input, targets, [target.stride(0), 0, 0, 0], label_smoothing, loss, None, grad)
+    _run(input, targets, [target.stride(0), 0, 0, 0], label_smoothing, (loss, None), None, grad, 0)
 
 
 def _run(
@@ -307,13 +382,14 @@ def _run(
     targets: tuple[Any, ...],
     target_strides: Sequence[int],
     label_smoothing: float,
-    loss: Tensor | None,
+    losses: tuple[Tensor | None, Tensor | None],
     lse: Tensor | None,
     grad: Tensor | None,
+    written: int,
 ) -> None:
     """Launch on these ``targets`` and options, with the strides of target, weight, factor and lse_grad."""
     if not input.numel():
-        for result, value in ((loss, 0.0), (lse, -math.inf)):  # there are no classes
+        for result, value in (*((loss, 0.0) for loss in losses), (lse, -math.inf)):  # there are no classes
             if result is not None:
                 result.fill_(value)
         return
@@ -327,8 +403,9 @@ def _run(
         config = configs.cross_entropy_config(num_classes, itemsize, vector, dense)
         numbers = (float(1 - label_smoothing), label_smoothing / num_classes)
         sizes = (*_in_vectors(input, vector, strides), *other_strides)
-        arguments = (input, *targets, *sizes, *numbers, loss, lse, result)
-        constants = {"DENSE": dense, "SMOOTH": label_smoothing > 0, "WHOLE": config.holds(num_classes)}
+        arguments = (input, *targets, *sizes, *numbers, *losses, lse, result)
+        constants: dict[str, Any] = {"DENSE": dense, "SMOOTH": label_smoothing > 0, "WRITTEN": written}
+        constants["WHOLE"] = config.holds(num_classes)
         _launch(cross_entropy_forward_kernel, config, input, arguments, VECTOR=vector, **constants)
 
 

@@ -87,7 +87,7 @@ def _mixup_forward(
     reduction: str,
     need_lse: bool,
     need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_samples, num_classes = input.shape
     mean, fold = reduction == "mean", folds_mean(input.dtype)
     name = backends.serving(input.device.type, input.dtype)
@@ -101,7 +101,7 @@ def _mixup_forward(
         loss, lse, grad, bad = _checks.explained(run, native, _checks.lam_values, lam)
         if bad >= 0:
             raise _out_of_range("ab"[bad % 2], int(targets[bad % 2][bad // 2]), num_classes, ignore_index)
-        return loss / num_samples if mean and not fold else loss, lse, grad
+        return loss / num_samples if mean and not fold else loss, lse, grad, _empty_counts(input, reduction, need_grad)
 
     _checks.lam_values(lam)
     if input.device.type == "cpu":  # elsewhere a target that is out of range gives NaN
@@ -110,24 +110,49 @@ def _mixup_forward(
             if len(bad_ones):
                 raise _out_of_range(key, int(bad_ones[0]), num_classes, ignore_index)
     loss, grad = _empty(input, need_grad)
-    lse = loss.new_empty(num_samples if need_lse else 0)
+    lse, counts = loss.new_empty(num_samples if need_lse else 0), _empty_counts(input, reduction, need_grad)
     total_weight = (1.0 if fold else float(num_samples)) if mean else None
     arguments = (target_a, target_b, lam, label_smoothing, lse_square_scale, ignore_index, total_weight)
     if name == "triton":
-        from mixfeat.kernels.triton.cross_entropy import cross_entropy as launch
+        from mixfeat.kernels.triton import cross_entropy as kernels
 
-        launch(rows_of(input), *arguments, loss, lse if need_lse else None, grad if need_grad else None)
+        lse_to, grad_to = lse if need_lse else None, grad if need_grad else None
+        if total_weight and _counts_serve(input) and kernels.counts_later(num_samples, num_classes):
+            counts = counts if len(counts) else counts.new_empty(2)
+            losses, loss = loss.new_empty(2, num_samples), loss.new_empty(())
+            kernels.cross_entropy(rows_of(input), *arguments, losses, lse_to, grad_to)
+            kernels.mean(losses, target_a, target_b, ignore_index, num_samples / total_weight, loss, counts)
+            return loss, lse, grad, counts if need_grad else counts.new_empty(0)
+        found = kernels.count(target_a, target_b, ignore_index) if mean else None
+        kernels.cross_entropy(rows_of(input), *arguments, loss, lse_to, grad_to, counts=found)
+        counts = found if found is not None and len(counts) else counts
     else:
         rows, row_lse, rows_grad = fallback.mixup_cross_entropy_rows(input.to(loss.dtype), *arguments, need_grad)
         _fill(loss, grad, (rows, rows_grad))
         if need_lse:
             lse.copy_(row_lse)
-    return _reduce(loss, reduction, fold), lse, grad
+        if len(counts):
+            counts.copy_(torch.stack([(target != ignore_index).sum() for target in (target_a, target_b)]))
+    return _reduce(loss, reduction, fold), lse, grad, counts
+
+
+def _counts_serve(input: Tensor) -> bool:
+    """Whether backward needs to know how many targets count: where a GPU's kernels may serve, whichever backend does.
+
+    What decides is the device, for a backward pass that was compiled may be found in a cache.
+    """
+    return input.device.type != "cpu"
+
+
+def _empty_counts(input: Tensor, reduction: str, need_grad: bool) -> Tensor:
+    size = 2 if reduction == "mean" and need_grad and _counts_serve(input) else 0
+    return input.new_empty(size, dtype=torch.int32)
 
 
 def _mixup_backward(
-    lse_grad: Tensor,
     grad: Tensor | None,
+    lse_grad: Tensor | None,
+    counts: Tensor,
     input: Tensor,
     target_a: Tensor,
     target_b: Tensor,
@@ -137,7 +162,7 @@ def _mixup_backward(
     ignore_index: int,
     mean: bool,
 ) -> Tensor:
-    """Compute the gradient, given those of the loss and of the logsumexp."""
+    """Compute the gradient anew, given those of the loss and of the logsumexp, and forward's ``counts``."""
     name = backends.serving(input.device.type, input.dtype)
     factor = lam.new_zeros(()) if grad is None else grad
     if name == "cpu":
@@ -152,7 +177,8 @@ def _mixup_backward(
         from mixfeat.kernels.triton.cross_entropy import cross_entropy as launch
 
         input_grad = input.new_empty(input.shape)
-        launch(rows_of(input), *arguments, None, None, input_grad, factor, lse_grad)
+        found = counts if mean and len(input) else None
+        launch(rows_of(input), *arguments, None, None, input_grad, factor, lse_grad, counts=found)
         return input_grad
     *_, rows = fallback.mixup_cross_entropy_rows(input.to(lam.dtype), *arguments, True, factor, lse_grad)
     assert rows is not None
@@ -236,17 +262,18 @@ def _fake(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return (loss if reduction == "none" else loss.new_empty(())), grad
 
 
-def _mixup_fake(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _mixup_fake(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *_, reduction, need_lse, need_grad = rest
     loss, grad = _fake(input, reduction, need_grad)
-    return loss, loss.new_empty(input.shape[0] if need_lse else 0), grad
+    lse = loss.new_empty(input.shape[0] if need_lse else 0)
+    return loss, lse, grad, _empty_counts(input, reduction, need_grad)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], saved: tuple[Tensor, ...]) -> None:
     input = inputs[0]
     tensors = [value for value in inputs if isinstance(value, Tensor)]
     ctx.options = inputs[len(tensors) : -1]
-    ctx.save_for_backward(output[-1], *tensors)
+    ctx.save_for_backward(*saved, *tensors)
     ctx.divisor = input.shape[0] if "mean" in ctx.options and not folds_mean(input.dtype) else 1
     ctx.may_overwrite = gradient_may_be_overwritten(ctx)
 
@@ -265,17 +292,39 @@ def gradient_may_be_overwritten(ctx: Any) -> Callable[[Tensor], bool]:
 
 def _mixup_backward_of(ctx: Any, grads: tuple[Tensor | None, Tensor | None], needs: Sequence[bool]) -> Sequence[Tensor]:
     grad, lse_grad = grads
-    if lse_grad is not None and lse_grad.numel():
-        *options, reduction, _ = ctx.options
-        arguments = (*ctx.saved_tensors[1:], *options, reduction == "mean")
-        return (_mixup_cross_entropy_backward.outputs(lse_grad, grad, *arguments),)
-    return () if grad is None else _backward(ctx, grad, needs)
+    input_grad, counts, input, target_a, target_b, lam = ctx.saved_tensors
+    label_smoothing, lse_square_scale, ignore_index, reduction, need_lse = ctx.options
+    if not need_lse:
+        if grad is None:
+            return (torch.zeros_like(input),)
+        if not _counts_serve(input):
+            return _backward(ctx, grad, needs)
+        if ctx.may_overwrite(grad) and backends.serving(input.device.type, input.dtype) == "triton":
+            _write_again(input_grad, counts, ctx, grad)
+            return (input_grad,)
+    arguments = (input, target_a, target_b, lam, label_smoothing, lse_square_scale, ignore_index, reduction == "mean")
+    return (_mixup_cross_entropy_backward.outputs(grad, lse_grad if need_lse else None, counts, *arguments),)
+
+
+def _write_again(input_grad: Tensor, counts: Tensor, ctx: Any, grad: Tensor) -> None:
+    """Write the gradient where forward left one, which ends at once if it is that."""
+    from mixfeat.kernels.triton import cross_entropy as kernels
+
+    _, _, input, target_a, target_b, lam = ctx.saved_tensors
+    label_smoothing, lse_square_scale, ignore_index, reduction, _ = ctx.options
+    mean, written = reduction == "mean" and len(input) > 0, 1
+    if mean:
+        written = 0 if ctx.divisor != 1 else 2 if kernels.counts_later(*input.shape) else 1
+    kernels.cross_entropy(
+        rows_of(input), target_a, target_b, lam, label_smoothing, lse_square_scale, ignore_index, 1.0 if mean else None,
+        None, None, input_grad, grad, counts=counts if mean else None, written=written,
+    )  # fmt: skip
 
 
 def _mixup_recorded_backward(
     ctx: Any, grads: tuple[Tensor | None, Tensor | None], needs: Sequence[bool]
 ) -> tuple[Tensor]:
-    _, input, target_a, target_b, lam = ctx.saved_tensors
+    _, _, input, target_a, target_b, lam = ctx.saved_tensors
     label_smoothing, lse_square_scale, ignore_index, reduction, need_lse = ctx.options
     *_, rows = fallback.mixup_cross_entropy_rows(
         input.to(lam.dtype), target_a, target_b, lam, label_smoothing, lse_square_scale, ignore_index,
@@ -317,24 +366,25 @@ def _operator(schema: str, **functions: Any) -> Operator:
         schema,
         differentiable=("input",),
         request=lambda args: (*args[:-1], True),
-        setup_context=_setup_context,
         **functions,
     )
 
 
 _mixup_cross_entropy_backward = Operator(
-    "mixup_cross_entropy_backward(Tensor lse_grad, Tensor? grad, Tensor input, Tensor target_a, Tensor target_b, "
-    "Tensor lam, float label_smoothing, float lse_square_scale, int ignore_index, bool mean) -> Tensor",
+    "mixup_cross_entropy_backward(Tensor? grad, Tensor? lse_grad, Tensor counts, Tensor input, Tensor target_a, "
+    "Tensor target_b, Tensor lam, float label_smoothing, float lse_square_scale, int ignore_index, bool mean) "
+    "-> Tensor",
     forward=_mixup_backward,
-    fake=lambda lse_grad, grad, input, *rest: input.new_empty(input.shape),
+    fake=lambda grad, lse_grad, counts, input, *rest: input.new_empty(input.shape),
 )
 _mixup_cross_entropy = _operator(
     "mixup_cross_entropy(Tensor input, Tensor target_a, Tensor target_b, Tensor lam, float label_smoothing, "
     "float lse_square_scale, int ignore_index, str reduction, bool need_lse, bool need_grad) "
-    "-> (Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     forward=_mixup_forward,
     fake=_mixup_fake,
     results=2,
+    setup_context=lambda ctx, inputs, output: _setup_context(ctx, inputs, output[2:]),
     backward=_mixup_backward_of,
     recorded_backward=_mixup_recorded_backward,
     definition=_mixup_definition,
@@ -344,6 +394,7 @@ _soft_target_cross_entropy = _operator(
     "-> (Tensor, Tensor)",
     forward=_soft_target_forward,
     fake=_fake,
+    setup_context=lambda ctx, inputs, output: _setup_context(ctx, inputs, output[1:]),
     backward=_backward,
     recorded_backward=_soft_target_recorded_backward,
     definition=_soft_target_definition,

@@ -127,8 +127,9 @@ class Operator:
         return output[0] if self._results == 1 else output[: self._results]
 
     def outputs(self, *args: Any) -> Any:
-        """Return all outputs, without a derivative; the first argument may be a batch of gradients."""
-        if can_bypass_dispatcher(args, self._tensors) and not is_batched(args[0]):
+        """Return all outputs, without a derivative; the first two arguments may be batches of gradients."""
+        batched = any(isinstance(arg, Tensor) and is_batched(arg) for arg in args[:2])
+        if can_bypass_dispatcher(args, self._tensors) and not batched:
             return self.forward(*args)
         if self._definition is None and _has_tangent(args):
             raise NotImplementedError(f"{self.name} has no forward-mode derivative (jvp, jacfwd)")
