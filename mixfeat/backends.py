@@ -42,16 +42,14 @@ def _why_not(name: str) -> str | None:
     if name == "cuda":
         from mixfeat.kernels import cuda
 
-        return cuda.unavailable() or (None if torch.cuda.is_available() else "no GPU is here")
+        return cuda.unavailable() or (None if torch.cuda.is_available() else "no GPU was found")
     if name == "triton":
         try:
             import triton
         except ImportError as error:
             return f"triton cannot be imported: {error}"
         if not torch.cuda.is_available() and not interpreted():
-            return (
-                f"triton {triton.__version__} is here, but no GPU is (TRITON_INTERPRET=1 runs its kernels on the CPU)"
-            )
+            return f"triton {triton.__version__} found no GPU (TRITON_INTERPRET=1 runs its kernels on the CPU)"
     return None
 
 

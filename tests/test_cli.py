@@ -236,7 +236,7 @@ sys.exit(cli.main(command))
     (ended,) = processes.run(f"command = {command}\n{code}")
     assert ended.status == 130, ended.stderr
     assert ended.stderr.splitlines()[-1] == (
-        f"mixfeat reproduce theory: stopped; go on with: mixfeat {shlex.join(command)} --resume"
+        f"mixfeat reproduce theory: stopped; continue with: mixfeat {shlex.join(command)} --resume"
     )
     assert "Traceback" not in ended.stderr
     paths = tmp_path / "resumed.json", tmp_path / "unbroken.json"

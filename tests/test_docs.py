@@ -31,7 +31,11 @@ def having(language):
 @having("python")
 def test_examples_run(page, run_python):
     """The blocks of a page follow each other, as a reader would type them."""
-    output = run_python("\n".join(blocks(page, "python")))
+    code = "\n".join(blocks(page, "python"))
+    if page.parent.name == "operators":  # their examples change nothing in this process
+        exec(code, {})
+        return
+    output = run_python(code)
     if page.name == "README.md":
         assert output.startswith("tensor([")
 

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         again = shlex.join(["mixfeat", *argv] + ["--resume"] * (getattr(args, "resume", None) is False))
-        print(f"{args.prog}: stopped; go on with: {again}", file=sys.stderr)
+        print(f"{args.prog}: stopped; continue with: {again}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         _silence()

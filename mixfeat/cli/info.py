@@ -18,10 +18,10 @@ _OBJECTIVES = {"ERM": None, "Midpoint": (0.5,), "Uniform, 8 nodes": (9 / 16, 11 
 
 def add_commands(commands: Commands) -> None:
     """Add ``info``."""
-    parser = add_command(commands, "info", _info, "versions, devices, backends, compiler: for a bug report")
+    parser = add_command(commands, "info", _info, "print versions, devices, backends and compiler, for a bug report")
     parser.add_argument(
         "--shape", type=problem_shape, metavar="N,P,D,C,M",
-        help="also say which GPUs run gradient_descent of this shape in one launch, and why the others do not",
+        help="also print which GPUs run gradient_descent of this shape in one launch, and why others do not",
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def add_commands(commands: Commands) -> None:
         results,
         "theory",
         _reproduce_theory,
-        help="ERM learns one feature of a class, Midpoint Mixup both",
+        help="show that ERM learns one feature of a class, Midpoint Mixup both",
         description="Train ERM, Uniform Mixup and Midpoint Mixup on multi-view data by full-batch gradient descent and "
         "count the features that each has learned (arXiv 2210.13512, Theorems 4.6 and 4.7).",
     )
@@ -48,21 +48,21 @@ def add_commands(commands: Commands) -> None:
         results,
         "images",
         _reproduce_images,
-        help="test error on images with two features per class",
+        help="measure the test error on images with two features in each class",
         description="Train ERM, Uniform Mixup and Midpoint Mixup on images that are concatenated along channels with "
-        "an image of a paired class (arXiv 2210.13512, section 5), and take the test error with the second half zero "
+        "an image of a paired class (arXiv 2210.13512, section 5). Measure the test error with the second half zero "
         "(view 0, the paper's test) and with the first half zero (view 1: has the second feature been learned?).",
     )
     parser.add_argument(
         "--data-dir", type=Path, default=Path("data"), metavar="FOLDER",
-        help="with the official files of fashion-mnist, cifar10 or cifar100 (default: %(default)s)",
+        help="folder with the official files of fashion-mnist, cifar10 or cifar100 (default: %(default)s)",
     )  # fmt: skip
     _add_options(parser, images.Settings, Path("results/images"))
     parser = add_command(
         results,
         "benign-overfitting",
         _reproduce_benign_overfitting,
-        help="networks that fit their samples: where the test error is low and where it is not",
+        help="map where networks that fit their samples also generalise",
         description="Train networks by full-batch gradient descent on data of a signal and a noise patch, over a grid "
         "of sample sizes and signal strengths, and draw the test error with the boundary n SNR^q = const of the theory "
         "(arXiv 2202.06526). A grid can grow, with --resume.",
@@ -72,9 +72,9 @@ def add_commands(commands: Commands) -> None:
         results,
         "rare-features",
         _reproduce_rare_features,
-        help="ERM learns the common features, Mixup the rare ones too",
-        description="Train networks by full-batch gradient descent on samples few of which carry a rare feature: by "
-        "ERM, by Mixup over all pairs, and by Mixup that is stopped early, and take the test error on points with the "
+        help="show that ERM learns the common features, Mixup the rare ones too",
+        description="Train networks by full-batch gradient descent on samples, few of which carry a rare feature, by "
+        "ERM, by Mixup over all pairs, and by Mixup that is stopped early. Measure the test error on points with the "
         "common and with the rare feature (arXiv 2303.08433).",
     )
     _add_options(parser, rare_features.Settings, Path("results/rare-features"), methods=rare_features.METHODS)
@@ -82,14 +82,14 @@ def add_commands(commands: Commands) -> None:
         commands,
         "sweep",
         _sweep,
-        help="what the methods learn over a grid of two settings",
+        help="map what the methods learn over a grid of two settings",
         description="Run the experiment of `mixfeat reproduce theory` at every point of a grid of two of its settings, "
         "and draw heat maps of what each method has learned there. A grid can grow: with --resume more values of the "
-        "same two settings are added to those that the output folder has.",
+        "same two settings are added.",
     )
     parser.add_argument(
         "--preset", choices=list(sweep.PRESETS), default="coarse", metavar="PRESET",
-        help="the grid and the seeds, unless they are given: coarse, 4 x 3 points and 3 seeds, or fine, 10 x 12 points "
+        help="default grid and seeds: coarse, 4 x 3 points and 3 seeds, or fine, 10 x 12 points "
         "and 10 seeds (default: %(default)s)",
     )  # fmt: skip
     for name in ("x", "y"):
@@ -112,17 +112,19 @@ def _add_options(
     if methods:
         parser.add_argument(
             "--methods", nargs="+", choices=list(methods), default=list(methods), metavar="METHOD",
-            help=f"of {', '.join(methods)} (default: all)",
+            help=f"methods to train, among {', '.join(methods)} (default: all)",
         )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, default=folder, metavar="FOLDER",
-        help="for the results and the figure (default: %(default)s)",
+        help="folder for the results and the figure (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="continue from the results in the output folder")
     parser.add_argument(
-        "--jobs", type=int, metavar="INT", help="processes that share the runs (default: one for each core, or GPU)"
+        "--jobs", type=int, metavar="INT", help="number of worker processes (default: one for each core, or GPU)"
     )
-    parser.add_argument("--scheduler", metavar="ADDRESS", help="of a Dask cluster whose workers train instead")
+    parser.add_argument(
+        "--scheduler", metavar="ADDRESS", help="train on the workers of the Dask cluster with this scheduler"
+    )
     for setting in fields(kind_of_settings):
         several = isinstance(setting.default, tuple)  # a pair, or any number of values
         kind: Any = get_args(setting.type)[0] if several else setting.type
