@@ -3,6 +3,7 @@
 Each function has the signature of its operator, so that a benchmark can time it in the operator's place.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixfeat.activations import PolyReLU
+from mixfeat.activations import PolyReLU, Power
 
 #: A user's contender, by its name: ``--against`` puts it here.
 AGAINST: dict[str, Callable[..., Any]] = {}
@@ -48,10 +49,9 @@ def _power(u: Tensor, exponent: int) -> Tensor:
     return half * half * u if exponent % 2 else half * half
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile for static shapes, on a GPU with maximal autotuning."""
-    mode = "max-autotune-no-cudagraphs" if torch.cuda.is_available() else None
-    return torch.compile(function, mode=mode, dynamic=False)
+def compiled(function: Callable[..., Any], *, autotune: bool = torch.cuda.is_available()) -> Callable[..., Any]:
+    """Compile for static shapes; ``autotune`` as much as there is, which is the rule on a GPU."""
+    return torch.compile(function, mode="max-autotune-no-cudagraphs" if autotune else None, dynamic=False)
 
 
 def pairwise_naive(input: Tensor, weight: Tensor, target: Tensor, activation: PolyReLU) -> Tensor:
@@ -125,6 +125,36 @@ class PairwiseRows:
                 grad = (torch.cat(row_grads) + column_grad) * (0.5 / samples**2)
                 return (grad.view(x.shape[0], -1).t() @ x).view_as(weight)
             return loss / samples**2
+
+
+def pairwise_binomial(input: Tensor, weight: Tensor, target: Tensor, activation: Power) -> Tensor:
+    """Expand the power of a sum: the logits of all pairs are one matrix product for each class.
+
+    Of Power(q) alone: sum_r (s_ir + s_jr)^q = sum_k binom(q, k) <s_i^k, s_j^(q-k)>. At lam = 1/2 logits are symmetric
+    in i and j, so that the labels of j are compared where those of i are.
+    """
+    samples, degree = input.shape[0], activation.degree
+    s = torch.einsum("npd,cmd->cnpm", input, weight).flatten(2)
+    powers = [torch.ones_like(s)]
+    for _ in range(degree):
+        powers.append(powers[-1] * s)
+    left = torch.cat([math.comb(degree, k) / 2**degree * powers[k] for k in range(degree + 1)], -1)
+    right = torch.cat(powers[::-1], -1)
+    log_p = (left @ right.transpose(1, 2)).log_softmax(0)
+    return -log_p[target, torch.arange(samples, device=input.device)].mean()
+
+
+def batched_loss(input: Tensor, weight: Tensor, target: Tensor, activation: PolyReLU, lam: float | None) -> Tensor:
+    """Sum the losses of R networks (R,C,M,D) in one formula, which a compiler can fuse; ``lam`` None: without pairs."""
+    s = torch.einsum("npd,rcmd->rncpm", input, weight).flatten(-2)
+    rho, degree = activation.rho, activation.degree
+    t = s / rho if lam is None else lam / rho * s[:, :, None] + (1 - lam) / rho * s[:, None]
+    logits = (rho * (_power(t.clamp(0, 1), degree) / degree + (t - 1).clamp(min=0))).sum(-1)
+    log_p = logits.log_softmax(-1)
+    label = F.one_hot(target, weight.shape[1]).to(log_p)
+    if lam is not None:
+        label = lam * label[:, None] + (1 - lam) * label[None]
+    return -(label * log_p).sum(-1).flatten(1).mean(1).sum()
 
 
 def mixup(input: Tensor, index: Tensor, lam: Tensor) -> Tensor:

@@ -6,17 +6,19 @@ their images are compared to what mixfeat makes of the same draw.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import mixfeat as mf
+from mixfeat.activations import PolyReLU
 
 from .timing import CUDA, Contender
 
 __all__ = [
-    "BINARY_LOSSES", "CUTMIX", "HEADS", "LOSSES", "MIXUP", "SOFT_LOSSES", "MissingError", "gather", "mixers",
+    "BINARY_LOSSES", "CUTMIX", "HEADS", "LOSSES", "MIXUP", "PAIRS", "SOFT_LOSSES", "MissingError", "gather", "mixers",
     "mixup_of_bytes",
 ]  # fmt: skip
 
@@ -201,6 +203,29 @@ def _cut_cross_entropy() -> Callable[..., Tensor]:
     return loss
 
 
+def _keops() -> Callable[..., Tensor]:
+    """Return the midpoint loss of all pairs as a reduction by KeOps, which never stores them.
+
+    KeOps compiles a formula for the numbers of classes and features; those of its gradient take minutes.
+    """
+    from pykeops.torch import Vi, Vj
+
+    def loss(input: Tensor, weight: Tensor, target: Tensor, activation: PolyReLU) -> Tensor:
+        rho, degree = activation.rho, activation.degree
+        s = torch.einsum("npd,cmd->cnpm", input, weight).flatten(2) * (0.5 / rho)
+        label = F.one_hot(target, len(weight)).to(s).t()[..., None].contiguous()
+        total: Any = 0
+        own: Any = 0
+        for of_class, is_class in zip(s, label, strict=True):
+            t = Vi(of_class) + Vj(of_class)
+            logit = (t.clamp(0, 1) ** degree / degree + (t - 1).relu()).sum(-1) * rho
+            total, own = logit.exp() + total, logit * Vi(is_class) + own
+        return (total.log() - own).sum(1).mean() / len(input)  # symmetric: the label of i stands for that of j too
+
+    return loss
+
+
+PAIRS = {"KeOps": _keops}
 LOSSES = {"timm": _timm_loss, "Liger": _liger, "quack": _quack, "flash-attention": _flash_attention}
 BINARY_LOSSES = {"timm": _timm_binary_loss}
 SOFT_LOSSES = {"timm": _timm_soft_loss}

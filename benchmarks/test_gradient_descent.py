@@ -36,27 +36,14 @@ def operator_loop(x, w, y, lam):
     return weight.detach()
 
 
-def batched_loss(x, w, y, lam):
-    """Write the loss of all networks at once in plain PyTorch: the formulation that a compiler can fuse best."""
-    s = torch.einsum("npd,rcmd->rncpm", x, w).flatten(-2)
-    rho, degree = ACTIVATION.rho, ACTIVATION.degree
-    t = s / rho if lam is None else lam / rho * s[:, :, None] + (1 - lam) / rho * s[:, None]
-    logits = (rho * (baselines._power(t.clamp(0, 1), degree) / degree + (t - 1).clamp(min=0))).sum(-1)
-    log_p = logits.log_softmax(-1)
-    label = F.one_hot(y, w.shape[1]).to(log_p)
-    if lam is not None:
-        label = lam * label[:, None] + (1 - lam) * label[None]
-    return -(label * log_p).sum(-1).flatten(1).mean(1).sum()
-
-
-def plain_loop(x, w, y, lam, *, compile):
+def plain_loop(x, w, y, lam, compile=lambda function: function):
     """Take the steps by one function of all networks, compiled or not."""
 
     def step(weight):
-        (grad,) = torch.autograd.grad(batched_loss(x, weight, y, lam), weight)
+        (grad,) = torch.autograd.grad(baselines.batched_loss(x, weight, y, ACTIVATION, lam), weight)
         return grad
 
-    gradient = baselines.compiled(step) if compile else step
+    gradient = compile(step)
 
     def run():
         weight = w.detach().clone().requires_grad_()
@@ -79,15 +66,18 @@ def trained_by(f, x, w, y, lam):
 def test_runs(bench, name, lam, runs):
     """Train networks for 32 steps in one call, against loops over steps of all networks at once."""
     x, w, y = make_inputs(SHAPE, runs)
+    autotuned = functools.partial(baselines.compiled, autotune=True)
+    tuned = {"max-autotune": plain_loop(x, w, y, lam, autotuned)} if runs == 8 and not CUDA else {}
     contenders = {
         "mixfeat": functools.partial(trained_by, mf.gradient_descent, x, w, y, lam),
         "operators and SGD": lambda: operator_loop(x, w, y, lam),
-        "torch.compile": plain_loop(x, w, y, lam, compile=True),
-        "eager": plain_loop(x, w, y, lam, compile=False),
+        "torch.compile": plain_loop(x, w, y, lam, baselines.compiled),
+        "eager": plain_loop(x, w, y, lam),
+        **tuned,
         **{key: functools.partial(trained_by, f, x, w, y, lam) for key, f in baselines.AGAINST.items()},
     }
     harness.check(contenders, contenders["mixfeat"](), torch.float32)
-    contenders["torch.compile"] = fastest(contenders["torch.compile"])
+    contenders |= {name: fastest(contenders[name]) for name in ("torch.compile", *tuned)}
     evaluations = SHAPE.evaluations if lam is None else SHAPE.pair_evaluations
     work = network_work(
         "training", torch.float32, products=runs * STEPS * SHAPE.products, evaluations=runs * STEPS * evaluations,

@@ -11,9 +11,9 @@ import torch
 import mixfeat as mf
 from mixfeat.ops.pairwise_mixup_loss import pairwise_mixup_block
 
-from . import baselines, harness
-from .limits import network_work
-from .shapes import NETWORKS, Network, cases
+from . import baselines, harness, peers
+from .limits import Work, network_work
+from .shapes import NETWORKS, Network, cases, named
 from .timing import CUDA, DEVICE, Contender, compare, medians, warm
 
 ACTIVATION = mf.PolyReLU(8, 0.1)
@@ -75,7 +75,9 @@ def test_operator(bench, name, dtype, direction):
         "naive": harness.directed(direction, lambda: baselines.pairwise_naive(x, w, y, ACTIVATION), w),
     }
     contenders = {key: contenders[key] for key in ("mixfeat", "torch.compile", *affordable(shape, dtype))}
-    for key, f in baselines.AGAINST.items():
+    reduces = direction == "forward" and dtype == torch.float32 and name in named("paper-10")
+    others, missing = peers.gather(peers.PAIRS if reduces else {})
+    for key, f in {**others, **baselines.AGAINST}.items():
         contenders[key] = harness.directed(direction, functools.partial(f, x, w, y, ACTIVATION), w)
     exact = w.detach().float().requires_grad_()
     truth = harness.directed(direction, lambda: mf.pairwise_mixup_loss(x.float(), exact, y, ACTIVATION), exact)
@@ -86,7 +88,28 @@ def test_operator(bench, name, dtype, direction):
         bytes=x.nbytes + w.nbytes * (1 + backward),
     )  # fmt: skip
     case = harness.Case("pairwise_mixup_loss", f"{name} {tuple(shape)}", direction, dtype)
-    bench(case, contenders, work=work, pairwise=True)
+    bench(case, contenders, work=work, pairwise=True, missing=missing)
+
+
+@pytest.mark.parametrize("degree", [2, 3])
+def test_power(bench, degree):
+    """Time monomials, whose pairs the binomial theorem makes a matrix product."""
+    shape, direction = NETWORKS.get("paper-10", next(iter(NETWORKS.values()))), "forward + backward"
+    x, w, y = make_inputs(shape)
+    formulas = {
+        "mixfeat": mf.pairwise_mixup_loss,
+        "binomial, compiled": baselines.compiled(baselines.pairwise_binomial),
+        "binomial": baselines.pairwise_binomial,
+    }
+    activation = mf.Power(degree)
+    contenders = {
+        key: harness.directed(direction, functools.partial(f, x, w, y, activation), w) for key, f in formulas.items()
+    }
+    exact = w.detach().double().requires_grad_()
+    truth = harness.directed(direction, lambda: baselines.pairwise_binomial(x.double(), exact, y, activation), exact)
+    harness.check(contenders, truth(), torch.float32)
+    case = harness.Case("pairwise_mixup_loss", f"paper-10, z^{degree} {tuple(shape)}", direction)
+    bench(case, contenders, work=Work({"evaluations": shape.pair_evaluations}))
 
 
 def test_training_step(bench):
@@ -108,14 +131,18 @@ def test_training_step(bench):
         losses = [baselines.pairwise_naive(x, network, y, ACTIVATION) for network in w]
         return torch.autograd.grad(torch.stack(losses).sum(), w)[0]
 
+    def batched():
+        return torch.autograd.grad(baselines.batched_loss(x, w, y, ACTIVATION, 0.5), w)[0]
+
     gradients = {
         "mixfeat": ours,
         "torch.compile": rows(baselines.PairwiseRows(rows=25)),
+        "batched, compiled": baselines.compiled(batched),
         "best eager": rows(baselines.PairwiseRows(rows=25, compile=False)),
         "naive": naive,
     }
     harness.check(gradients, ours(), torch.float32)
-    gradients["torch.compile"] = fastest(gradients["torch.compile"])
+    gradients |= {name: fastest(gradients[name]) for name in ("torch.compile", "batched, compiled")}
 
     def step(gradient):
         return lambda: detached.sub_(gradient(), alpha=1e-6)

@@ -28,9 +28,8 @@ def environment() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(i)
         memory, capability = f"{properties.total_memory / 2**30:.0f} GiB", f"{properties.major}.{properties.minor}"
         gpus.append(f"{properties.name}, {memory}, {properties.multi_processor_count} SMs, capability {capability}")
-    variables = {
-        name: value for name, value in sorted(os.environ.items()) if name.startswith(("MIXFEAT_", "TRITON_", "OMP_"))
-    }
+    prefixes = ("MIXFEAT_", "TRITON_", "OMP_", "THP_")
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes)}
     return {
         "mixfeat": mixfeat.__version__,
         "python": f"{platform.python_implementation()} {platform.python_version()}",

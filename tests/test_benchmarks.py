@@ -335,7 +335,7 @@ def test_peers_that_cut_are_compared(box):
         peers.mixers({"wrong": functools.partial(make, share=0.9 * share + 0.05)}, torch.rand(4, 3, 5, 6))
 
 
-@pytest.mark.parametrize("makers", [peers.LOSSES, peers.BINARY_LOSSES, peers.SOFT_LOSSES, peers.HEADS])
+@pytest.mark.parametrize("makers", [peers.PAIRS, peers.LOSSES, peers.BINARY_LOSSES, peers.SOFT_LOSSES, peers.HEADS])
 def test_losses_of_others_are_there_or_say_why(makers):
     found, missing = peers.gather(makers)
     assert {*found, *missing} == {*makers}
