@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+import mixfeat as mf
 from mixfeat import cli
-from mixfeat.benchmarks import harness, pages, peers, results, timing
+from mixfeat.benchmarks import baselines, harness, pages, peers, results, timing
 
 
 def row(seconds, contenders=("mixfeat", "eager"), peaks=(2**20, 3 * 2**20), also=True, **changes):
@@ -340,6 +341,54 @@ def test_losses_of_others_are_there_or_say_why(makers):
     found, missing = peers.gather(makers)
     assert {*found, *missing} == {*makers}
     assert all(missing.values())
+
+
+def test_baselines_of_the_losses_agree():
+    """The formulas that the benchmarks time, in float64; values and gradients."""
+    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    labels = (*torch.randint(5, (2, 6)), torch.tensor(0.3, dtype=torch.float64))
+    dense = torch.rand(6, 5, dtype=torch.float64)  # which need not sum to 1
+    pairs = [
+        (mf.mixup_cross_entropy, labels, baselines.two_cross_entropies),
+        (mf.mixup_cross_entropy, labels, baselines.logsumexp_cross_entropy),
+        (mf.mixup_cross_entropy, labels, baselines.dense_cross_entropy),
+        (mf.soft_target_cross_entropy, (dense,), baselines.logsumexp_soft_cross_entropy),
+        (mf.mixup_binary_cross_entropy, labels, baselines.dense_binary_cross_entropy),
+    ]
+    for ours, arguments, theirs in pairs:
+        losses = [loss(logits, *arguments) for loss in (ours, theirs)]
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in losses))
+
+
+def test_baselines_of_mixing_agree():
+    index, lam = torch.tensor([2, 0, 3, 1]), torch.tensor(0.3)
+    images = torch.randint(256, (4, 3, 5, 6), dtype=torch.uint8)
+    x = torch.rand(4, 3, 5, 6)
+    torch.testing.assert_close(baselines.mixup_lerp(x, index, lam), mf.mixup(x, index, lam))
+    torch.testing.assert_close(baselines.mixup_of_bytes(images, index, lam), mf.mixup(images, index, lam))
+    found, missing = peers.gather({"OpenCV": peers.mixup_of_bytes})
+    for mix in found.values():
+        torch.testing.assert_close(mix(images, index, lam), mf.mixup(images, index, lam), rtol=1e-5, atol=1e-3)
+    assert len(found) + len(missing) == 1
+
+
+def test_baselines_of_pairs_agree():
+    """The expansion of a power; all networks at once."""
+    x, y = torch.randn(7, 3, 4, dtype=torch.float64), torch.arange(7) % 3
+    w = (0.3 * torch.randn(2, 3, 2, 4, dtype=torch.float64)).requires_grad_()
+    activation = mf.PolyReLU(4, 0.5)
+    for degree in (1, 2, 3):
+        expanded = baselines.pairwise_binomial(x, w[0], y, mf.Power(degree))
+        torch.testing.assert_close(expanded, mf.pairwise_mixup_loss(x, w[0], y, mf.Power(degree)))
+    losses = [
+        mf.pairwise_mixup_loss(x, w, y, activation, lam=0.3).sum(),
+        baselines.batched_loss(x, w, y, activation, 0.3),
+    ]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, w)[0] for loss in losses))
+    erm = sum(torch.nn.functional.cross_entropy(mf.patch_conv(x, network, activation), y) for network in w)
+    torch.testing.assert_close(baselines.batched_loss(x, w, y, activation, None), erm)
 
 
 def test_baselines_alone():
