@@ -95,6 +95,11 @@ def interpreted(backend: str) -> bool:
     return backend == "triton" and mf.backends.interpreted()
 
 
+def compiler(backend: str) -> str:
+    """What torch.compile hands its graphs to: Inductor, which takes seconds, once for all backends of a device."""
+    return "aot_eager" if backend == "reference" or interpreted(backend) else "inductor"
+
+
 def skip_what_others_run_on(capability: str) -> None:
     """Skip the processor's best instruction set, on which all other tests run, and those that it lacks."""
     sets = ("generic", "avx2", "avx512")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SEED, interpreted
+from conftest import SEED, compiler
 from table import over, problems
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,8 +17,7 @@ def test_compile(problem, dynamic):
     """In one graph, at two numbers of samples, forward and backward."""
     operator = problem.operator
     torch._dynamo.reset()
-    compiler = "aot_eager" if interpreted(problem.backend) else "inductor"  # which makes the same of any backend
-    compiled = torch.compile(operator.function, fullgraph=True, dynamic=dynamic, backend=compiler)
+    compiled = torch.compile(operator.function, fullgraph=True, dynamic=dynamic, backend=compiler(problem.backend))
     for samples in (6, 9):
         case = Case((samples, *problem.case.sizes[1:]), problem.case.dims, problem.case.options)
         draw = next(operator.draws(case, problem.dtype, problem.device, problem.generator))

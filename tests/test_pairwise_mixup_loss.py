@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import error, interpreted
+from conftest import compiler, error, interpreted
 
 import mixfeat as mf
 from mixfeat.ops import fallback
@@ -177,7 +177,7 @@ def test_compiled_training_step(device, backend):
             return module(model, x, y).sum()
         return mf.pairwise_mixup_loss(x, model.weight, y, POLY, lam=lam).sum()
 
-    compiled = torch.compile(loss, fullgraph=True)
+    compiled = torch.compile(loss, fullgraph=True, backend=compiler(backend))
     for lam in (0.5, 0.25) if interpreted(backend) else (0.5, 0.25, 0.9, None):
         for f, m in ((loss, model), (compiled, twin)):
             m.zero_grad()

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from conftest import compiler
 from table import problems
 
 import mixfeat as mf
@@ -108,7 +109,7 @@ def test_compiled_training_step(device, backend):
     def loss(model, lam):
         return torch.nn.functional.cross_entropy(model(x, kwargs["index"], lam), target)
 
-    compiled = torch.compile(loss, fullgraph=True)
+    compiled = torch.compile(loss, fullgraph=True, backend=compiler(backend))
     for lam in (0.5, 0.25, 0.1, 0.9):
         for f, m in ((loss, model), (compiled, twin)):
             m.zero_grad()
