@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import mixfeat as mf
 from mixfeat.experiments import engine, theory
 from mixfeat.experiments.common import DivergedError
+from mixfeat.experiments.optimizers import OPTIMIZERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,6 +67,20 @@ def test_hash_is_stable_and_tells_settings_apart():
         ({"seeds": 0}, ValueError, "seeds must be at least 1, got 0"),
         ({"nodes": 0}, ValueError, "nodes must be at least 1, got 0"),
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"data": "mnist"}, ValueError, "data must be one of multi_view, common_rare, signal_noise, got 'mnist'"),
+        ({"data": "common_rare"}, ValueError, "num_classes must be 2 where data is common_rare, got 3"),
+        ({"data": "signal_noise", "num_classes": 2, "patch_dim": 4}, ValueError, "patch_dim must be at least 5, got 4"),
+        (
+            {"data": "signal_noise", "num_classes": 2, "signal": (0, 0)},
+            ValueError,
+            "signal must end above 0 where data is signal_noise, got",
+        ),
+        ({"positions": "first"}, ValueError, "positions must be one of random, fixed, got 'first'"),
+        ({"optimizer": "lion"}, ValueError, "optimizer must be one of gd, momentum, sgd, adam, sign, got 'lion'"),
+        ({"momentum": 1.0}, ValueError, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"weight_decay": -1.0}, ValueError, "weight_decay must be at least 0, got -1"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"optimizer": "sgd", "batch_size": 13}, ValueError, "batch_size must be at most num_samples = 12, got 13"),
         ({"device": "abacus"}, ValueError, "device must be a torch device of this machine, got 'abacus'"),
         ({"dtype": "int8"}, ValueError, "dtype must be float32 or float64, got 'int8'"),
     ],
@@ -122,6 +137,66 @@ def test_steps_descend_on_the_methods_objective(method):
     assert moved > 0.01 * problem.weight.norm()
     assert (state["weight"] - weight).norm() <= 1e-9 * moved
     torch.testing.assert_close(state["loss"], loss_of(settings, method, problem.data, state["weight"]))
+
+
+def make_optimizer(settings, weight):
+    """Return PyTorch's own optimizer of that name; sign descent, which it has not, is SGD on the sign."""
+    options = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "adam":
+        return torch.optim.Adam([weight], **options)
+    momentum = settings.momentum if settings.optimizer == "momentum" else 0.0
+    return torch.optim.SGD([weight], momentum=momentum, **options)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optimizers_are_those_of_pytorch(optimizer):
+    """With the decay of weights, each on its own scale of lr; SGD's minibatch is all samples here."""
+    settings = settings_of(
+        steps=4, evaluations=2, init_scale=2.0, lr={"adam": 0.01, "sign": 0.01}.get(optimizer, 8.0), dtype="float64",
+        optimizer=optimizer, weight_decay=0.01, momentum=0.5, batch_size=12,
+    )  # fmt: skip
+    state = theory.train(settings, "midpoint").state
+    problem = theory.make_problem(settings)
+    weight = problem.weight.clone().requires_grad_()
+    reference = make_optimizer(settings, weight)
+    for _ in range(4):
+        (weight.grad,) = torch.autograd.grad(loss_of(settings, "midpoint", problem.data, weight).sum(), weight)
+        if optimizer == "sign":
+            weight.grad = (weight.grad + settings.weight_decay * weight.detach()).sign()
+            weight.grad -= settings.weight_decay * weight.detach()  # which SGD adds again
+        reference.step()
+    moved = (weight - problem.weight).norm()
+    assert moved > 0.01 * problem.weight.norm()
+    assert (state["weight"] - weight).norm() <= 1e-9 * moved
+    assert not {"velocity", "mean", "square"} & state.keys()
+
+
+@pytest.mark.parametrize("method", ["erm", "midpoint", "uniform"])
+def test_sgd_mixes_a_minibatch_with_all_samples(method):
+    """In the mean over all minibatches the step is that of gradient descent."""
+    settings = settings_of(optimizer="sgd", batch_size=4, dtype="float64", init_scale=2.0)
+    problem = theory.make_problem(settings)
+    batches = torch.randperm(settings.num_samples).view(3, 1, 4).expand(3, settings.seeds, 4)
+    losses = [theory._loss_of_batch(settings, method, problem.data, batch, problem.weight) for batch in batches]
+    torch.testing.assert_close(sum(losses) / 3, loss_of(settings, method, problem.data, problem.weight))
+
+
+@pytest.mark.parametrize("data", theory.DATA)
+@pytest.mark.parametrize("positions", ["random", "fixed"])
+def test_test_points_carry_one_feature(data, positions):
+    settings = settings_of(
+        data=data, positions=positions, num_classes=3 if data == "multi_view" else 2, noise_scale=0.0
+    )
+    problem = theory.make_problem(settings)
+    assert problem.data.features.shape == (2, settings.num_classes, 2, settings.patch_dim)
+    for view, points in enumerate(problem.tests):
+        for run in range(2):
+            products = points.input[run] @ problem.data.features[run][points.target[run]].mT  # (N,P,2)
+            of_view, of_other = products.sum(1)[:, view], products.sum(1)[:, 1 - view]
+            assert (of_view > 0.1).all()
+            assert ((of_other.abs() if data == "multi_view" else of_other) < 0.05).all()  # feature noise of common_rare
+    first = problem.data.input[0].norm(dim=-1)[:, 0]
+    assert bool((first > 0.2).all()) == (positions == "fixed")
 
 
 def test_nodes_suffice():
@@ -201,6 +276,18 @@ def test_chunks_and_batches_change_no_number(method, monkeypatch):
     for group in (None, "together"):
         monkeypatch.setattr(theory.Run, "group", group)
         assert_same(theory.train(settings, method), whole)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_chunks_change_no_number_of_any_optimizer(optimizer, monkeypatch):
+    """A record holds all that a step needs: cut after every step, and with another seed in the call."""
+    options = {"lr": 0.01} if optimizer in ("adam", "sign") else {}
+    settings = settings_of(steps=7, evaluations=2, init_scale=2.0, optimizer=optimizer, batch_size=5, **options)
+    whole = theory.train(settings, "midpoint")
+    monkeypatch.setattr(engine, "CHUNK_SECONDS", 0)
+    for group in (None, "together"):
+        monkeypatch.setattr(theory.Run, "group", group)
+        assert_same(theory.train(settings, "midpoint"), whole)
 
 
 def test_runs_share_a_call_on_a_gpu_only(monkeypatch):

@@ -1,14 +1,16 @@
 """The paper's theorem, simulated: which features ERM, Uniform Mixup and Midpoint Mixup learn.
 
 Chidambaram, Wang, Wu, Ge: "Provably Learning Diverse Features in Multi-View Data with Midpoint Mixup", ICML 2023
-(arXiv 2210.13512), Theorems 4.6 and 4.7. Full-batch gradient descent on multi-view data, by
-:func:`mixfeat.gradient_descent`; each seed has its own data and initialisation.
+(arXiv 2210.13512), Theorems 4.6 and 4.7. By default full-batch gradient descent on multi-view data, by
+:func:`mixfeat.gradient_descent`; each seed has its own data and initialisation. Other data have two features in a class
+as well, and other optimizers take their steps one by one.
 
 A run is a method and a seed.
 
 Every method descends on its objective itself, not on a sample of it. ERM: the mean cross-entropy of the training
 samples. Midpoint Mixup: that of all ordered pairs of samples, mixed at lam = 1/2, with the labels of both (the paper's
-eq. 2.2, :func:`mixfeat.pairwise_mixup_loss`). Uniform Mixup: its mean over lam ~ U[0, 1], by Gauss-Legendre nodes.
+eq. 2.2, :func:`mixfeat.pairwise_mixup_loss`). Uniform Mixup: its mean over lam ~ U[0, 1], by Gauss-Legendre nodes. Only
+SGD samples: a minibatch of the samples, for Mixup of the pairs' first ones, each with all samples as partners.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -33,13 +35,17 @@ from mixfeat.experiments.common import (
     evaluation_steps,
 )
 from mixfeat.experiments.engine import Record, Results, Workers
+from mixfeat.experiments.optimizers import OPTIMIZERS, Loop
+from mixfeat.ops.gradient_descent import gradient_descent
 
 __all__ = [
-    "LONGEST_FIRST", "METHODS", "Problem", "Run", "Settings", "evaluation_steps", "join", "make_problem", "objective",
-    "runs_of", "summarise", "train",
+    "DATA", "LONGEST_FIRST", "METHODS", "Problem", "Run", "Settings", "evaluation_steps", "join", "make_problem",
+    "objective", "runs_of", "summarise", "train",
 ]  # fmt: skip
 
 LONGEST_FIRST = ("uniform", "midpoint", "erm")  # the methods, by the time of a step
+DATA = ("multi_view", "common_rare", "signal_noise")  # of mf.data; signal_noise with XOR, where a class has two signals
+_LR = {"gd": 256.0, "momentum": 25.6, "sgd": 256.0, "adam": 0.001, "sign": 0.0001}
 
 
 @dataclass(frozen=True)
@@ -50,19 +56,33 @@ class Settings(BaseSettings):
         TypeError, ValueError: naming the setting, what it got and what it needs.
     """
 
+    data: str = _setting(
+        "multi_view", "of mf.data: multi_view, or of 2 classes common_rare, signal_noise (its XOR variant)"
+    )
+    positions: str = _setting("random", "of the signal patches: random in each sample, or fixed")
     num_classes: int = _setting(10, "number of classes (k in the paper)")
     filters_per_class: int = _setting(5, "filters, or neurons, per class (m)")
     num_patches: int = _setting(8, "patches per sample (P)")
-    patch_dim: int = _setting(None, "dimension of a patch (d); default: 2 k, one per feature")
+    patch_dim: int = _setting(None, "dimension of a patch (d); default: 2 k, one per feature; other data: 50")
     num_samples: int = _setting(50, "training samples per seed (N)")
     degree: int = _setting(8, "degree of the activation's polynomial (alpha in the paper)")
     rho: float = _setting(None, "threshold above which the activation is linear (rho); default: 1/k")
-    signal: tuple[float, float] = _setting((0.25, 0.5), "range of the signal coefficients (beta)")
-    noise: tuple[float, float] = _setting((0.25, 0.75), "range of the feature noise coefficients (gamma), unscaled")
-    noise_scale: float = _setting(0.02, "scale of the feature noise")
+    signal: tuple[float, float] = _setting(
+        (0.25, 0.5), "range of the signal coefficients (beta); other data: the upper end is the length of the signals"
+    )
+    noise: tuple[float, float] = _setting(
+        (0.25, 0.75), "multi_view: range of the feature noise coefficients (gamma), unscaled"
+    )
+    noise_scale: float = _setting(
+        0.02, "scale of the feature noise; other data: standard deviation of the noise's numbers"
+    )
     init_scale: float = _setting(0.5, "standard deviation of the initial weights, in units of rho (sigma_0 / rho)")
     nodes: int = _setting(8, "values of lam by which Uniform Mixup's mean over lam is computed")
-    lr: float = _setting(256.0, "step size of gradient descent (eta)")
+    optimizer: str = _setting("gd", f"one of {', '.join(OPTIMIZERS)}: full-batch but for sgd, which has minibatches")
+    lr: float = _setting(None, "step size (eta); default: 256.0, momentum 25.6, adam 0.001, sign 0.0001")
+    momentum: float = _setting(0.9, "momentum: of the optimizer of that name")
+    batch_size: int = _setting(10, "sgd: samples of a step, each mixed with all others")
+    weight_decay: float = _setting(0.0, "weight decay, by all optimizers added to the gradient")
     steps: int = _setting(12_000, "gradient steps (T)")
     seeds: int = _setting(5, "number of seeds, each with its own data and initialisation")
     seed: int = _setting(0, "the first seed; the same seed repeats a run exactly")
@@ -72,23 +92,39 @@ class Settings(BaseSettings):
     dtype: str = _setting("float32", "float32 or float64")
 
     def __post_init__(self) -> None:
+        for name, known in (("data", DATA), ("positions", ("random", "fixed")), ("optimizer", tuple(OPTIMIZERS))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         self._check_integers(_LEAST)
+        self._set("lr", _LR[self.optimizer] if self.lr is None else self.lr)
         self._check_positive("noise_scale", "init_scale", "lr", or_zero="noise_scale")
+        self._set("momentum", _checks.momentum(self.momentum))
+        self._set("weight_decay", _checks.finite("weight_decay", self.weight_decay, 0))
         self._set("signal", _checks.interval("signal", self.signal))
         self._set("noise", _checks.interval("noise", self.noise))
-        self._set("patch_dim", mf.data._patch_dim(self.patch_dim, self.num_classes, None))
+        if self.data == "multi_view":
+            self._set("patch_dim", mf.data._patch_dim(self.patch_dim, self.num_classes, None))
+        else:
+            if self.num_classes != 2:
+                raise ValueError(f"num_classes must be 2 where data is {self.data}, got {self.num_classes}")
+            patch_dim = 50 if self.patch_dim is None else self.patch_dim
+            self._set("patch_dim", _checks.integer("patch_dim", patch_dim, 5))  # the features, and one of noise
+            if self.signal[1] <= 0:
+                raise ValueError(f"signal must end above 0 where data is {self.data}, got {self.signal}")
         self._set("rho", 1 / self.num_classes if self.rho is None else self.rho)
         mf.PolyReLU(self.degree, self.rho)  # refuses a bad degree or rho
         for name, other in (("num_samples", "num_classes"), ("test_samples", "num_classes"), ("steps", "evaluations")):
             value, least = getattr(self, name), getattr(self, other)
             if value < least:
                 raise ValueError(f"{name} must be at least {other} = {least}, got {value}")
+        if self.optimizer == "sgd" and self.batch_size > self.num_samples:
+            raise ValueError(f"batch_size must be at most num_samples = {self.num_samples}, got {self.batch_size}")
         self._check_device()
 
 
 _LEAST = {
     "num_classes": 2, "filters_per_class": 1, "num_patches": 2, "num_samples": 1, "degree": 1, "steps": 1, "seeds": 1,
-    "seed": 0, "test_samples": 1, "evaluations": 1, "nodes": 1,
+    "seed": 0, "test_samples": 1, "evaluations": 1, "nodes": 1, "batch_size": 1,
 }  # fmt: skip
 
 
@@ -119,15 +155,32 @@ def _draw(settings: Settings) -> tuple[mf.data.MultiViewData, list[mf.data.Multi
     """Draw data, test points and initial weights of the first seed."""
     dtype, generator = getattr(torch, settings.dtype), _generator("data", settings.seed)
 
-    def draw(num_samples: int, **options: Any) -> mf.data.MultiViewData:
-        return mf.data.multi_view(
-            num_samples, settings.num_classes, settings.num_patches, settings.patch_dim,
-            signal=settings.signal, noise=settings.noise, noise_scale=settings.noise_scale,
-            generator=generator, device=settings.device, dtype=dtype, **options,
-        )  # fmt: skip
+    common: dict[str, Any] = {
+        "positions": settings.positions, "generator": generator, "device": settings.device, "dtype": dtype,
+    }  # fmt: skip
+
+    def draw(num_samples: int, view: int | None = None, features: Tensor | None = None) -> mf.data.MultiViewData:
+        """Draw samples as they are trained on, or test points with the feature ``view`` of each class alone."""
+        if settings.data == "multi_view":
+            return mf.data.multi_view(
+                num_samples, settings.num_classes, settings.num_patches, settings.patch_dim, signal=settings.signal,
+                noise=settings.noise, noise_scale=settings.noise_scale, views="both" if view is None else view,
+                features=features, **common,
+            )  # fmt: skip
+        sizes = num_samples, settings.patch_dim, settings.num_patches
+        options = {"signal": settings.signal[1], "noise_std": settings.noise_scale, **common}
+        if settings.data == "common_rare":
+            rare = 0.1 if view is None else float(view)
+            return mf.data.MultiViewData(*mf.data.common_rare(*sizes, rare=rare, features=features, **options)[:3])
+        found = mf.data.signal_noise(*sizes, xor=True, features=features, **options)
+        input = found.input
+        if view is not None:  # the signals of a class are opposite, and the noise is symmetric
+            signal = found.features[found.target, view]
+            input = torch.einsum("npd,nd->n", input, signal).sign()[:, None, None] * input
+        return mf.data.MultiViewData(input, found.target, found.features)
 
     data = draw(settings.num_samples)
-    tests = [draw(settings.test_samples, views=view, features=data.features) for view in (0, 1)]
+    tests = [draw(settings.test_samples, view, data.features) for view in (0, 1)]
     size = (settings.num_classes, settings.filters_per_class, settings.patch_dim)
     weight = torch.randn(size, generator=_generator("weight", settings.seed), dtype=torch.float64)
     return data, tests, (weight * settings.init_scale * settings.rho).to(settings.device, dtype)
@@ -165,7 +218,8 @@ class Run:
 
     The state of its record holds, for E + 1 evaluations, ``weight`` (C,M,D); the curves ``alignment`` (E+1,C,2)
     (:func:`mixfeat.features.alignment`), ``train_accuracy`` and ``cross_entropy`` (E+1,), both on the training samples;
-    and once finished ``learned`` (C,2) and ``loss`` (), the method's :func:`objective`.
+    until it is finished the optimizer's tensors (:data:`mixfeat.experiments.optimizers.OPTIMIZERS`); and after that
+    ``learned`` (C,2) and ``loss`` (), the method's :func:`objective`.
     """
 
     settings: Settings  # its seed is the first of them
@@ -237,13 +291,13 @@ def _advance(runs: Sequence[Run], records: Sequence[Record | None], seconds: flo
     pace = Pace(seconds)
     settings, method = runs[0].settings, runs[0].method
     problem, points = _problem(run.settings for run in runs), evaluation_steps(settings)
-    step, weight, curves = _restored(settings, problem, records)
-    lam, lam_weight = _nodes(settings, method)
+    step, weight, curves, state = _restored(settings, problem, records)
+    train = _trainer(runs, problem, step, state)
     diverged: dict[int, int] = {}  # step at which the run of that index was found to have diverged
 
     def reached(**more: Tensor) -> list[Record]:
         spent = pace.seconds() / len(runs)
-        state = {"weight": weight.cpu(), **more}
+        state = {"weight": weight.cpu(), **(more or {name: value.cpu() for name, value in train.state.items()})}
         later = []
         for i, record in enumerate(records):
             after = spent + (record.seconds if record else 0.0)
@@ -254,12 +308,6 @@ def _advance(runs: Sequence[Run], records: Sequence[Record | None], seconds: flo
             of_run |= {name: value[:, i].clone() for name, value in curves.items()}
             later.append(Record(bool(more), step, after, of_run))
         return later
-
-    def train(weight: Tensor, count: int) -> Tensor:
-        return mf.gradient_descent(
-            problem.data.input, weight, problem.data.target, _activation(settings), lam=lam, lam_weight=lam_weight,
-            lr=settings.lr, steps=count,
-        )[0]  # fmt: skip
 
     first = step
     for point, stop in enumerate(points):
@@ -280,15 +328,72 @@ def _advance(runs: Sequence[Run], records: Sequence[Record | None], seconds: flo
 
 def _restored(
     settings: Settings, problem: Problem, records: Sequence[Record | None]
-) -> tuple[int, Tensor, dict[str, Tensor]]:
-    """Return the step, the weights and the curves (E+1,R,...) of runs that go on, or of runs that start."""
+) -> tuple[int, Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Return the step, weights, curves (E+1,R,...) and optimizer's state of runs that go on, or of runs that start."""
+    names = OPTIMIZERS[settings.optimizer]
     states = [record.state for record in records if record is not None]
     if records[0] is not None:
-        weight = torch.stack([state["weight"] for state in states]).to(problem.weight.device)
-        return records[0].step, weight, {name: torch.stack([state[name] for state in states], 1) for name in _CURVES}
+        weight, *kept = (
+            torch.stack([state[name] for state in states]).to(problem.weight.device) for name in ("weight", *names)
+        )
+        curves = {name: torch.stack([state[name] for state in states], 1) for name in _CURVES}
+        return records[0].step, weight, curves, dict(zip(names, kept, strict=True))
     shapes = {"alignment": (settings.num_classes, 2), "train_accuracy": (), "cross_entropy": ()}
     size = (settings.evaluations + 1, len(records))
-    return 0, problem.weight, {name: torch.zeros(*size, *shapes[name], dtype=torch.float64) for name in _CURVES}
+    curves = {name: torch.zeros(*size, *shapes[name], dtype=torch.float64) for name in _CURVES}
+    return 0, problem.weight, curves, {name: torch.zeros_like(problem.weight) for name in names}
+
+
+class _Descent:
+    """Full-batch gradient descent in one call of the operator, whose momentum a record can hold."""
+
+    def __init__(self, settings: Settings, method: str, problem: Problem, state: dict[str, Tensor]) -> None:
+        self._settings, self._data, self._nodes = settings, problem.data, _nodes(settings, method)
+        self._lr = _checks.lr(settings.lr, (), 1)
+        self.state = state
+
+    def __call__(self, weight: Tensor, count: int) -> Tensor:
+        settings, data = self._settings, self._data
+        weight, _, velocity = gradient_descent(
+            data.input, weight, data.target, *self._nodes, _activation(settings).polynomial, self._lr, count,
+            settings.momentum if self.state else 0.0, settings.weight_decay, self.state.get("velocity"),
+        )  # fmt: skip
+        self.state = dict.fromkeys(self.state, velocity)
+        return weight
+
+
+def _trainer(runs: Sequence[Run], problem: Problem, step: int, state: dict[str, Tensor]) -> _Descent | Loop:
+    """Return what takes steps, ``train(weight, count)``, and has the optimizer's ``state`` after them."""
+    settings, method = runs[0].settings, runs[0].method
+    if settings.optimizer in ("gd", "momentum"):
+        return _Descent(settings, method, problem, state)
+    loss = objective(settings, method, problem.data)
+
+    def of_step(weight: Tensor, step: int) -> Tensor:
+        if settings.optimizer != "sgd":
+            return loss(weight)
+        orders = [
+            torch.randperm(settings.num_samples, generator=_generator("batch", run.settings.seed, step)) for run in runs
+        ]
+        batch = torch.stack(orders)[:, : settings.batch_size].to(problem.data.target.device)
+        return _loss_of_batch(settings, method, problem.data, batch, weight)
+
+    return Loop(settings.optimizer, of_step, settings.lr, settings.weight_decay, step, state)
+
+
+def _loss_of_batch(
+    settings: Settings, method: str, data: mf.data.MultiViewData, batch: Tensor, weight: Tensor
+) -> Tensor:
+    """Return the losses (R,) of the samples ``batch`` (R,B), for Mixup each of them mixed with all samples."""
+    run = torch.arange(len(batch), device=batch.device)[:, None]
+    input, target = data.input[run, batch], data.target[run, batch]
+    lam, lam_weight = _nodes(settings, method)
+    if lam is None:
+        return _cross_entropy(mf.patch_conv(input, weight, _activation(settings)), target)
+    return mf.pairwise_mixup_loss(
+        input, weight, target, _activation(settings), lam=lam, lam_weight=lam_weight, partner=data.input,
+        partner_target=data.target,
+    )  # fmt: skip
 
 
 def _evaluate(
