@@ -317,14 +317,18 @@ def any_target(name: str, target: Any, samples: int, device: torch.device) -> No
     same_device(name, target, device)
 
 
-def mixing(index: Any, lam: Any, samples: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Check partners and their weights for ``samples`` samples; return lam as :func:`sample_lam`."""
+def mixing(
+    index: Any, lam: Any, samples: int, device: torch.device, dtype: torch.dtype, patches: int | None = None
+) -> Tensor:
+    """Check partners and their weights for ``samples`` samples, or for ``patches`` of each of them; return lam as
+    :func:`sample_lam`.
+    """
     if index is None:
         raise ValueError(f"index is needed where lam is given (lam = {lam})")
     if lam is None:
         raise ValueError("lam is needed where index is given; lam = 0.5 is Midpoint Mixup")
     pairing(index, samples, device)
-    return sample_lam(lam, samples, device, dtype)
+    return sample_lam(lam, samples, device, dtype, patches)
 
 
 def pairing(index: Any, samples: int, device: torch.device) -> None:
@@ -354,14 +358,19 @@ def box(value: Any, samples: int, device: torch.device) -> None:
     same_device("box", value, device)
 
 
-def sample_lam(lam: Any, samples: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Check the weights of ``samples`` samples; return them as a tensor in which ``dtype`` is accumulated."""
+def sample_lam(lam: Any, samples: int, device: torch.device, dtype: torch.dtype, patches: int | None = None) -> Tensor:
+    """Check the weights of ``samples`` samples, or of their ``patches``, where not None; return them as a tensor in
+    which ``dtype`` is accumulated.
+    """
     dtype = accumulation(dtype)
     if not isinstance(lam, Tensor):
         return torch.full((), fraction("lam", lam, "a number or a tensor"), dtype=dtype, device=device)
     floating("lam", lam)
-    if lam.shape != () and lam.shape != (samples,):
-        raise ValueError(f"lam must have shape () or ({samples},), got {tuple(lam.shape)}")
+    if lam.shape not in ((), (samples,)) and (patches is None or lam.shape != (samples, patches)):
+        of_patches = "" if patches is None else f" or ({samples},{patches})"
+        raise ValueError(
+            f"lam must have shape (){',' if of_patches else ' or'} ({samples},){of_patches}, got {tuple(lam.shape)}"
+        )
     same_device("lam", lam, device)
     constant("lam", lam, "it is a constant of the loss")
     return lam.to(dtype)

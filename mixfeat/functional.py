@@ -56,7 +56,8 @@ def patch_conv(
         activation: phi.
         index: partner of each sample, (N,) int64, any map into [0, N); the same for all R networks. Needs ``lam``.
         lam: weight of the sample itself; its partner has 1 - lam. A number in [0, 1], or a floating-point tensor of
-            shape () or (N,), which must not require grad. Needs ``index``.
+            shape () or (N,), or (N,P) for a weight of each patch (patch-wise CutMix has 0 and 1), which must not
+            require grad. Needs ``index``. With (N,P) the mixed samples are written to memory, by :func:`mixup`.
         readout: the second layer, (C,M) or (R,C,M), floating; by default ones, as in the paper. With it the sums of
             all filters, (N,C,M), are formed in input's dtype.
 
@@ -75,7 +76,10 @@ def patch_conv(
     """
     input, weight = _checks.network(input, weight, activation)
     if index is not None or lam is not None:
-        lam = _checks.mixing(index, lam, input.shape[-3], input.device, input.dtype)
+        lam = _checks.mixing(index, lam, input.shape[-3], input.device, input.dtype, input.shape[-2])
+        if lam.dim() == 2:
+            first = input.movedim(-3, 0).movedim(-2, 1)  # (N,P,...), as mixup takes it
+            input, index, lam = _mixup(first, index, lam, input.dtype).movedim(1, -2).movedim(0, -3), None, None
     if readout is None:
         return _patch_conv(input, weight, index, lam, activation.polynomial)
     readout = _checks.readout(readout, weight)
@@ -432,7 +436,8 @@ def mixup(input: Tensor, index: Tensor, lam: float | Tensor, *, dtype: torch.dty
             has the memory format of the samples (channels_last stays channels_last).
         index: partner of each sample, (N,) int64, any map into [0, N).
         lam: weight of the sample itself; its partner has 1 - lam. A number in [0, 1], or a floating-point tensor of
-            shape () or (N,), which must not require grad and is not rounded to a half-precision input's dtype.
+            shape () or (N,), or, for input (N,P,...), (N,P): a weight of each patch, with 0 and 1 patch-wise CutMix. It
+            must not require grad and is not rounded to a half-precision input's dtype.
         dtype: of the result, floating; by default input's, for uint8 torch's default. Values are not scaled: those of
             uint8 stay in [0, 255].
 
@@ -453,7 +458,8 @@ def mixup(input: Tensor, index: Tensor, lam: float | Tensor, *, dtype: torch.dty
     _checks.float_dtype("dtype", dtype)
     if dtype != input.dtype and input.dtype != torch.uint8:
         raise TypeError(f"dtype must be input's, {input.dtype}, unless input is uint8; got {dtype}")
-    lam = _checks.mixing(index, lam, input.shape[0], input.device, dtype)
+    patches = input.shape[1] if input.dim() > 1 else None
+    lam = _checks.mixing(index, lam, input.shape[0], input.device, dtype, patches)
     return _mixup(input, index, lam, dtype)
 
 

@@ -236,10 +236,12 @@ def _normal(generator: torch.Generator, *size: int) -> Tensor:
     return torch.randn(size, generator=generator, dtype=torch.float64)
 
 
-def _draw_lam(generator: torch.Generator, samples: int, kind: str) -> float | Tensor:
+def _draw_lam(generator: torch.Generator, sizes: tuple[int, ...], kind: str) -> float | Tensor:
+    """Draw weights of samples, or of patches, of ``sizes`` (N,P,...)."""
     if kind == "number":
         return 0.3
-    return torch.rand((samples,) if kind == "per sample" else (), generator=generator, dtype=torch.float32)
+    dims = {"one for all": 0, "per sample": 1, "per patch": 2}[kind]
+    return torch.rand(sizes[:dims], generator=generator, dtype=torch.float32)
 
 
 # networks
@@ -282,7 +284,7 @@ def _draw_patch_conv(generator: torch.Generator, *sizes: int, lam: str | None = 
     if lam is None:
         return network
     index = torch.randint(max(1, sizes[0]), sizes[:1], generator=generator)
-    return network | {"index": index, "lam": _draw_lam(generator, sizes[0], lam)}
+    return network | {"index": index, "lam": _draw_lam(generator, sizes, lam)}
 
 
 def _draw_pairwise(
@@ -337,6 +339,7 @@ _PATCH_CONV = Operator(
     variants=(
         _network(9, 3, 12, 10, 5, lam="number"),
         _network(9, 3, 12, 10, 5, lam="one for all"),
+        *(_network(9, 3, 12, 10, 5, runs=runs, lam="per patch") for runs in ("", "input weight")),
         *(_network(9, 4, 10, 3, 5, runs=runs) for runs in _RUNS),
         *(_network(9, 4, 10, 3, 5, runs=runs, lam="per sample") for runs in _RUNS),
         *(_network(7, 3, 12, 10, 5, lam="per sample", activation=activation) for activation in _ACTIVATIONS),
@@ -443,12 +446,12 @@ def _batch(*sizes: int, **options: Any) -> Case:
 
 def _draw_mixup(generator: torch.Generator, *sizes: int, lam: str = "per sample") -> Arguments:
     index = torch.randint(max(1, sizes[0]), sizes[:1], generator=generator)  # any map: some samples serve twice
-    return {"input": _normal(generator, *sizes), "index": index, "lam": _draw_lam(generator, sizes[0], lam)}
+    return {"input": _normal(generator, *sizes), "index": index, "lam": _draw_lam(generator, sizes, lam)}
 
 
 _MIXUP = Operator(
     "mixup", functional.mixup, reference.mixup, _draw_mixup, ("input",),
-    main=(_batch(6, 4, 5, 3), _batch(6, 4, 5, 3, lam="number")),
+    main=(_batch(6, 4, 5, 3), _batch(6, 4, 5, 3, lam="number"), _batch(6, 4, 5, 3, lam="per patch")),
     variants=tuple(_batch(8, 3, 6, 5, lam=lam) for lam in ("number", "one for all", "per sample")),
     wide=tuple(_batch(*sizes) for sizes in ((1, 7), (9,), (33, 1), (5, 65), (3, 2, 1, 1, 17), (2, 70000))),
     large=(_batch(16, 3, 100, 100), _batch(2**16, 4)),
@@ -509,7 +512,7 @@ def _draw_mixup_cross_entropy(
     target_a, target_b = torch.randint(classes, (2, samples), generator=generator)
     target_b[::3], target_a[1::5] = target_a[::3], ignore_index
     drawn = _draw_logits(generator, samples, classes, ignore_index=ignore_index, **options)
-    return drawn | {"target_a": target_a, "target_b": target_b, "lam": _draw_lam(generator, samples, lam)}
+    return drawn | {"target_a": target_a, "target_b": target_b, "lam": _draw_lam(generator, (samples,), lam)}
 
 
 def _draw_soft_target(
@@ -609,7 +612,7 @@ def _draw_binary(
     target_a, target_b = torch.randint(classes, (2, samples), generator=generator)
     target_b[::3] = target_a[::3]
     drawn = _draw_logits(generator, samples, classes, **options)
-    drawn |= {"target_a": target_a, "target_b": target_b, "lam": _draw_lam(generator, samples, lam)}
+    drawn |= {"target_a": target_a, "target_b": target_b, "lam": _draw_lam(generator, (samples,), lam)}
     if weighted:
         drawn["pos_weight"] = 3 * torch.rand(classes, generator=generator, dtype=torch.float32)
     return drawn

@@ -22,13 +22,21 @@ __all__ = [
 def mixup(
     input: Tensor, index: Tensor, lam: float | Tensor, dim: int = 0, *, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Compute ``lam_n x_n + (1 - lam_n) x_{index_n}``, samples n along ``dim``; ``lam`` a float, () or (N,).
+    """Compute ``lam_n x_n + (1 - lam_n) x_{index_n}``, samples n along ``dim``; ``lam`` a float, (), (N,) or (N,P).
+
+    Of (N,P) the second dimension is that after ``dim``: each patch has a weight of its own.
 
     A tensor ``lam`` is not rounded to a half-precision input's dtype; the mixed samples are, or to ``dtype``.
     """
     if isinstance(lam, Tensor):
-        lam = lam.view(-1, *[1] * (input.dim() - dim % input.dim() - 1))
+        lam = across(lam, input, dim)
     return (lam * input + (1 - lam) * input.index_select(dim, index)).to(dtype or input.dtype)
+
+
+def across(lam: Tensor, samples: Tensor, dim: int) -> Tensor:
+    """Return weights (), (N,) or (N,P) as they are broadcast over samples along ``dim``."""
+    after = samples.dim() - dim % samples.dim() - max(1, lam.dim())
+    return lam.reshape(*(lam.shape or (1,)), *[1] * after)
 
 
 def cutmix(input: Tensor, index: Tensor, box: Tensor) -> Tensor:

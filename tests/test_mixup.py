@@ -114,6 +114,27 @@ def test_ends(backend, device):
     torch.testing.assert_close(mf.mixup(x, torch.arange(7, device=device), 0.3), x)
 
 
+def test_patches_with_weights_of_their_own(backend, device):
+    """0 and 1 cut and paste; layouts, bytes, and batches of inputs; a partner that does not exist is none by chance."""
+    x, index, _ = make_inputs((6, 4, 5, 3), torch.float32, device)
+    mask = torch.rand(6, 4, device=device) < 0.5
+    assert torch.equal(mf.mixup(x, index, mask.float()), x.where(mask[..., None, None], x[index]))
+    lam = torch.rand(6, 4, device=device)
+    z = mf.mixup(x, index, lam)
+    assert torch.equal(mf.mixup(x.contiguous(memory_format=torch.channels_last), index, lam), z)
+    exact = reference.mixup((255 * x.abs()).byte().double(), index, lam.double())
+    assert error([mf.mixup((255 * x.abs()).byte(), index, lam)], [exact]) <= 1e-6
+    batch = torch.stack([x, 2 * x])
+    assert torch.equal(torch.vmap(lambda input: mf.mixup(input, index, lam))(batch), torch.stack([z, 2 * z]))
+    wrong = index.clone()
+    wrong[2] = 2**62  # times 4 patches it is 0 in 64 bits
+    if x.device.type == "cpu":
+        with pytest.raises(IndexError, match=r"index must lie in \[0, 6\), got 4611686018427387904"):
+            mf.mixup(x, wrong, lam)
+    else:
+        assert mf.mixup(x, wrong, lam).isnan().flatten(1).all(1).tolist() == [n == 2 for n in range(6)]
+
+
 def test_lam_is_not_rounded_to_half_precision(backend, device):
     x = torch.full((2, 8), 256.0, dtype=torch.bfloat16, device=device)
     x[1] = 0
@@ -199,7 +220,10 @@ X, INDEX = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
         ((X, INDEX, torch.tensor([0.5, -0.25, 0.5, 1.0])), ValueError, r"lam must be in \[0, 1\], got -0.25"),
         ((X, INDEX, torch.tensor(1.25)), ValueError, r"lam must be in \[0, 1\], got 1.25"),
         ((X, INDEX, torch.tensor(math.nan)), ValueError, r"lam must be in \[0, 1\], got nan"),
-        ((X, INDEX, torch.ones(3)), ValueError, r"lam must have shape \(\) or \(4,\), got \(3,\)"),
+        ((X, INDEX, torch.ones(3)), ValueError, r"lam must have shape \(\), \(4,\) or \(4,3\), got \(3,\)"),
+        ((X, INDEX, torch.ones(4, 2)), ValueError, r"lam must have shape .*, got \(4, 2\)"),
+        ((X[:, 0], INDEX, torch.ones(4, 2)), ValueError, r"lam must have shape \(\) or \(4,\), got \(4, 2\)"),
+        ((X, INDEX, torch.full((4, 3), 1.5)), ValueError, r"lam must be in \[0, 1\], got 1.5"),
         ((X, INDEX, torch.ones((), requires_grad=True)), ValueError, "lam must not require grad"),
         ((X, INDEX, INDEX), TypeError, r"lam must be a floating-point tensor, got torch\.int64"),
         ((X, INDEX, "half"), TypeError, "lam must be a number or a tensor, got 'half'"),

@@ -27,7 +27,8 @@ def _existing(index: Tensor, lam: Tensor, samples: int) -> tuple[Tensor, Tensor]
     if index.device.type == "cpu":
         return index, lam
     exists = (index >= 0) & (index < samples)
-    return index.where(exists, 0), lam.where(exists, torch.nan)
+    of_lam = exists[:, None] if lam.dim() == 2 else exists
+    return index.where(exists, 0), lam.where(of_lam, torch.nan)
 
 
 def mixup(input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,7 +45,7 @@ def mixup_backward(grad: Tensor, index: Tensor, lam: Tensor) -> Tensor:
 
 def _spread(grad: Tensor, index: Tensor, lam: Tensor, dim: int) -> Tensor:
     """Give each sample along ``dim`` its own share of the mixed samples' gradient, and its partner the rest."""
-    lam = lam.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1 - dim % grad.dim()))
+    lam = reference.across(lam.to(grad.dtype), grad, dim)
     return (lam * grad).index_add(dim, index, (1 - lam) * grad)
 
 

@@ -49,8 +49,21 @@ def in_shape_of(samples: Tensor, tensor: Tensor, order: list[int]) -> Tensor:
     return shaped.permute([order.index(d) for d in range(tensor.dim())])
 
 
+def _by_patch(input: Tensor, index: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return input (N,P,...), partners and weights (N,P) as N P samples, each a patch that is mixed with another."""
+    samples, patches = lam.shape
+    index = _checks.partners(index, lam, samples)  # before a product that may not fit into 64 bits
+    if index.device.type != "cpu":
+        index = index.clamp(-1, samples)  # so that the product of one that does not exist is none that does
+    partner = index[:, None] * patches + torch.arange(patches, device=index.device)
+    return input.flatten(0, 1), partner.flatten(), lam.flatten()
+
+
 def _forward(input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> Tensor:
     name = backends.serving(input.device.type, dtype)
+    if lam.dim() == 2:
+        patches, *of_patches = _by_patch(input, index, lam)
+        return _forward(patches, *of_patches, dtype).unflatten(0, lam.shape)
     order = sample_order(input)
     samples = samples_of(input, order)
     if name == "cpu":
@@ -70,6 +83,8 @@ def _forward(input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> T
 
 def _backward(grad: Tensor, index: Tensor, lam: Tensor) -> Tensor:
     name = backends.serving(grad.device.type, grad.dtype)
+    if lam.dim() == 2:
+        return _backward(*_by_patch(grad, index, lam)).unflatten(0, lam.shape)
     order = sample_order(grad)
     samples = samples_of(grad, order)
     if name == "cpu":
@@ -92,10 +107,16 @@ def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return in_shape_of(tensor.new_empty([tensor.shape[d] for d in order], dtype=dtype), tensor, order)
 
 
+def _result_like(tensor: Tensor, lam: Tensor, dtype: torch.dtype) -> Tensor:
+    if lam.dim() == 2:
+        return empty_like(tensor.flatten(0, 1), dtype).unflatten(0, lam.shape)
+    return empty_like(tensor, dtype)
+
+
 _mixup_backward = Operator(
     "mixup_backward(Tensor grad, Tensor index, Tensor lam) -> Tensor",
     forward=_backward,
-    fake=lambda grad, index, lam: empty_like(grad, grad.dtype),
+    fake=lambda grad, index, lam: _result_like(grad, lam, grad.dtype),
 )
 
 
@@ -105,15 +126,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _fold(size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> Folded:
-    """Make a batch of inputs a part of each sample."""
-    input, *partners = args
-    return (input.movedim(in_dims[0], 1), *partners), lambda mixed: mixed.movedim(1, 0)
+    """Make a batch of inputs a part of each sample, or of each patch that has a weight of its own."""
+    input, index, lam, dtype = args
+    at = max(1, lam.dim())
+    return (input.movedim(in_dims[0], at), index, lam, dtype), lambda mixed: mixed.movedim(at, 0)
 
 
 _mixup = Operator(
     "mixup(Tensor input, Tensor index, Tensor lam, ScalarType dtype) -> Tensor",
     forward=_forward,
-    fake=lambda input, index, lam, dtype: empty_like(input, dtype),
+    fake=lambda input, index, lam, dtype: _result_like(input, lam, dtype),
     differentiable=("input",),
     setup_context=_setup_context,
     backward=lambda ctx, grad, needs: (_mixup_backward.outputs(grad, *ctx.saved_tensors),),
