@@ -57,17 +57,15 @@ def test_accuracy_where_slopes_are_computed_again(monkeypatch, saved):
 
 def test_patches_with_weights_of_their_own(backend, device):
     """They are those of the mixed samples, runs and readout included; equal ones are those of the samples."""
+    phi = mf.PolyReLU(3, 0.5)
     x, w = torch.randn(3, 5, 4, 8, device=device), torch.randn(3, 2, 3, 8, device=device)
     index, lam = torch.randint(5, (5,), device=device), torch.rand(5, 4, device=device)
     readout = torch.randn(2, 3, device=device)
-    logits = mf.patch_conv(x, w, mf.PolyReLU(3, 0.5), index=index, lam=lam, readout=readout)
+    logits = mf.patch_conv(x, w, phi, index=index, lam=lam, readout=readout)
     mixed = torch.stack([mf.mixup(one, index, lam) for one in x])
-    assert torch.equal(logits, mf.patch_conv(mixed, w, mf.PolyReLU(3, 0.5), readout=readout))
-    same = lam[:, :1].expand(5, 4)
-    torch.testing.assert_close(
-        mf.patch_conv(x, w, mf.PolyReLU(3, 0.5), index=index, lam=same), mf.patch_conv(x, w, mf.PolyReLU(3, 0.5), index=index, lam=lam[:, 0]),
-        rtol=1e-4, atol=1e-5,
-    )  # fmt: skip
+    assert torch.equal(logits, mf.patch_conv(mixed, w, phi, readout=readout))
+    patches = mf.patch_conv(x, w, phi, index=index, lam=lam[:, :1].expand(5, 4))
+    torch.testing.assert_close(patches, mf.patch_conv(x, w, phi, index=index, lam=lam[:, 0]), rtol=1e-4, atol=1e-5)
 
 
 def test_no_networks(backend, device):
