@@ -77,7 +77,7 @@ def patch_conv(
     input, weight = _checks.network(input, weight, activation)
     if index is not None or lam is not None:
         lam = _checks.mixing(index, lam, input.shape[-3], input.device, input.dtype, input.shape[-2])
-        if lam.dim() == 2:
+        if index is not None and lam.dim() == 2:
             first = input.movedim(-3, 0).movedim(-2, 1)  # (N,P,...), as mixup takes it
             input, index, lam = _mixup(first, index, lam, input.dtype).movedim(1, -2).movedim(0, -3), None, None
     if readout is None:

@@ -62,8 +62,8 @@ def _by_patch(input: Tensor, index: Tensor, lam: Tensor) -> tuple[Tensor, Tensor
 def _forward(input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> Tensor:
     name = backends.serving(input.device.type, dtype)
     if lam.dim() == 2:
-        patches, *of_patches = _by_patch(input, index, lam)
-        return _forward(patches, *of_patches, dtype).unflatten(0, lam.shape)
+        patches, partner, of_patch = _by_patch(input, index, lam)
+        return _forward(patches, partner, of_patch, dtype).unflatten(0, lam.shape)
     order = sample_order(input)
     samples = samples_of(input, order)
     if name == "cpu":
