@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple
 import torch
 
 __all__ = [
-    "BINARY_CROSS_ENTROPY_CONFIG", "CROSS_ENTROPY_CONFIGS", "CUTMIX_CONFIG", "MEAN_LOGITS", "MEAN_ROWS", "MIXUP_CONFIG",
-    "PAIRWISE_CONFIGS", "PATCH_CONV_TILES", "CrossEntropyConfig", "Direction", "MixupConfig", "PairwiseConfig",
-    "PatchConvConfig", "PatchConvTiles", "Split", "cross_entropy_config", "pairwise_config", "patch_conv_tiles",
-    "split", "tile_rows", "vector_size",
+    "BINARY_CROSS_ENTROPY_CONFIG", "CROSS_ENTROPY_CONFIGS", "CUTMIX_CONFIG", "INVERSE_BLOCK", "INVERSE_CHUNK",
+    "INVERSE_SAMPLES", "MEAN_LOGITS", "MEAN_ROWS", "MIXUP_CONFIG", "PAIRWISE_CONFIGS", "PATCH_CONV_TILES",
+    "CrossEntropyConfig", "Direction", "MixupConfig", "PairwiseConfig", "PatchConvConfig", "PatchConvTiles",
+    "Split", "cross_entropy_config", "pairwise_config", "patch_conv_tiles", "split", "tile_rows", "vector_size",
 ]  # fmt: skip
 
 Direction = Literal["forward", "backward_input", "backward_weight"]
@@ -268,6 +268,11 @@ MIXUP_CONFIG = MixupConfig(vectors=512, elements=1024)
 
 # cutmix holds two masks and a position for each element, so a thread has one vector of each of the two images.
 CUTMIX_CONFIG = MixupConfig(vectors=128, elements=512)
+
+
+# To sort up to so many samples by comparing each with all takes one launch, where PyTorch's sort and search take five.
+# A program compares INVERSE_BLOCK samples with INVERSE_CHUNK at a time.
+INVERSE_SAMPLES, INVERSE_BLOCK, INVERSE_CHUNK = 4096, 16, 256
 
 
 @dataclass(frozen=True)

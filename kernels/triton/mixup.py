@@ -98,6 +98,25 @@ def mixup_backward_kernel(
     )
 
 
+@triton.jit(do_not_specialize=["N"])
+def mixup_inverse_kernel(index, order, first, N, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Sort samples by their partner, ties by their own number: each sample's place is the number of those before it.
+
+    index (N,); order (N,) the samples so sorted, and first (N + 1,) where in it those with partner i begin.
+    """
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    own = tl.load(index + n, mask=n < N, other=0)[:, None]
+    place, begin = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
+    for start in range(0, N, CHUNK):
+        m = start + tl.arange(0, CHUNK)[None, :]
+        partner = tl.load(index + m, mask=m < N, other=0)
+        before = (partner < own) | ((partner == own) & (m < n[:, None]))
+        place += tl.sum((before & (m < N)).to(tl.int32), 1)
+        begin += tl.sum(((partner < n[:, None]) & (m < N)).to(tl.int32), 1)
+    tl.store(order + place, n.to(tl.int64), mask=n < N)
+    tl.store(first + n, begin.to(tl.int64), mask=n <= N)
+
+
 def mixup(input: Tensor, index: Tensor, lam: Tensor, output: Tensor) -> None:
     """Mix ``input`` (N,K), float or uint8, into ``output`` (N,K), float: both of unit stride in K.
 
@@ -122,8 +141,16 @@ def mixup_backward(grad: Tensor, index: Tensor, lam: Tensor, input_grad: Tensor)
 def inverse(index: Tensor) -> tuple[Tensor, Tensor]:
     """Return the samples (N,) by their partner, and (N + 1,) where among them those with partner i begin.
 
-    The samples of one partner come in ascending order, which fixes the order of each sum.
+    The samples of one partner come in ascending order, which fixes the order of each sum. ``index`` is contiguous.
     """
+    num_samples, block = len(index), configs.INVERSE_BLOCK
+    if 0 < num_samples <= configs.INVERSE_SAMPLES:  # in one launch
+        order, first = index.new_empty(num_samples), index.new_empty(num_samples + 1)
+        constants = {"BLOCK": block, "CHUNK": configs.INVERSE_CHUNK}
+        programs = triton.cdiv(num_samples + 1, block)
+        arguments = (index, order, first, num_samples)
+        launch.run(launch.Launch(mixup_inverse_kernel, programs, arguments, constants, num_warps=8))
+        return order, first
     partners, order = index.sort(stable=True)
     return order, torch.searchsorted(partners, torch.arange(len(index) + 1, device=index.device))
 
