@@ -474,6 +474,18 @@ def test_pages_have_the_committed_results(page):
     assert results_of(pages.FIGURE) == results.fingerprint(documents[0])
 
 
+def test_pytest_benchmark_compares_the_committed_results(run_python):
+    """Its own command reads them: a table per case, a line per contender."""
+    (file, *_) = sorted((ROOT / "benchmarks/results").glob("*.json"))
+    arguments = ["compare", "compare", str(file), "--group-by=group", "--columns=median,iqr,rounds"]
+    output = run_python(f"import sys; sys.argv = {arguments}; from pytest_benchmark.cli import main; main()")
+    cases = results.rows(results.load(file))
+    assert output.count(" benchmark '") == len(cases)
+    assert sum(line.startswith("mixfeat ") for line in output.splitlines()) == sum(
+        "mixfeat" in case["timings"] for case in cases
+    )
+
+
 def test_figure_tells_its_results(tmp_path):
     """By more than its pixels, which differ between versions of matplotlib; of rows of every kind."""
     from mixfeat.benchmarks.plots import plot
