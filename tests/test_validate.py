@@ -20,7 +20,7 @@ NATIVE = {
     "patch_conv": {"patch_conv": 0, "patch_conv_backward": 1},
     "pairwise_mixup_loss": {"pairwise_mixup_loss": None},
     "mixup": {"mixup": None, "mixup_backward": None},
-    "mixup_cross_entropy": {"mixup_cross_entropy": 1},
+    "mixup_cross_entropy": {"mixup_cross_entropy": 2},
     "soft_target_cross_entropy": {"soft_target_cross_entropy": 0},
 }
 
