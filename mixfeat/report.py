@@ -66,11 +66,11 @@ class Case:
         """Return the launch that is meant."""
         return launches[self.place()]
 
-    def record(self) -> AbstractContextManager[list[Any]]:
-        """List the launches that follow instead of making them."""
+    def record(self, backend: str) -> AbstractContextManager[list[Any]]:
+        """List the launches that follow, as on GPUs of this backend, instead of making them."""
         from mixfeat.kernels.triton import launch
 
-        return launch.record()
+        return launch.record(backend)
 
 
 _PATCHES, _CLASSES = 12, 10
@@ -78,8 +78,8 @@ _PATCHES, _CLASSES = 12, 10
 
 @dataclass(frozen=True)
 class PatchConvCase(Case):
-    """Direction "forward", "backward_input" or "backward_weight"; "mix", the kernel that mixes first, or "sum", that
-    adds up partial sums.
+    """Direction "forward", "backward_input" or "backward_weight"; "kept_input" or "kept_weight", the same of slopes
+    that forward kept; "mix", the kernel that mixes first, or "sum", that adds up partial sums.
     """
 
     kernel = "patch_conv"
@@ -98,7 +98,7 @@ class PatchConvCase(Case):
         return next(launch for launch in launches if launch.kernel.__name__ == name)
 
     def call(self) -> None:
-        from mixfeat.kernels.triton import patch_conv
+        from mixfeat.kernels.triton import configs, patch_conv
 
         samples = self.samples
         input = _meta(1, samples, _PATCHES, self.patch_dim, dtype=self.dtype)
@@ -106,12 +106,17 @@ class PatchConvCase(Case):
         index = _meta(samples, dtype=torch.int64) if self.mix else None
         lam = _meta(samples) if self.mix else None
         arguments = (input, weight, index, lam, self.activation.polynomial)
+        keeps = configs.keeps_slopes(self.dtype, _CLASSES * self.filters, self.patch_dim)
+        slope = _meta(1, samples, _PATCHES, _CLASSES * self.filters, dtype=self.dtype) if keeps else None
         if self.direction in ("forward", "mix"):
-            patch_conv.patch_conv(*arguments)
+            patch_conv.patch_conv(*arguments, slope=slope)
         else:
             grad = _meta(1, samples, _CLASSES, dtype=self.dtype)
-            for_input = self.direction == "backward_input"
-            patch_conv.patch_conv_backward(grad, *arguments, input_grad=for_input, weight_grad=not for_input)
+            for_input = self.direction.endswith("input")
+            slope = slope if self.direction.startswith("kept") else None
+            patch_conv.patch_conv_backward(
+                grad, *arguments, input_grad=for_input, weight_grad=not for_input, slope=slope
+            )
 
 
 @dataclass(frozen=True)
@@ -265,7 +270,7 @@ class GradientDescentCase(Case):
     def sizes(self) -> str:
         return f"N{self.num_samples}-P{self.num_patches}"
 
-    def record(self) -> AbstractContextManager[list[Any]]:
+    def record(self, backend: str) -> AbstractContextManager[list[Any]]:
         from mixfeat.kernels import cuda
 
         return cuda.record()
@@ -377,12 +382,16 @@ def shipped(target: str) -> list[Case]:
         PatchConvCase("mix", dtype, 50, default, mix=mix) for dtype, mix in ((half, True), (single, False))
     ]
     cases += [PatchConvCase("sum", half, 64, default)]
+    for direction in ("kept_input", "kept_weight"):
+        cases += [PatchConvCase(direction, dtype, 256, default) for dtype in (half, single)]
+        if TARGETS[target][0] == "cuda":
+            cases += [PatchConvCase(direction, single, 256, default, matmul_precision="high")]
     # Three filters per class make the narrow tiles of forward the better ones.
     for direction, filters in (("forward", 10), ("forward", 3), ("backward_input", 10), ("backward_weight", 10)):
         case = partial(PatchConvCase, direction, filters=filters)
         cases += [case(half, dim, default) for dim in (32, 64, 128, 256)]
         cases += [case(half, dim, default, mix=True) for dim in (32, 64)]
-        cases += [case(single, dim, default) for dim in ((32, 128) if direction == "forward" else (32, 64, 128))]
+        cases += [case(single, dim, default) for dim in (32, 64, 128)]
         cases += [case(single, 32, default, mix=True), case(half, 64, ReLU())]
         cases += [case(half, 64, default, samples=samples) for samples in (1, 9)]
         cases += [case(half, 64, default, samples=samples) for samples in (1, 9)]
@@ -437,7 +446,7 @@ def shipped(target: str) -> list[Case]:
 
 def compile_case(case: Case, target: str) -> CompiledKernel:
     """Compile one case for one target, in a process in which Triton does not interpret its kernels."""
-    launch = recorded_launch(case)
+    launch = recorded_launch(case, TARGETS[target][0])
     compile = _compile_cuda if isinstance(case, GradientDescentCase) else _compile_triton
     config, resources = compile(launch, target)
     return CompiledKernel(case.kernel, case.direction, _name(case.dtype), config, target, **resources)
@@ -496,13 +505,13 @@ def _no_interpreter() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
-def recorded_launch(case: Case) -> Any:
-    """The launch that a case means."""
+def recorded_launch(case: Case, backend: str = "cuda") -> Any:
+    """The launch that a case means, on GPUs of this backend."""
     matmul = torch.backends.cuda.matmul
     previous = matmul.fp32_precision
     matmul.fp32_precision = "ieee" if case.matmul_precision == "highest" else "tf32"
     try:
-        with case.record() as launches:
+        with case.record(backend) as launches:
             case.call()
     finally:
         matmul.fp32_precision = previous

@@ -68,6 +68,24 @@ def test_patches_with_weights_of_their_own(backend, device):
     torch.testing.assert_close(patches, mf.patch_conv(x, w, phi, index=index, lam=lam[:, 0]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("runs", ["", "w", "xw"])
+def test_slopes_of_long_patches_are_kept(backend, device, runs):
+    """By a GPU, where the filters are no more than the entries of a patch."""
+    x, w, kwargs = make_inputs((5, 3, 72, 3, 4), torch.float32, device, runs=runs, mix="per-sample")
+    if backend == "triton":
+        assert mf.ops.patch_conv._samples_to_save(x, w) == 5
+        assert mf.ops.patch_conv._samples_to_save(x, w.repeat_interleave(10, -3)) == 0
+    x, w = x.requires_grad_(), w.requires_grad_()
+    logits = mf.patch_conv(x, w, POLY, **kwargs)
+    upstream = torch.randn_like(logits)
+    grads = torch.autograd.grad(logits, (x, w), upstream)
+    exact = [t.detach().double().requires_grad_() for t in (x, w)]
+    truth = mf.reference.patch_conv(*exact, POLY, index=kwargs["index"], lam=kwargs["lam"].double())
+    true_grads = torch.autograd.grad(truth, exact, upstream.double())
+    for value, true in zip((logits, *grads), (truth, *true_grads), strict=True):
+        assert (value.double() - true).norm() <= 1e-5 * true.norm()
+
+
 def test_no_networks(backend, device):
     x, w = torch.zeros(0, 4, 3, 5, device=device), torch.zeros(0, 2, 3, 5, device=device, requires_grad=True)
     for input in (x, torch.zeros(4, 3, 5, device=device)):

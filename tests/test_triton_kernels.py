@@ -10,14 +10,15 @@ from mixfeat import reference
 from mixfeat.activations import Identity, PolyReLU, Power, PowerReLU, ReLU
 
 
-def run(grad, x, w, index, lam, activation):
-    """Logits and both gradients from the kernels."""
+def run(grad, x, w, index, lam, activation, keep=False):
+    """Logits and both gradients from the kernels, which keep the slopes or compute them again."""
     from mixfeat.kernels.triton import patch_conv
 
     arguments = (x, w, index, lam, activation.polynomial)
     with poisoned():
-        logits = patch_conv.patch_conv(*arguments)
-        grads = patch_conv.patch_conv_backward(grad, *arguments, input_grad=True, weight_grad=True)
+        slope = torch.empty(*x.shape[:3], w.shape[1] * w.shape[2], dtype=x.dtype, device=x.device) if keep else None
+        logits = patch_conv.patch_conv(*arguments, slope=slope)
+        grads = patch_conv.patch_conv_backward(grad, *arguments, input_grad=True, weight_grad=True, slope=slope)
     assert all(t.is_contiguous() and t.dtype == x.dtype for t in (logits, *grads))
     assert (logits.shape, grads[0].shape, grads[1].shape) == (grad.shape, x.shape, w.shape)
     return logits, *grads
@@ -52,10 +53,10 @@ def problem(shape, activation, dtype=torch.float32, mix=None):
     return random(runs, samples, classes, dtype=dtype), x, w, index, lam, activation
 
 
-def check_accuracy(shape, activation, dtype=torch.float32, mix=None, precision="highest"):
+def check_accuracy(shape, activation, dtype=torch.float32, mix=None, precision="highest", keep=False):
     torch.set_float32_matmul_precision(precision)
     arguments = problem(shape, activation, dtype, mix)
-    results, truth = run(*arguments), expected(*arguments)
+    results, truth = run(*arguments, keep=keep), expected(*arguments)
     if dtype == torch.float32:
         tolerances = [1e-5 if precision == "highest" else 1e-2] * 3
     else:
@@ -201,6 +202,11 @@ CHECKS = {
         for dtype, shapes in ((torch.float32, SHAPES), (torch.float16, MANY_SHAPES))
         for shape in shapes
         for mix in (None, "lams")
+    },
+    **{
+        f"kept-{shape}-{mix}-{dtype}": partial(check_accuracy, shape, PolyReLU(), dtype, mix, keep=True)
+        for dtype, shapes in ((torch.float32, SHAPES), (torch.float16, MANY_SHAPES))
+        for shape, mix in ((shapes[0], "lams"), (shapes[5], None), (shapes[6], "lam"), (shapes[8], None))
     },
     **{
         f"tf32-{d}": partial(check_accuracy, (1, 9, 2, d, 3, 11), PolyReLU(), mix="lam", precision="high")

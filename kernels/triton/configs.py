@@ -11,11 +11,11 @@ import torch
 __all__ = [
     "BINARY_CROSS_ENTROPY_CONFIG", "CROSS_ENTROPY_CONFIGS", "CUTMIX_CONFIG", "INVERSE_BLOCK", "INVERSE_CHUNK",
     "INVERSE_SAMPLES", "MEAN_LOGITS", "MEAN_ROWS", "MIXUP_CONFIG", "PAIRWISE_CONFIGS", "PATCH_CONV_TILES",
-    "CrossEntropyConfig", "Direction", "MixupConfig", "PairwiseConfig", "PatchConvConfig", "PatchConvTiles",
-    "Split", "cross_entropy_config", "pairwise_config", "patch_conv_tiles", "split", "tile_rows", "vector_size",
+    "CrossEntropyConfig", "Direction", "MixupConfig", "PairwiseConfig", "PatchConvConfig", "PatchConvTiles", "Split",
+    "cross_entropy_config", "keeps_slopes", "pairwise_config", "patch_conv_tiles", "split", "tile_rows", "vector_size",
 ]  # fmt: skip
 
-Direction = Literal["forward", "backward_input", "backward_weight"]
+Direction = Literal["forward", "backward_input", "backward_weight", "kept_input", "kept_weight"]
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,15 @@ class PatchConvTiles:
     backward_input: PatchConvConfig
     backward_weight: PatchConvConfig
     mixes: bool = False
+    kept_input: PatchConvConfig | None = None
+    kept_weight: PatchConvConfig | None = None
 
     def config(self, direction: Direction, num_classes: int, filters_per_class: int) -> PatchConvConfig:
         """The configuration for a direction and, in forward, for the numbers of classes and filters."""
+        if direction == "kept_input":
+            return self.kept_input or self.backward_input
+        if direction == "kept_weight":
+            return self.kept_weight or self.backward_weight
         if direction != "forward":
             return self.backward_input if direction == "backward_input" else self.backward_weight
 
@@ -79,9 +85,11 @@ _Config, _ANY = PatchConvConfig, sys.maxsize
 # "half": bfloat16 and float16. The matrix units of sm_90 and later (wgmma, tcgen05) take 64 rows per 4 warps. Forward
 #   keeps two tiles, s and the sum of phi: 8 warps halve a thread's share of them. Backward keeps s, G and the gradient;
 #   it has 4 warps, for with 8 each pair of warps would need, and compute, the same activations. One program's products
-#   overlap with another's activations where a multiprocessor holds two or three: hence the caps on registers.
+#   overlap with another's activations where a multiprocessor holds two or three: hence the caps on registers. Long
+#   patches pass through a pipeline four stages deep.
 # "tf32": float32 in TF32, with twice the bytes per operand.
-# "ieee": float32 without matrix units (AMD: with), whose operands pass through registers as well.
+# "tf32x3": float32 as three products in TF32, whose operands pass through registers to be split.
+# "ieee": float32 on AMD, whose matrix units take it as it is.
 PATCH_CONV_TILES: dict[str, list[PatchConvTiles]] = {
     "half": [
         PatchConvTiles(
@@ -109,10 +117,12 @@ PATCH_CONV_TILES: dict[str, list[PatchConvTiles]] = {
         ),
         PatchConvTiles(
             patch_dim=_ANY,
-            forward=_Config(64, 128, 64, num_warps=8),
-            forward_narrow=_Config(64, 64, 64),
+            forward=_Config(64, 64, 64, num_warps=8, num_stages=4),
+            forward_narrow=_Config(64, 64, 64, num_warps=8, num_stages=4),
             backward_input=_Config(64, 32, 128),
             backward_weight=_Config(32, 64, 128, num_warps=8),
+            kept_input=_Config(64, 64, 128, num_warps=8, num_stages=3),
+            kept_weight=_Config(64, 64, 128, num_warps=8, num_stages=4),
         ),
     ],
     "tf32": [
@@ -137,6 +147,34 @@ PATCH_CONV_TILES: dict[str, list[PatchConvTiles]] = {
             forward_narrow=_Config(64, 64, 32),
             backward_input=_Config(64, 32, 64, num_stages=1),
             backward_weight=_Config(32, 64, 64, num_warps=8),
+            kept_input=_Config(64, 32, 64, num_stages=3),
+            kept_weight=_Config(32, 64, 64, num_stages=3),
+        ),
+    ],
+    "tf32x3": [
+        PatchConvTiles(
+            patch_dim=32,
+            forward=_Config(64, 128, 32, num_warps=8),
+            forward_narrow=_Config(64, 64, 32),
+            backward_input=_Config(64, 32, 32),
+            backward_weight=_Config(32, 64, 32),
+            mixes=True,
+        ),
+        PatchConvTiles(
+            patch_dim=64,
+            forward=_Config(64, 64, 64, num_warps=8),
+            forward_narrow=_Config(64, 64, 64, num_warps=8),
+            backward_input=_Config(64, 16, 64, num_warps=8),
+            backward_weight=_Config(16, 64, 64, num_warps=8),
+        ),
+        PatchConvTiles(
+            patch_dim=_ANY,
+            forward=_Config(64, 32, 32),
+            forward_narrow=_Config(64, 32, 32),
+            backward_input=_Config(64, 32, 32, num_warps=8, num_stages=1),
+            backward_weight=_Config(16, 64, 64, num_warps=8),
+            kept_input=_Config(64, 32, 64, num_warps=8),
+            kept_weight=_Config(32, 64, 32, num_warps=8),
         ),
     ],
     "ieee": [
@@ -157,6 +195,15 @@ PATCH_CONV_TILES: dict[str, list[PatchConvTiles]] = {
         ),
     ],
 }
+
+
+def keeps_slopes(dtype: torch.dtype, num_filters: int, patch_dim: int) -> bool:
+    """Whether forward keeps the slopes, in the input's dtype, for the backward pass of a network.
+
+    For long patches computing the pre-activations again would take longer, once for each tile of D, than reading the
+    slopes, which are no more than the input where there are no more filters than entries in a patch.
+    """
+    return num_filters <= patch_dim and patch_dim > (128 if dtype.itemsize == 2 else 64)
 
 
 def patch_conv_tiles(dtype: torch.dtype, input_precision: str, patch_dim: int) -> PatchConvTiles:

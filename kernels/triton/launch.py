@@ -12,11 +12,19 @@ from torch import Tensor
 __all__ = ["Launch", "interpretable", "multiprocessors", "precision", "record", "rounded", "run"]
 
 
+_backend: ContextVar[str] = ContextVar("backend", default="hip" if torch.version.hip else "cuda")
+
+
 def precision(dtype: torch.dtype) -> str:
-    """Return tl.dot's ``input_precision``, which follows PyTorch's. AMD's matrix units take float32 as it is."""
+    """Return tl.dot's ``input_precision``, which follows PyTorch's.
+
+    NVIDIA's matrix units form float32 products of TF32 parts, three for each; AMD's take float32 as it is.
+    """
+    if dtype != torch.float32 or _backend.get() == "hip":
+        return "ieee"
     # torch.set_float32_matmul_precision sets this too, whereas its getter raises once this alone has been set.
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 and dtype == torch.float32 and not torch.version.hip else "ieee"
+    return "tf32" if tf32 else "tf32x3"
 
 
 def multiprocessors(tensor: Tensor) -> int:
@@ -47,8 +55,9 @@ class Launch(NamedTuple):
         """Return the compiler's options for "hip", or for "cuda" with a compute capability such as 90."""
         # Triton's default for contracting a * b + c into one instruction differs by version, so it is set here.
         # NVIDIA's assembler may spill a few registers to fit one more program on a multiprocessor, unless it is told
-        # how many a thread may have. On sm_12x a pipeline of loads takes so many registers that tiles would spill.
-        num_stages = 1 if capability // 10 == 12 else self.num_stages
+        # how many a thread may have. On sm_12x a pipeline of loads takes so many registers that tiles would spill, on
+        # AMD a deeper one more than the 64 KiB of shared memory.
+        num_stages = 1 if capability // 10 == 12 else min(self.num_stages, 2) if backend == "hip" else self.num_stages
         options = {"num_warps": self.num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
         capped = backend == "cuda" and self.max_registers is not None
         return options | {"maxnreg": self.max_registers} if capped else options
@@ -58,14 +67,18 @@ _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None
 
 
 @contextlib.contextmanager
-def record() -> Iterator[list[Launch]]:
-    """List this thread's launches instead of making them: on meta tensors, they can be compiled without a GPU."""
+def record(backend: str | None = None) -> Iterator[list[Launch]]:
+    """List this thread's launches instead of making them: on meta tensors, they can be compiled without a GPU.
+
+    ``backend`` "cuda" or "hip" asks for what they would be on NVIDIA's or AMD's GPUs.
+    """
     launches: list[Launch] = []
-    token = _recorded.set(launches)
+    token, other = _recorded.set(launches), _backend.set(backend or _backend.get())
     try:
         yield launches
     finally:
         _recorded.reset(token)
+        _backend.reset(other)
 
 
 def run(launch: Launch) -> None:

@@ -9,9 +9,11 @@
     dL/dx_i = lam_i dL/dz_i + sum_{n: index_n = i} (1 - lam_n) dL/dz_n
 
 The pre-activations s exist on chip only: the gradients recompute them, and the mix z with them (_Problem says when z is
-written to memory first). The rows of a tile are patches: some of some samples, so that few samples make as many rows as
-many do. Where there are still fewer programs than a GPU runs at once, each gets a slice of the patches, and partial
-sums are added up by another kernel. None uses atomic operations, so results repeat bit for bit.
+written to memory first). Of long patches forward keeps the slopes phi'(s), where configs.keeps_slopes says so.
+
+The rows of a tile are patches: some of each of some samples, so that few samples make as many rows as many do. Where
+there are still fewer programs than a GPU runs at once, each gets a slice of the patches, and partial sums are added up
+by another kernel. None uses atomic operations, so results repeat bit for bit.
 
 All kernels count their programs on one axis, as only a grid's first axis may be longer than 65535, and address memory
 with 64 bits. They are compiled for a network: classes, filters and dimension are constants, the numbers of samples and
@@ -168,7 +170,7 @@ def patch_conv_mix_kernel(
 @triton.jit(do_not_specialize=_SIZES)
 def patch_conv_forward_kernel(
     input, weight, index, lam,
-    N, P, stride_xb, stride_xn, stride_xp, stride_lam, inverse, scale, logits, slices,
+    N, P, stride_xb, stride_xn, stride_xp, stride_lam, inverse, scale, logits, slices, slope, slope_scale,
     NETWORK: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``g[n,c] = sum_{p,m} phi(<w[c,m], z[n,p]>)``, a partial sum per slice of the patches.
@@ -178,10 +180,11 @@ def patch_conv_forward_kernel(
     and over a sample's rows comes last.
 
     input (B,N,P,D), weight (B,CM,D) or (1,CM,D) contiguous, index (N,), lam (N,) or (),
-    logits (B,slices,N,C) contiguous
+    logits (B,slices,N,C) contiguous, slope (B,N,P,CM) contiguous or None: phi'(s)
     """
     VECTOR: tl.constexpr = 128 // input.dtype.element_ty.primitive_bitwidth
     ROWS: tl.constexpr = TILE.samples * TILE.patches
+    Q: tl.constexpr = NETWORK.classes * NETWORK.filters
     CLASSES: tl.constexpr = max(TILE.filters // NETWORK.filters, 1)
     TILES: tl.constexpr = (NETWORK.classes + CLASSES - 1) // CLASSES
     WHOLE: tl.constexpr = NETWORK.width <= TILE.dim
@@ -225,6 +228,13 @@ def patch_conv_forward_kernel(
             if TILE.patches > 1:
                 s = tl.where((p + row_patch < P)[:, None], s, 0.0)  # infinite filters times 0
             accum = add_phi(accum, s, inverse, ACTIVATION)
+            if slope is not None:
+                e = mul_slope(tl.full([ROWS, TILE.filters], 1.0, tl.float32), s, inverse, ACTIVATION) * slope_scale
+                at = (
+                    slope
+                    + (((b.to(tl.int64) * N + n) * P + p + row_patch) * Q + first_class * NETWORK.filters)[:, None]
+                )
+                tl.store(at + q[None, :], e.to(slope.dtype.element_ty), mask=mask[:, None] & (q < end)[None, :])
 
     if TILE.patches > 1:
         accum = tl.sum(tl.reshape(accum, (TILE.samples, TILE.patches, TILE.filters)), 1)
@@ -379,6 +389,93 @@ def patch_conv_backward_input_kernel(
     tl.store(mixed_grad, accum.to(mixed_grad.dtype.element_ty), mask=store)
 
 
+@triton.jit(do_not_specialize=_SIZES)
+def patch_conv_kept_weight_kernel(
+    input, slope, grad, weight_grad, N, P, stride_xb, stride_xn, stride_xp, slices, sample_slices,
+    NETWORK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``dL/dw[q] = sum_{n,p} G[n,c] slope[n,p,q] z[n,p]``, a partial sum per slice: as above, without computing s.
+
+    input (B,N,P,D), slope (B,N,P,CM) contiguous, grad (B,N,C) contiguous, weight_grad (B,slices,CM,D) contiguous
+    """
+    VECTOR: tl.constexpr = 128 // input.dtype.element_ty.primitive_bitwidth
+    ROWS: tl.constexpr = TILE.samples * TILE.patches
+    Q: tl.constexpr = NETWORK.classes * NETWORK.filters
+    Q_TILES: tl.constexpr = (Q + TILE.filters - 1) // TILE.filters
+    D_TILES: tl.constexpr = (NETWORK.width + TILE.dim - 1) // TILE.dim
+    stride_xb, stride_xn, stride_xp = _wide(stride_xb, VECTOR), _wide(stride_xn, VECTOR), _wide(stride_xp, VECTOR)
+    program = tl.program_id(0)
+    q = program % Q_TILES * TILE.filters + tl.arange(0, TILE.filters)
+    program = program // Q_TILES
+    d = program % D_TILES * TILE.dim + tl.arange(0, TILE.dim)
+    program = program // D_TILES
+    part = program % slices
+    b = (program // slices).to(tl.int64)
+
+    row = tl.arange(0, ROWS)
+    row_patch = row % TILE.patches
+    first = part // sample_slices * TILE.patches
+    step = slices // sample_slices * TILE.patches
+    slope += b * N * P * Q + q[None, :]
+    grad += b * N * NETWORK.classes + (q // NETWORK.filters)[None, :]
+    input += b * stride_xb + d[None, :]
+    accum = tl.zeros([TILE.filters, TILE.dim], tl.float32)
+    for start in range(part % sample_slices * TILE.samples, N, sample_slices * TILE.samples):
+        n = start + (row // TILE.patches).to(tl.int64)
+        in_filters = (n < N)[:, None] & (q < Q)[None, :]
+        g = tl.load(grad + (n * NETWORK.classes)[:, None], mask=in_filters, other=0.0).to(tl.float32)
+        slopes = slope + ((n * P + row_patch) * Q)[:, None]
+        samples = input + (n * stride_xn + row_patch * stride_xp)[:, None]
+        for p in range(first, P, step):
+            in_patches = (p + row_patch < P)[:, None]
+            e = tl.load(slopes + p * Q, mask=in_filters & in_patches, other=0.0)
+            mask = (n < N)[:, None] & in_patches & (d < NETWORK.width)[None, :]
+            z = _operand(tl.load(samples + p * stride_xp, mask=mask, other=0.0), PRECISION)
+            e = _operand((e.to(tl.float32) * g).to(z.dtype), PRECISION)
+            accum = tl.dot(tl.trans(e), z, accum, input_precision=PRECISION, out_dtype=tl.float32)
+
+    weight_grad += ((b * slices + part) * Q + q)[:, None] * NETWORK.dim + d[None, :]
+    tl.store(weight_grad, accum.to(weight_grad.dtype.element_ty), mask=(q < Q)[:, None] & (d < NETWORK.dim)[None, :])
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def patch_conv_kept_input_kernel(
+    weight, slope, grad, mixed_grad, N, P,
+    NETWORK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``dL/dz[n,p] = sum_q G[n,c] slope[n,p,q] w[q]``
+
+    A program owns a block of rows (n, p), in order, and TILE.dim of D, and loops over the filters.
+
+    weight (B,CM,D) or (1,CM,D) contiguous, slope (B,N,P,CM) contiguous, grad (B,N,C) contiguous,
+    mixed_grad (B,N,P,D) contiguous
+    """
+    ROWS: tl.constexpr = TILE.samples * TILE.patches
+    Q: tl.constexpr = NETWORK.classes * NETWORK.filters
+    D_TILES: tl.constexpr = (NETWORK.width + TILE.dim - 1) // TILE.dim
+    program = tl.program_id(0)
+    d = program % D_TILES * TILE.dim + tl.arange(0, TILE.dim)
+    program = program // D_TILES
+    blocks = tl.cdiv(N * P, ROWS)
+    row = program % blocks * ROWS + tl.arange(0, ROWS)
+    b = (program // blocks).to(tl.int64)
+    in_rows = row < N * P
+    grad += ((b * N + row // P) * NETWORK.classes)[:, None]
+    rows = b * N * P + row
+    weight += b * _size(NETWORK)
+    accum = tl.zeros([ROWS, TILE.dim], tl.float32)
+    for start in range(0, Q, TILE.filters):
+        q = start + tl.arange(0, TILE.filters)
+        mask = in_rows[:, None] & (q < Q)[None, :]
+        g = tl.load(grad + (q // NETWORK.filters)[None, :], mask=mask, other=0.0).to(tl.float32)
+        e = tl.load(slope + (rows * Q)[:, None] + q[None, :], mask=mask, other=0.0)
+        w = _filters(weight, q, Q, d, NETWORK.width, PRECISION)
+        e = _operand((e.to(tl.float32) * g).to(w.dtype), PRECISION)
+        accum = tl.dot(e, w, accum, input_precision=PRECISION, out_dtype=tl.float32)
+    store = in_rows[:, None] & (d < NETWORK.dim)[None, :]
+    tl.store(mixed_grad + (rows * NETWORK.dim)[:, None] + d[None, :], accum.to(mixed_grad.dtype.element_ty), mask=store)
+
+
 @triton.jit(do_not_specialize=["slices", "size"])
 def patch_conv_sum_kernel(partial, total, slices, size, BLOCK: tl.constexpr):
     """``total[b,i] = sum_slice partial[b,slice,i]``, in order; partial (B,slices,size) float32, total (B,size)"""
@@ -396,12 +493,18 @@ def patch_conv_sum_kernel(partial, total, slices, size, BLOCK: tl.constexpr):
 class _Problem:
     """The first arguments and the constants that all kernels share, and how to launch one.
 
-    Kernels mix as they load, unless patches are too long for that or their rows are not a multiple of 16 bytes apart.
-    Then z is written to memory first, once for all kernels, its rows padded with zeros to ``width``.
+    Kernels mix as they load, unless patches are too long for that, or their rows are not a multiple of 16 bytes apart,
+    or ``mix_first``. Then z is written to memory first, once for all kernels, its rows padded with zeros to ``width``.
     """
 
     def __init__(
-        self, input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, activation: Polynomial
+        self,
+        input: Tensor,
+        weight: Tensor,
+        index: Tensor | None,
+        lam: Tensor | None,
+        activation: Polynomial,
+        mix_first: bool = False,
     ) -> None:
         self.runs, self.num_samples, self.num_patches, dim = input.shape
         self.empty = 0 in input.shape or 0 in weight.shape
@@ -424,11 +527,13 @@ class _Problem:
         index = None if index is None else index.contiguous()
         stride_lam = 0 if lam is None or lam.dim() == 0 else lam.stride(0)
         self.tiles = configs.patch_conv_tiles(self.dtype, self.precision, width)
-        if not _aligned(input, vector) or (index is not None and not self.tiles.mixes):
+        if not _aligned(input, vector) or (index is not None and (mix_first or not self.tiles.mixes)):
             input, index, lam = self._mix(input, index, lam, stride_lam), None, None
+        self.input, self.weight, self.index = input, weight, index
+        self.strides = tuple(stride // vector for stride in input.stride()[:3])
         self.arguments = (
-            input, weight, index, lam, self.num_samples, self.num_patches,
-            *(stride // vector for stride in input.stride()[:3]), stride_lam, 1 / self.activation.threshold,
+            input, weight, index, lam, self.num_samples, self.num_patches, *self.strides, stride_lam,
+            1 / self.activation.threshold,
         )  # fmt: skip
 
     def _mix(self, input: Tensor, index: Tensor | None, lam: Tensor | None, stride_lam: int) -> Tensor:
@@ -457,19 +562,15 @@ class _Problem:
         config: configs.PatchConvConfig,
         block_p: int,
         programs: int,
-        *arguments: Any,
-        classes: int = 0,
+        arguments: tuple[Any, ...],
+        **constants: Any,
     ) -> None:
-        constants = {
-            "NETWORK": self.network,
-            "TILE": Tile(config.block_rows // block_p, block_p, config.block_q, config.block_d, classes),
-            "ACTIVATION": kind(self.activation),
-            "PRECISION": self.precision,
-        }
+        tile = Tile(config.block_rows // block_p, block_p, config.block_q, config.block_d, constants.pop("classes", 0))
+        constants = {"NETWORK": self.network, "TILE": tile, "PRECISION": self.precision} | constants
         # Mixing takes registers for the partners' addresses and values, so there is no tighter cap then.
-        max_registers = config.max_registers if self.arguments[2] is None else 255
+        max_registers = config.max_registers if self.index is None else 255
         options = (config.num_warps, config.num_stages, max_registers)
-        launch.run(launch.Launch(kernel, programs, (*self.arguments, *arguments), constants, *options))
+        launch.run(launch.Launch(kernel, programs, arguments, constants, *options))
 
     def partial(self, slices: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Memory for the sums of each slice, which are the result if there is one slice."""
@@ -495,12 +596,18 @@ def _aligned(rows: Tensor, vector: int) -> bool:
 
 
 def patch_conv(
-    input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, activation: Polynomial
+    input: Tensor,
+    weight: Tensor,
+    index: Tensor | None,
+    lam: Tensor | None,
+    activation: Polynomial,
+    *,
+    slope: Tensor | None = None,
 ) -> Tensor:
     """Return the logits (B,N,C) of B independent networks, whose samples ``index`` and ``lam`` mix unless None.
 
     ``input`` (B,N,P,D) and ``weight`` (B,C,M,D) of one dtype, also the result's; ``index`` (N,) int64; ``lam`` (N,) or
-    () float32. A sample whose partner is out of range gets NaN.
+    () float32. A sample whose partner is out of range gets NaN. Unless None, ``slope`` (B,N,P,CM) gets phi'(s).
     """
     problem = _Problem(input, weight, index, lam, activation)
     if problem.empty:
@@ -510,7 +617,9 @@ def patch_conv(
     split = problem.split(config, tiles)
     logits = problem.partial(split.slices, (problem.num_samples, network.classes), input.device)
     scale = problem.activation.scale / problem.activation.degree
-    problem.launch(patch_conv_forward_kernel, config, split.block_p, split.programs, scale, logits, split.slices)
+    arguments = (*problem.arguments, scale, logits, split.slices, slope, problem.slope_scale)
+    kernel = patch_conv_forward_kernel
+    problem.launch(kernel, config, split.block_p, split.programs, arguments, ACTIVATION=kind(problem.activation))
     return problem.total(logits).to(input.dtype)
 
 
@@ -524,34 +633,45 @@ def patch_conv_backward(
     *,
     input_grad: bool,
     weight_grad: bool,
+    slope: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return those gradients of :func:`patch_conv` that are asked for, contiguous; ``grad`` (B,N,C)."""
-    problem = _Problem(input, weight, index, lam, activation)
+    """Return those gradients of :func:`patch_conv` that are asked for, contiguous; ``grad`` (B,N,C).
+
+    ``slope``, if :func:`patch_conv` has written it, saves computing the pre-activations again.
+    """
+    problem = _Problem(input, weight, index, lam, activation, mix_first=slope is not None and weight_grad)
     if problem.empty:
         input, weight = input.new_zeros(input.shape), weight.new_zeros(weight.shape)
         return input if input_grad else None, weight if weight_grad else None
     grad = grad.to(problem.dtype).contiguous()
     return (
-        _input_grad(problem, grad, index, lam).to(input.dtype) if input_grad else None,
-        _weight_grad(problem, grad).to(weight.dtype).view(weight.shape) if weight_grad else None,
+        _input_grad(problem, grad, slope, index, lam).to(input.dtype) if input_grad else None,
+        _weight_grad(problem, grad, slope).to(weight.dtype).view(weight.shape) if weight_grad else None,
     )
 
 
-def _input_grad(problem: _Problem, grad: Tensor, index: Tensor | None, lam: Tensor | None) -> Tensor:
-    config, network = problem.config("backward_input"), problem.network
-    shape = (problem.runs, problem.num_samples, problem.num_patches, network.dim)
-    mixed_grad = torch.empty(shape, dtype=problem.dtype, device=grad.device)
-    tiles = triton.cdiv(network.width, config.block_d)
-    block_p, blocks = configs.tile_rows(problem.num_samples, problem.num_patches, config.block_rows)
-    matrix_units = problem.dtype != torch.float32 or problem.precision != "ieee"
-    classes = (config.block_q + network.filters - 2) // network.filters + 1
-    problem.launch(
-        patch_conv_backward_input_kernel, config, block_p, problem.runs * blocks * tiles,
-        problem.slope_scale, grad, mixed_grad, classes=max(16, triton.next_power_of_2(classes)) if matrix_units else 0,
-    )  # fmt: skip
+def _input_grad(
+    problem: _Problem, grad: Tensor, slope: Tensor | None, index: Tensor | None, lam: Tensor | None
+) -> Tensor:
+    config, network = problem.config("backward_input" if slope is None else "kept_input"), problem.network
+    samples, patches = problem.num_samples, problem.num_patches
+    mixed_grad = torch.empty((problem.runs, samples, patches, network.dim), dtype=problem.dtype, device=grad.device)
+    programs = problem.runs * triton.cdiv(network.width, config.block_d)
+    if slope is None:
+        block_p, blocks = configs.tile_rows(samples, patches, config.block_rows)
+        matrix_units = problem.dtype != torch.float32 or problem.precision != "ieee"
+        classes = (config.block_q + network.filters - 2) // network.filters + 1
+        problem.launch(
+            patch_conv_backward_input_kernel, config, block_p, programs * blocks,
+            (*problem.arguments, problem.slope_scale, grad, mixed_grad), ACTIVATION=kind(problem.activation),
+            classes=max(16, triton.next_power_of_2(classes)) if matrix_units else 0,
+        )  # fmt: skip
+    else:
+        arguments = (problem.weight, slope, grad, mixed_grad, samples, patches)
+        programs *= triton.cdiv(samples * patches, config.block_rows)
+        problem.launch(patch_conv_kept_input_kernel, config, 1, programs, arguments)
     if index is None or lam is None:
         return mixed_grad
-    samples = problem.num_samples
     if problem.runs > 1:  # samples of all runs, each with a partner in its own run
         first = torch.arange(0, problem.runs * samples, samples, device=index.device)[:, None]
         index = (index + first).where((index >= 0) & (index < samples), -1).flatten()
@@ -561,14 +681,19 @@ def _input_grad(problem: _Problem, grad: Tensor, index: Tensor | None, lam: Tens
     return input_grad
 
 
-def _weight_grad(problem: _Problem, grad: Tensor) -> Tensor:
-    config, network = problem.config("backward_weight"), problem.network
+def _weight_grad(problem: _Problem, grad: Tensor, slope: Tensor | None) -> Tensor:
+    config, network = problem.config("backward_weight" if slope is None else "kept_weight"), problem.network
     filters = network.classes * network.filters
     tiles = triton.cdiv(filters, config.block_q) * triton.cdiv(network.width, config.block_d)
     split = problem.split(config, tiles, slice_samples=True)
     partial = problem.partial(split.slices, (filters, network.dim), grad.device)
-    problem.launch(
-        patch_conv_backward_weight_kernel, config, split.block_p, split.programs,
-        problem.slope_scale, grad, partial, split.slices, split.sample_slices,
-    )  # fmt: skip
+    place = (config, split.block_p, split.programs)
+    slices = (split.slices, split.sample_slices)
+    if slope is None:
+        arguments = (*problem.arguments, problem.slope_scale, grad, partial, *slices)
+        problem.launch(patch_conv_backward_weight_kernel, *place, arguments, ACTIVATION=kind(problem.activation))
+    else:
+        sizes = (problem.num_samples, problem.num_patches, *problem.strides)
+        arguments = (problem.input, slope, grad, partial, *sizes, *slices)
+        problem.launch(patch_conv_kept_weight_kernel, *place, arguments)
     return problem.total(partial)

@@ -1,7 +1,7 @@
 """``torch.ops.mixfeat.patch_conv``: the fused patch convolution and its backward pass.
 
 Beside the logits it returns the activation's slopes phi' for the first ``saved`` samples, which the backward pass then
-need not compute again.
+need not compute again; on a GPU of long patches, for all samples or none.
 """
 
 from collections.abc import Sequence
@@ -32,13 +32,31 @@ def patch_conv(
 
 def _samples_to_save(input: Tensor, weight: Tensor) -> int:
     """For how many samples forward keeps the activation's slopes, where gradients will be asked for."""
-    if input.device.type != "cpu":
-        return 0  # a GPU computes them again faster than it reads them
     *_, samples, patches, features = input.shape
+    if backends.serving(input.device.type, input.dtype) == "triton":
+        from mixfeat.kernels.triton import configs
+
+        filters = weight.shape[-3:-1].numel()
+        return samples if configs.keeps_slopes(input.dtype, filters, features) else 0
+    if input.device.type != "cpu":
+        return 0
     slopes = weight.numel() // max(1, features) * patches  # of one sample
     if input.dim() == 4 and weight.dim() == 3:
         slopes *= input.shape[0]
     return min(samples, SAVED_BYTES // max(1, slopes * (8 if input.dtype == torch.float64 else 4)))
+
+
+def _request(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with which forward keeps slopes for the backward pass."""
+    input, weight, index, lam, fields, _ = args
+    if input.dtype == torch.float16 and not Polynomial.of(fields).upper:
+        return args  # a power may be out of its range
+    return input, weight, index, lam, fields, _samples_to_save(input, weight)
+
+
+def _slope_dtype(input: Tensor) -> torch.dtype:
+    """A CPU keeps slopes as it computes them, a GPU in the input's dtype."""
+    return _checks.accumulation(input.dtype) if input.device.type == "cpu" else input.dtype
 
 
 def _slope_shape(input: Tensor, weight: Tensor, saved: int) -> tuple[int, int, int, int]:
@@ -65,9 +83,13 @@ def _forward(
     if name == "triton":
         from mixfeat.kernels.triton.patch_conv import patch_conv as launch
 
-        logits = launch(*_as_networks(input, weight), index, lam, polynomial)
+        slope = input.new_empty(_slope_shape(input, weight, saved), dtype=_slope_dtype(input))
+        kept = slope if saved and saved == input.shape[-3] else None
+        logits = launch(*_as_networks(input, weight), index, lam, polynomial, slope=kept)
         if input.dim() == 3:  # (1, N, R*C), where weight has R runs
             logits = logits[0] if weight.dim() == 3 else logits[0].unflatten(1, weight.shape[:2]).transpose(0, 1)
+        if saved == 0 or kept is not None:
+            return logits.contiguous(), slope
     else:
         logits = fallback.patch_conv(input, weight, index, lam, polynomial)
     return logits.contiguous(), _slope(input, weight, index, lam, polynomial, saved)
@@ -103,7 +125,14 @@ def _backward(
         if input.dim() == 3:
             grad = (grad if weight.dim() == 3 else grad.transpose(0, 1).flatten(1))[None]
         grads = launch(
-            grad, *_as_networks(input, weight), index, lam, polynomial, input_grad=need_input, weight_grad=need_weight
+            grad,
+            *_as_networks(input, weight),
+            index,
+            lam,
+            polynomial,
+            input_grad=need_input,
+            weight_grad=need_weight,
+            slope=slope if 0 < slope.shape[1] == input.shape[-3] else None,
         )
         if grads[0] is not None:
             input_grad = grads[0].view(input.shape)
@@ -111,7 +140,7 @@ def _backward(
             summed = input.dim() == 4 and weight.dim() == 3
             weight_grad = grads[1].sum(0) if summed else grads[1].view(weight.shape)
     else:
-        g, x, w = (t.to(slope.dtype) for t in (grad, input, weight))
+        g, x, w = (t.to(_checks.accumulation(input.dtype)) for t in (grad, input, weight))
         grads = fallback.patch_conv_backward(g, x, w, index, lam, polynomial)
         input_grad, weight_grad = (
             t.contiguous() if need else t.new_empty(0) for t, need in zip(grads, (need_input, need_weight), strict=True)
@@ -142,14 +171,14 @@ def _slope(
     input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, polynomial: Polynomial, saved: int
 ) -> Tensor:
     """phi' of the first ``saved`` samples from a backend that does not yield it, as the schema promises."""
-    dtype = _checks.accumulation(input.dtype)
     if saved == 0:
-        return input.new_empty(_slope_shape(input, weight, 0), dtype=dtype)
-    x, w = (t.to(dtype) for t in _as_networks(input, weight))
+        return input.new_empty(_slope_shape(input, weight, 0), dtype=_slope_dtype(input))
+    x, w = (t.to(_checks.accumulation(input.dtype)) for t in _as_networks(input, weight))
     if index is not None and lam is not None:
         x = reference.mixup(x, index, lam, dim=-3)
     with torch.autocast(input.device.type, enabled=False):
-        return polynomial.slope(torch.einsum("bnpd,bqd->bnpq", x[:, :saved], w.flatten(1, 2)))
+        slope = polynomial.slope(torch.einsum("bnpd,bqd->bnpq", x[:, :saved], w.flatten(1, 2)))
+    return slope.to(_slope_dtype(input))
 
 
 def _fake(
@@ -157,7 +186,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     runs = input.shape[:-3] if input.dim() == 4 else weight.shape[:-3]
     logits = input.new_empty((*runs, input.shape[-3], weight.shape[-3]))
-    return logits, input.new_empty(_slope_shape(input, weight, saved), dtype=_checks.accumulation(input.dtype))
+    return logits, input.new_empty(_slope_shape(input, weight, saved), dtype=_slope_dtype(input))
 
 
 def _backward_fake(grad: Tensor, slope: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -187,11 +216,12 @@ class _RecordedBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *factors: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad, slope, input, weight, index, lam = ctx.saved_tensors
+        grad, _, input, weight, index, lam = ctx.saved_tensors
         if factors == (None, None):
             return (None,) * 8
-        g, x, w = (t.to(slope.dtype) for t in (grad, input, weight))
-        u, v = (None if t is None else t.to(slope.dtype) for t in factors)
+        dtype = _checks.accumulation(input.dtype)
+        g, x, w = (t.to(dtype) for t in (grad, input, weight))
+        u, v = (None if t is None else t.to(dtype) for t in factors)
         polynomial, need_input = Polynomial.of(ctx.fields), ctx.needs_input_grad[4]
         grads = fallback.patch_conv_double_backward(g, x, w, index, lam, polynomial, u, v, need_input)
         g, x, w = (None if d is None else d.to(t.dtype) for d, t in zip(grads, (grad, input, weight), strict=True))
@@ -199,10 +229,10 @@ class _RecordedBackward(torch.autograd.Function):
 
 
 def _recorded_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> Sequence[Tensor | None]:
-    slope, input, weight, index, lam = ctx.saved_tensors
+    _, input, weight, index, lam = ctx.saved_tensors
     if not (is_transformed((grad,)) or is_batched(grad)):
         return _RecordedBackward.apply(ctx, needs, grad, *ctx.saved_tensors)
-    g, x, w = (t.to(slope.dtype) for t in (grad, input, weight))
+    g, x, w = (t.to(_checks.accumulation(input.dtype)) for t in (grad, input, weight))
     input_grad, weight_grad = fallback.patch_conv_backward(g, x, w, index, lam, Polynomial.of(ctx.fields))
     return input_grad.to(input.dtype), weight_grad.to(weight.dtype)
 
@@ -239,7 +269,7 @@ _patch_conv = Operator(
     forward=_forward,
     fake=_fake,
     differentiable=("input", "weight"),
-    request=lambda args: (*args[:-1], _samples_to_save(args[0], args[1])),
+    request=_request,
     setup_context=_setup_context,
     backward=lambda ctx, grad, needs: _patch_conv_backward.outputs(grad, *ctx.saved_tensors, ctx.fields, *needs),
     recorded_backward=_recorded_backward,
