@@ -363,11 +363,11 @@ class CrossEntropyConfig:
 
 # A row is one warp's, which waits for no other to find its maximum, or, where that would be too much for a thread,
 # several warps'. The more logits the threads of a multiprocessor hold the more are on the way to it: the caps on
-# registers see to some 40 KiB, where the memory's latency asks for 20. Longer rows are read again from L2, which has to
+# registers see to some 32 KiB, where the memory's latency asks for 20. Longer rows are read again from L2, which has to
 # hold all rows in work: so three programs are wanted on a multiprocessor, not more, and one for float32.
 CROSS_ENTROPY_CONFIGS = {
     "short": CrossEntropyConfig(8, 128, 128, min_warps=4),
-    "half": CrossEntropyConfig(32, 112, 80),
+    "half": CrossEntropyConfig(32, 128, 80),
     "float32": CrossEntropyConfig(32, 128, 128, max_warps=16),
     "other": CrossEntropyConfig(16, 96, 80),  # dense targets take as many registers again, single elements masks
 }

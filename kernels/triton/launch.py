@@ -1,6 +1,7 @@
 """The launch of a Triton kernel: compiler options, device, matrix precision, and what the interpreter needs."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -29,15 +30,20 @@ def precision(dtype: torch.dtype) -> str:
 
 def multiprocessors(tensor: Tensor) -> int:
     """Return how many multiprocessors the tensor's device has; 2 for the interpreter, to slice work there too."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 2
+    return _properties(tensor.get_device()).multi_processor_count if tensor.is_cuda else 2
 
 
 def _capability(tensor: Tensor) -> int:
     """Return the compute capability of the tensor's device, 90 for sm_90; 0 on a CPU."""
     if not tensor.is_cuda:
         return 0
-    properties = torch.cuda.get_device_properties(tensor.device)
+    properties = _properties(tensor.get_device())
     return 10 * properties.major + properties.minor
+
+
+@functools.cache
+def _properties(device: int) -> Any:
+    return torch.cuda.get_device_properties(device)
 
 
 class Launch(NamedTuple):
