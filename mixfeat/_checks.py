@@ -277,12 +277,12 @@ def partner_samples(partner: Any, target: Any, input: Tensor, weight: Tensor, pa
     return partner, target
 
 
-def labels(label_lam: Any, label_smoothing: Any, pairs: Any, nodes_: Tensor) -> tuple[Tensor | None, float, str]:
+def labels(label_lam: Any, label_smoothing: Any, pairs: Any, nodes_: Tensor | None) -> tuple[Tensor | None, float, str]:
     """Check what a pair's label is and which pairs count; return label_lam as (K,) on the CPU, like the nodes."""
     smoothing = fraction("label_smoothing", label_smoothing)
     if pairs not in ("all", "distinct", "different_class"):
         raise ValueError(f'pairs must be "all", "distinct" or "different_class", got {pairs!r}')
-    if label_lam is None:
+    if label_lam is None or nodes_ is None:
         return None, smoothing, pairs
     if not isinstance(label_lam, Tensor):
         number = fraction("label_lam", label_lam, "a number, or a tensor of a number for each node")

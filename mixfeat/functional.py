@@ -204,6 +204,9 @@ def gradient_descent(
     steps: int,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
+    label_lam: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    pairs: str = "all",
     readout: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Train networks by full-batch gradient descent, all steps in one call, as a loop of :class:`torch.optim.SGD`::
@@ -233,8 +236,10 @@ def gradient_descent(
         steps: number of steps; with 0 the weight is returned as it is.
         momentum: in [0, 1).
         weight_decay: finite, not negative. It is not part of the loss returned.
-        readout: the second layer, (C,M) or (R,C,M), floating, which is not trained; by default ones. With it, steps are
-            calls of the operators.
+        label_lam, pairs: as :func:`pairwise_mixup_loss` takes them; not with ``lam=None``.
+        label_smoothing: in [0, 1]; this much of each label goes to all classes alike.
+        readout: the second layer, (C,M) or (R,C,M), floating, which is not trained; by default ones. With it or one of
+            the three options before, steps are calls of the operators.
 
     Returns:
         (weight, loss): weight after the last step, (C,M,D), or (R,C,M,D) if input or weight has the run dimension, of
@@ -248,14 +253,18 @@ def gradient_descent(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes or devices that do not fit, fewer than 2 classes; lam outside [0, 1], or lam_weight that does
-            not fit it; lr negative, not finite or of a wrong shape; steps < 0; momentum outside [0, 1); weight_decay
-            negative or not finite.
+        ValueError: shapes or devices that do not fit, fewer than 2 classes; lam, label_lam or label_smoothing outside
+            [0, 1], lam_weight that does not fit lam, no such pairs, label_lam or pairs with lam=None; lr negative, not
+            finite or of a wrong shape; steps < 0; momentum outside [0, 1); weight_decay negative or not finite.
         IndexError: a target outside [0, C) on a CPU. On CUDA, where it cannot be read without waiting for the device,
             it makes that run's loss and weight NaN.
     """
     input, weight = _checks.classifier(input, weight, target, activation, autocast=False)
     nodes, node_weights = (None, None) if lam is None and lam_weight is None else _checks.nodes(lam, lam_weight)
+    if nodes is None and (label_lam is not None or pairs != "all"):
+        name, value = ("label_lam", label_lam) if label_lam is not None else ("pairs", pairs)
+        raise ValueError(f"{name} needs pairs of samples, which lam=None has not, got {value!r}")
+    label_nodes, smoothing, pairs = _checks.labels(label_lam, label_smoothing, pairs, nodes)
     steps = _checks.integer("steps", steps, 0)
     runs = input.shape[:-3] or weight.shape[:-3]
     rates = _checks.lr(lr, runs, steps)
@@ -266,7 +275,7 @@ def gradient_descent(
         readout = readout.to(dtype)
     trained, loss, _ = _gradient_descent(
         input.to(dtype), weight.to(dtype), target, nodes, node_weights, activation.polynomial, rates, steps, momentum,
-        weight_decay, readout=readout,
+        weight_decay, readout=readout, label_lam=label_nodes, label_smoothing=smoothing, pairs=pairs,
     )  # fmt: skip
     trained = trained.to(weight.dtype)
     return (trained, loss) if runs else (trained[0], loss[0])

@@ -5,6 +5,7 @@ Differentiable by autograd, readable as the formulas they stand for, and without
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +133,8 @@ def gradient_descent(
     steps: int,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
+    label_smoothing: float = 0.0,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Full-batch gradient descent on :func:`pairwise_mixup_loss`, or, with ``lam=None``, on the mean cross-entropy::
 
@@ -139,7 +142,7 @@ def gradient_descent(
 
     ``input`` (N,P,D) or (R,N,P,D), ``weight`` (C,M,D) or (R,C,M,D), ``target`` (N,) or (R,N); ``lr`` a number, or of
     a shape that broadcasts with (R,steps). Returns the weight, with runs if input or weight has them, and the loss
-    before each step, (steps,) or (R,steps).
+    before each step, (steps,) or (R,steps). ``options`` are further ones of the loss.
     """
     runs = input.shape[:-3] or weight.shape[:-3]
     weight = weight.expand(*runs, *weight.shape[-3:]).clone()
@@ -151,9 +154,13 @@ def gradient_descent(
         with torch.enable_grad():
             if lam is None:
                 log_p = patch_conv(input, w, activation).log_softmax(-1)
-                loss = -torch.take_along_dim(log_p, target[..., None].expand(*log_p.shape[:-1], 1), -1).mean((-2, -1))
+                own = torch.take_along_dim(log_p, target[..., None].expand(*log_p.shape[:-1], 1), -1)
+                loss = -((1 - label_smoothing) * own + label_smoothing * log_p.mean(-1, keepdim=True)).mean((-2, -1))
             else:
-                loss = pairwise_mixup_loss(input, w, target, activation, lam=lam, lam_weight=lam_weight)
+                loss = pairwise_mixup_loss(
+                    input, w, target, activation, lam=lam, lam_weight=lam_weight, label_smoothing=label_smoothing,
+                    **options,
+                )  # fmt: skip
             (grad,) = torch.autograd.grad(loss.sum(), w)  # the sum: no run influences another
         velocity = momentum * velocity + grad + weight_decay * weight
         weight = weight - rates[..., step, None, None, None] * velocity

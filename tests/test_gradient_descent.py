@@ -177,6 +177,28 @@ def test_reference_is_the_loop():
             assert error([a], [b]) <= 1e-13
 
 
+OPTIONS = [
+    {"lam": None, "label_smoothing": 0.2},
+    {"lam": 0.3, "label_lam": 0.8},
+    {"label_smoothing": 0.2, "pairs": "different_class"},
+    {**OBJECTIVES["any"], "label_lam": torch.tensor([0.3, 0.6, 1.0]), "pairs": "distinct", "label_smoothing": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_of_the_loss(backend, device, options):
+    """As the reference, each run with its own loss; and each option changes the result."""
+    if interpreted(backend):
+        pytest.skip("long in the interpreter")
+    x, w, y = make_inputs((7, 3, 5, 3, 4), runs="w", device=device)
+    found = mf.gradient_descent(x, w, y, POLY, **DESCENT, **options)
+    numbers = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    exact = reference.gradient_descent(x.double(), w.double(), y, POLY, **DESCENT, **numbers)
+    assert error(list(found), list(exact)) <= 1e-5
+    plain = {k: v for k, v in options.items() if k in ("lam", "lam_weight")}
+    assert error([mf.gradient_descent(x, w, y, POLY, **DESCENT, **plain)[1]], [exact[1]]) > 1e-3
+
+
 @pytest.mark.parametrize("objective", ["erm", "midpoint"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_trained_in_float32(backend, device, dtype, objective):
@@ -366,7 +388,7 @@ def test_opcheck(backend, device, second_layer, objective, momentum):
     lr = torch.full((1, 1), 0.1, dtype=torch.float64)
     buffer = w.clone() if momentum else None
     readout = torch.randn(w.shape[-3:-1], device=device) if second_layer == "readout" else None
-    arguments = (x, w, y, *nodes, list(POLY.polynomial), lr, 3, momentum, 0.1, buffer, readout)
+    arguments = (x, w, y, *nodes, list(POLY.polynomial), lr, 3, momentum, 0.1, buffer, readout, None, 0.0, "all")
     opcheck(torch.ops.mixfeat.gradient_descent.default, arguments)
 
 
@@ -456,6 +478,17 @@ W3 = W.expand(3, 2, 2, 3)
         ),
         ((X, W, Y, POLY), {"lr": torch.ones(2, dtype=torch.int64)}, TypeError, "lr must be a floating-point tensor"),
         ((X, W, Y, POLY), {"lr": torch.ones(2, requires_grad=True)}, ValueError, "lr must not require grad"),
+        ((X, W, Y, POLY), {"lam": None, "label_lam": 0.5}, ValueError, "label_lam needs pairs .* lam=None .*, got 0.5"),
+        ((X, W, Y, POLY), {"lam": None, "pairs": "distinct"}, ValueError, "pairs needs pairs .*, got 'distinct'"),
+        ((X, W, Y, POLY), {"pairs": "some"}, ValueError, 'pairs must be "all", "distinct" or .*, got \'some\''),
+        ((X, W, Y, POLY), {"label_lam": 1.5}, ValueError, r"label_lam must be in \[0, 1\], got 1.5"),
+        (
+            (X, W, Y, POLY),
+            {"label_lam": torch.tensor(1.5), "steps": 0},
+            ValueError,
+            r"label_lam must be in \[0, 1\], got \[1.5\]",
+        ),
+        ((X, W, Y, POLY), {"label_smoothing": -0.1}, ValueError, r"label_smoothing must be in \[0, 1\], got -0.1"),
         ((X, W, Y, POLY), {"steps": -1}, ValueError, "steps must be at least 0, got -1"),
         ((X, W, Y, POLY), {"steps": 2.0}, TypeError, r"steps must be an integer, got 2\.0"),
         ((X, W, Y, POLY), {"momentum": 1.0}, ValueError, r"momentum must be in \[0, 1\), got 1\.0"),

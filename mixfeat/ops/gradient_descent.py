@@ -37,6 +37,9 @@ def gradient_descent(
     weight_decay: float,
     momentum_buffer: Tensor | None = None,
     readout: Tensor | None = None,
+    label_lam: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    pairs: str = "all",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Take ``steps`` steps from ``weight`` and return the weight, the loss of each step and the momentum buffer.
 
@@ -52,12 +55,14 @@ def gradient_descent(
         steps, momentum, weight_decay: as :class:`torch.optim.SGD` has them.
         momentum_buffer: (R,C,M,D), as the call before returned it; None for zeros.
         readout: the second layer, (C,M) or (R,C,M), which stays as it is; None for ones.
+        label_lam, label_smoothing, pairs: as :func:`mixfeat.pairwise_mixup_loss` has them; label_lam (K,) or None.
 
     Returns:
         weight (R,C,M,D), loss (R,steps), and the momentum buffer (R,C,M,D), empty if momentum is 0.
     """
     args = (
-        input, weight, target, lam, lam_weight, polynomial, lr, steps, momentum, weight_decay, momentum_buffer, readout
+        input, weight, target, lam, lam_weight, polynomial, lr, steps, momentum, weight_decay, momentum_buffer, readout,
+        label_lam, label_smoothing, pairs,
     )  # fmt: skip
     with torch.no_grad():
         trained, loss, buffer = _gradient_descent.outputs(*args)
@@ -79,9 +84,14 @@ def _forward(
     weight_decay: float,
     momentum_buffer: Tensor | None,
     readout: Tensor | None,
+    label_lam: Tensor | None,
+    label_smoothing: float,
+    pairs: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if lam is not None and lam_weight is not None:
         _checks.node_values(lam, lam_weight)
+    if label_lam is not None:
+        _checks.label_lam_values(label_lam)
     _checks.class_values(target, weight.shape[-3])
     _checks.lr_values(lr)
     shape = (count_runs(input, weight), *weight.shape[-3:])
@@ -93,7 +103,7 @@ def _forward(
 
     nodes = {} if lam is None or lam_weight is None else merged_nodes(lam, lam_weight, input.dtype)
     name = backends.serving_network(input.device.type, input.dtype, Polynomial.of(fields))
-    if readout is not None:
+    if readout is not None or label_lam is not None or label_smoothing or pairs != "all":
         name = ""  # the loop over the operators
     if name == "triton" and input.dtype == torch.float32 and input.is_cuda and backends.serves_cuda():
         from mixfeat.kernels import cuda
@@ -117,8 +127,8 @@ def _forward(
     def objective() -> tuple[Tensor, Tensor]:
         """Return the loss (R,) and its gradient."""
         if lam is None:
-            return _cross_entropy(input, weight, readout, target, fields)
-        options = (lam, lam_weight, None, fields, 0.0, "all", 0, "", False, True, False)
+            return _cross_entropy(input, weight, readout, target, fields, label_smoothing)
+        options = (lam, lam_weight, label_lam, fields, label_smoothing, pairs, 0, "", False, True, False)
         loss, _, grad, _ = torch.ops.mixfeat.pairwise_mixup_loss.default(input, weight, readout, target, *options)
         return loss, grad
 
@@ -129,7 +139,12 @@ def _forward(
 
 
 def _cross_entropy(
-    input: Tensor, weight: Tensor, readout: Tensor | None, target: Tensor, fields: Sequence[float]
+    input: Tensor,
+    weight: Tensor,
+    readout: Tensor | None,
+    target: Tensor,
+    fields: Sequence[float],
+    label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     """Compute the mean cross-entropy of the samples (R,), 0 of none, and its gradient to weight (R,C,M,D)."""
     classes = weight.shape[-3]
@@ -141,8 +156,11 @@ def _cross_entropy(
     label = target.expand(runs, -1)[..., None] == torch.arange(num_classes, device=target.device)
     log_p = logits.log_softmax(-1).where(label.any(-1, keepdim=True), torch.nan)  # NaN for a target out of range
     scale = 1 / max(1, num_samples)
-    loss = -scale * (label * log_p).sum((1, 2))
-    grad = scale * (log_p.exp() - label.to(log_p.dtype))
+    share = label.to(log_p.dtype)
+    if label_smoothing:
+        share = (1 - label_smoothing) * share + label_smoothing / num_classes
+    loss = -scale * (share * log_p).sum((1, 2))
+    grad = scale * (log_p.exp() - share)
     if readout is not None:
         grad = (grad[..., None] * readout[..., None, :, :]).flatten(-2)
     arguments = (grad, slope, input, filters, None, None, fields, False, True)
@@ -205,7 +223,7 @@ def _repeat(step: Callable[[], None], count: int, device: torch.device) -> None:
 
 
 def _fake(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, steps, momentum, _, _, _ = rest
+    steps, momentum = rest[5:7]
     trained = weight.new_empty((count_runs(input, weight), *weight.shape[-3:]))
     buffer = torch.empty_like(trained) if momentum else trained.new_empty(0)
     return trained, trained.new_empty(trained.shape[0], steps), buffer
@@ -217,7 +235,7 @@ def _backward(*_: Any) -> tuple[None, ...]:
 
 def _flops(input: Tensor, weight: Tensor, *rest: Any) -> int:
     """Count the operations of the products of all patches with all filters, two of them a step."""
-    *_, steps, _, _, _, _ = rest
+    steps = rest[5]
     filters = weight.shape[-3] * weight.shape[-2]
     return 4 * steps * count_runs(input, weight) * math.prod(input.shape[-3:]) * filters
 
@@ -225,7 +243,7 @@ def _flops(input: Tensor, weight: Tensor, *rest: Any) -> int:
 _gradient_descent = Operator(
     "gradient_descent(Tensor input, Tensor weight, Tensor target, Tensor? lam, Tensor? lam_weight, "
     "float[] polynomial, Tensor lr, SymInt steps, float momentum, float weight_decay, Tensor? momentum_buffer, "
-    "Tensor? readout) "
+    "Tensor? readout, Tensor? label_lam, float label_smoothing, str pairs) "
     "-> (Tensor, Tensor, Tensor)",
     forward=_forward,
     fake=_fake,
