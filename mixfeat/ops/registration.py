@@ -128,8 +128,12 @@ class Operator:
 
     def outputs(self, *args: Any) -> Any:
         """Return all outputs, without a derivative; the first two arguments may be batches of gradients."""
-        batched = any(isinstance(arg, Tensor) and is_batched(arg) for arg in args[:2])
-        if can_bypass_dispatcher(args, self._tensors) and not batched:
+        if (
+            can_bypass_dispatcher(args, self._tensors)
+            and not any(  # in this order: Dynamo cannot trace is_batched
+                isinstance(arg, Tensor) and is_batched(arg) for arg in args[:2]
+            )
+        ):
             return self.forward(*args)
         if self._definition is None and _has_tangent(args):
             raise NotImplementedError(f"{self.name} has no forward-mode derivative (jvp, jacfwd)")
