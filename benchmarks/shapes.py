@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-__all__ = ["BATCHES", "LOGITS", "NETWORKS", "YOURS", "Network", "cases", "named", "take_place"]
+__all__ = ["BATCHES", "FORWARD", "LOGITS", "NETWORKS", "YOURS", "Network", "cases", "named", "take_place"]
 
 _MORE = 8 if torch.cuda.is_available() else 1
 
@@ -49,6 +49,9 @@ NETWORKS = {
     "wide": Network(64 * _MORE, 12, 64, 10, 256),
     "tiny": Network(2, 3, 4, 2, 2),  # the overhead of a call
 }
+
+#: Networks that are timed without their gradient too, which is how few are used.
+FORWARD = ("paper-10", "image", "tiny")
 
 #: Shapes of mixed batches: images, activations of a hidden layer, the paper's samples.
 BATCHES: dict[str, tuple[int, ...]] = {

@@ -13,12 +13,13 @@ from mixfeat.ops.pairwise_mixup_loss import pairwise_mixup_block
 
 from . import baselines, harness, peers
 from .limits import Work, network_work
-from .shapes import NETWORKS, Network, cases, named
+from .shapes import FORWARD, NETWORKS, Network, cases, named
 from .timing import CUDA, DEVICE, Contender, compare, medians, warm
 
 ACTIVATION = mf.PolyReLU(8, 0.1)
 #: The batch of many samples is for patch_conv, whose work does not grow with pairs.
 NAMES = [name for name in NETWORKS if name != "patches"]
+CASES = cases(NAMES, ("paper-10", "image"), ("forward + backward",)) + cases(FORWARD, FORWARD[:2], ("forward",))
 
 
 def make_inputs(shape, runs=None):
@@ -62,7 +63,7 @@ def affordable(shape, dtype):
     return names + (["naive"] if mixes <= (5e9 if CUDA else 5e8) else [])
 
 
-@pytest.mark.parametrize(("name", "dtype", "direction"), cases(NAMES, ("paper-10", "image")))
+@pytest.mark.parametrize(("name", "dtype", "direction"), CASES)
 def test_operator(bench, name, dtype, direction):
     shape = NETWORKS[name]
     x, w, y = make_inputs(shape)

@@ -14,7 +14,7 @@ from mixfeat import reference
 
 from . import baselines, harness
 from .limits import Work, network_work
-from .shapes import NETWORKS, cases, named
+from .shapes import FORWARD, NETWORKS, cases, named
 from .timing import CUDA, DEVICE
 
 ACTIVATION = mf.PolyReLU(8, 0.1)
@@ -39,9 +39,11 @@ def formulas():
 
 #: Shapes that are timed in bfloat16 too; there on a CPU Inductor tunes its matrix products as well, which takes long.
 TUNED = named("paper-10", "image", "patches")
+#: A network is trained: only a few cases are timed without the gradient.
+CASES = cases(NETWORKS, TUNED, ("forward + backward",)) + cases(FORWARD, FORWARD[:2], ("forward",))
 
 
-@pytest.mark.parametrize(("name", "dtype", "direction"), cases(NETWORKS, TUNED))
+@pytest.mark.parametrize(("name", "dtype", "direction"), CASES)
 def test_operator(bench, name, dtype, direction):
     shape = NETWORKS[name]
     x, w = make_inputs(name, dtype)
