@@ -2,6 +2,8 @@
 
 import json
 import re
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,6 +171,29 @@ def test_every_configuration_of_the_pairwise_loss_is_compiled():
         recorded = [report.recorded_launch(case) for case in cases if case.direction == direction]
         blocks = {one.constants["BLOCK"] for one in recorded}
         assert blocks == {config.block for config in configs.PAIRWISE_CONFIGS.values()}
+
+
+def test_launches_of_small_calls(monkeypatch):
+    """A mean of few rows takes three, forward and backward; the backward pass of mixup and of cutmix two."""
+    from mixfeat import backends
+    from mixfeat.kernels.triton import cutmix, launch, mixup
+    from mixfeat.ops import cross_entropy
+
+    monkeypatch.setattr(backends, "serving", lambda *_: "triton")
+    meta = partial(torch.empty, device="meta")
+    index, lam = meta(64, dtype=torch.int64), meta(64)
+    x, target, options = meta(64, 10), meta(64, dtype=torch.int64), (0.0, 0.0, -100, "mean", False)
+    with launch.record() as launches:
+        _, _, grad, counts = cross_entropy._mixup_forward(x, target, target, lam, *options, True)
+        saved = (grad, counts, x, target, target, lam)
+        ctx = SimpleNamespace(saved_tensors=saved, options=options, divisor=1, may_overwrite=lambda grad: True)
+        cross_entropy._mixup_backward_of(ctx, (meta(()), None), [True])
+    assert len(launches) == 3
+    for backward in (mixup.mixup_backward, partial(cutmix.cutmix_backward, height=2, width=5, pixel=1)):
+        box_or_lam = lam if backward is mixup.mixup_backward else meta(4, dtype=torch.int64)
+        with launch.record() as launches:
+            backward(x, index, box_or_lam, input_grad=meta(64, 10))
+        assert len(launches) == 2
 
 
 def test_command(tmp_path, capsys):
