@@ -174,11 +174,12 @@ def _mixup_backward(
     total_weight = 1.0 if mean else None
     arguments = (target_a, target_b, lam, label_smoothing, lse_square_scale, ignore_index, total_weight)
     if name == "triton":
-        from mixfeat.kernels.triton.cross_entropy import cross_entropy as launch
+        from mixfeat.kernels.triton import cross_entropy as kernels
 
-        input_grad = input.new_empty(input.shape)
-        found = counts if mean and len(input) else None
-        launch(rows_of(input), *arguments, None, None, input_grad, factor, lse_grad, counts=found)
+        input_grad, found = input.new_empty(input.shape), None
+        if mean and len(input):
+            found = counts if len(counts) else kernels.count(target_a, target_b, ignore_index)
+        kernels.cross_entropy(rows_of(input), *arguments, None, None, input_grad, factor, lse_grad, counts=found)
         return input_grad
     *_, rows = fallback.mixup_cross_entropy_rows(input.to(lam.dtype), *arguments, True, factor, lse_grad)
     assert rows is not None
