@@ -394,7 +394,6 @@ def shipped(target: str) -> list[Case]:
         cases += [case(single, dim, default) for dim in (32, 64, 128)]
         cases += [case(single, 32, default, mix=True), case(half, 64, ReLU())]
         cases += [case(half, 64, default, samples=samples) for samples in (1, 9)]
-        cases += [case(half, 64, default, samples=samples) for samples in (1, 9)]
         if TARGETS[target][0] == "cuda":  # AMD's matrix units take float32 as it is
             cases += [case(single, dim, default, matmul_precision="high") for dim in (32, 64, 128)]
             cases += [case(single, 32, default, mix=True, matmul_precision="high")]
