@@ -51,7 +51,7 @@ class Case:
         return f"{self.kernel}-{self.direction}-{_name(self.dtype)}{precision}-{self.sizes()}"
 
     def sizes(self) -> str:
-        """What else tells it from other cases, in brief."""
+        """Return what tells it from other cases, in brief."""
         raise NotImplementedError
 
     def call(self) -> None:
@@ -485,7 +485,7 @@ def _compile_cuda(launch: Any, target: str) -> tuple[dict[str, Any], dict[str, A
 
 
 def compile_pool(jobs: int | None = None) -> ProcessPoolExecutor:
-    """Processes to run :func:`compile_case` in; they compile whatever TRITON_INTERPRET is here."""
+    """Start processes to run :func:`compile_case` in; they compile whatever TRITON_INTERPRET is here."""
     return ProcessPoolExecutor(jobs or os.cpu_count(), get_context("spawn"), initializer=_no_interpreter)
 
 
@@ -505,7 +505,7 @@ def _no_interpreter() -> None:
 
 
 def recorded_launch(case: Case, backend: str = "cuda") -> Any:
-    """The launch that a case means, on GPUs of this backend."""
+    """Return the launch that a case means, on GPUs of this backend."""
     matmul = torch.backends.cuda.matmul
     previous = matmul.fp32_precision
     matmul.fp32_precision = "ieee" if case.matmul_precision == "highest" else "tf32"
@@ -591,7 +591,7 @@ def _amd(compiled: Any) -> dict[str, Any]:
 
 
 def _innermost_loops(sass: str) -> list[list[str]]:
-    """The opcodes of each loop without a loop inside, as nvdisasm prints them."""
+    """List the opcodes of each loop without a loop inside, as nvdisasm prints them."""
     opcodes: list[str] = []
     labels: dict[str, int] = {}
     loops = []

@@ -60,7 +60,7 @@ class PatchConvTiles:
     kept_weight: PatchConvConfig | None = None
 
     def config(self, direction: Direction, num_classes: int, filters_per_class: int) -> PatchConvConfig:
-        """The configuration for a direction and, in forward, for the numbers of classes and filters."""
+        """Return the configuration for a direction and, in forward, for the numbers of classes and filters."""
         if direction == "kept_input":
             return self.kept_input or self.backward_input
         if direction == "kept_weight":
@@ -207,7 +207,7 @@ def keeps_slopes(dtype: torch.dtype, num_filters: int, patch_dim: int) -> bool:
 
 
 def patch_conv_tiles(dtype: torch.dtype, input_precision: str, patch_dim: int) -> PatchConvTiles:
-    """The configurations that serve patches of ``patch_dim`` entries."""
+    """Return the configurations that serve patches of ``patch_dim`` entries."""
     kind = input_precision if dtype == torch.float32 else "half"
     return next(tiles for tiles in PATCH_CONV_TILES[kind] if patch_dim <= tiles.patch_dim)
 
@@ -229,7 +229,7 @@ class Split(NamedTuple):
 
 
 def _blocks(samples: int, patches: int, rows: int) -> list[tuple[int, int, int]]:
-    """The tiles of so many rows: patches of each sample, and how many tiles cover the samples and the patches."""
+    """Return the tiles of so many rows: patches of each sample, and how many tiles cover samples and patches."""
     few = [block_p for block_p in (1, 4, 16, 64) if block_p <= rows]  # each is compiled
     return [(block_p, math.ceil(samples * block_p / rows), math.ceil(patches / block_p)) for block_p in few]
 
@@ -285,7 +285,7 @@ PAIRWISE_CONFIGS = {"small": PairwiseConfig(block=32, chunk=32), "large": Pairwi
 
 
 def pairwise_config(num_samples: int, num_classes: int) -> PairwiseConfig:
-    """The configuration for so many samples on the longer side."""
+    """Return the configuration for so many samples on the longer side."""
     return PAIRWISE_CONFIGS["small" if num_samples <= 512 or num_classes > 16 else "large"]
 
 
@@ -304,7 +304,7 @@ class MixupConfig:
     num_warps: int = 4
 
     def tile(self, num_samples: int, width: int, vector: int) -> tuple[int, int]:
-        """Samples, and elements of each, that a program owns: as much of one sample as it can."""
+        """Return the samples, and elements of each, that a program owns: as much of one sample as it can."""
         return _tile(max(self.vectors * vector, self.elements), num_samples, width)
 
 
@@ -383,7 +383,7 @@ BINARY_CROSS_ENTROPY_CONFIG = CrossEntropyConfig(8, 128, 128, min_warps=4, max_w
 
 
 def cross_entropy_config(num_classes: int, itemsize: int, vector: int, dense: bool) -> CrossEntropyConfig:
-    """The configuration for such rows, loaded ``vector`` logits at once; ``dense`` if targets are probabilities."""
+    """Return the configuration for rows loaded ``vector`` logits at once; ``dense`` if targets are probabilities."""
     if num_classes <= 128:
         return CROSS_ENTROPY_CONFIGS["short"]
     if dense or vector * itemsize < 16:
@@ -400,7 +400,7 @@ def vector_size(itemsize: int, *sizes: int) -> int:
 
 
 def _power_of_2(size: int) -> int:
-    """The smallest power of two that is no less."""
+    """Return the smallest power of two that is no less."""
     return 1 << (size - 1).bit_length()
 
 

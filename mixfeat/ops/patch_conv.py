@@ -47,7 +47,7 @@ def _samples_to_save(input: Tensor, weight: Tensor) -> int:
 
 
 def _request(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with which forward keeps slopes for the backward pass."""
+    """Return the arguments with which forward keeps slopes for the backward pass."""
     input, weight, index, lam, fields, _ = args
     if input.dtype == torch.float16 and not Polynomial.of(fields).upper:
         return args  # a power may be out of its range
@@ -55,7 +55,7 @@ def _request(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _slope_dtype(input: Tensor) -> torch.dtype:
-    """A CPU keeps slopes as it computes them, a GPU in the input's dtype."""
+    """Return the slopes' dtype: as a CPU computes them, or on a GPU the input's."""
     return _checks.accumulation(input.dtype) if input.device.type == "cpu" else input.dtype
 
 
