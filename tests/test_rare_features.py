@@ -34,9 +34,9 @@ def run(tmp_path, capsys):
     return run
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_run_is_gradient_descent_on_its_objective(method):
-    run = Run(Settings(**{**FIXED, "seeds": 1}, dtype="float64"), method)
+@pytest.mark.parametrize(("method", "label_lam"), [*((method, 0.6) for method in METHODS), ("early", 0.9)])
+def test_a_run_is_gradient_descent_on_its_objective(method, label_lam):
+    run = Run(Settings(**{**FIXED, "seeds": 1}, label_lam=label_lam, dtype="float64"), method)
     (record,) = engine.train([run]).values()
     data, tests, weight = run.draw()
     weight.requires_grad_()
@@ -57,7 +57,7 @@ def test_a_run_is_gradient_descent_on_its_objective(method):
             pairs = 0.6 * data.input[:, None] + 0.4 * data.input[None]
             g = logits(pairs.flatten(0, 1))
             first, second = data.target.repeat_interleave(12), data.target.repeat(12)
-            loss = 0.6 * F.cross_entropy(g, first) + 0.4 * F.cross_entropy(g, second)
+            loss = label_lam * F.cross_entropy(g, first) + (1 - label_lam) * F.cross_entropy(g, second)
         else:
             loss = F.cross_entropy(logits(data.input), data.target)
         (gradient,) = torch.autograd.grad(loss, weight)

@@ -44,6 +44,7 @@ class Settings(BaseSettings):
     filters_per_class: int = _setting(5, "filters, or neurons, per class (m)")
     init_std: float = _setting(0.001, "standard deviation of the initial weights (sigma_0)")
     lam: float = _setting(0.6, "weight of a sample in its mix with another, in (1/2, 1) in the paper (lambda)")
+    label_lam: float = _setting(None, "weight of its label in the mixed label; default: lam")
     lr: float = _setting(0.5, "step size of gradient descent (eta)")
     steps: int = _setting(1500, "gradient steps")
     mixup_steps: int = _setting(750, "of them with Mixup, where it is stopped early")
@@ -64,7 +65,8 @@ class Settings(BaseSettings):
         self._set("num_patches", _checks.integer("num_patches", self.num_patches, 1 + self.num_feature_noise))
         self._check_positive("signal", "noise_std", "init_std", "lr")
         self._set("feature_noise", _checks.finite("feature_noise", self.feature_noise, 0))
-        for name in ("rare", "lam"):
+        self._set("label_lam", self.lam if self.label_lam is None else self.label_lam)
+        for name in ("rare", "lam", "label_lam"):
             self._set(name, _checks.fraction(name, getattr(self, name)))
         if self.steps < self.evaluations:
             raise ValueError(f"steps must be at least evaluations = {self.evaluations}, got {self.steps}")
@@ -157,8 +159,13 @@ def _advance(runs: Sequence[Run], records: Sequence[Record | None], seconds: flo
         step = records[0].step
     first, last_of_mixup = step, {"erm": 0, "mixup": settings.steps, "early": settings.mixup_steps}[method]
 
+    label_lam = None if settings.label_lam == settings.lam else settings.label_lam  # None is the faster
+
     def train(lam: float | None, weight: Tensor, count: int) -> Tensor:
-        return mf.gradient_descent(input, weight, target, _ACTIVATION, lam=lam, lr=settings.lr, steps=count)[0]
+        options: dict[str, Any] = {} if lam is None else {"label_lam": label_lam}
+        return mf.gradient_descent(input, weight, target, _ACTIVATION, lam=lam, lr=settings.lr, steps=count, **options)[
+            0
+        ]
 
     for point, stop in enumerate(evaluation_steps(settings)):
         if stop < first:
