@@ -321,7 +321,7 @@ def _pairwise_formula(lam: float | Tensor = 0.5, lam_weight: Tensor | None = Non
     loss = functools.partial(reference.pairwise_mixup_loss, lam=nodes, lam_weight=weights)
     x, w, y = (arguments[name] for name in ("input", "weight", "target"))
     samples = x.shape[0]
-    rows = max(1, _MOST_IN_PAIRS // max(1, x.numel() + samples * x.shape[-2] * w[..., 0].numel()))
+    rows = max(1, _MOST_IN_PAIRS // max(1, x.numel() + samples * x.shape[-2] * math.prod(w.shape[:-1])))
     if rows >= samples or set(arguments) != {"input", "weight", "target", "activation"} or x.dim() > 3 or w.dim() > 3:
         return loss(**arguments)
     total = torch.zeros((), dtype=x.dtype, device=x.device)
