@@ -144,7 +144,7 @@ PATCH_CONV_TILES: dict[str, list[PatchConvTiles]] = {
         PatchConvTiles(
             patch_dim=_ANY,
             forward=_Config(64, 128, 32, num_warps=8),
-            forward_narrow=_Config(64, 64, 32),
+            forward_narrow=_Config(64, 64, 32, num_warps=8),
             backward_input=_Config(64, 32, 64, num_warps=8, num_stages=1),
             backward_weight=_Config(32, 64, 64, num_warps=8),
             kept_input=_Config(64, 32, 64, num_stages=3),
