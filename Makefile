@@ -11,7 +11,7 @@ RUN := $(BIN)/python
 
 RESULTS ?= benchmarks/results
 
-.PHONY: install reproduce test test-native test-triton test-interpreted test-long test-triton-3.6 test-versions coverage lint types docs wheel bench gpu \
+.PHONY: install reproduce test test-operators test-native test-triton test-interpreted test-long test-triton-3.6 test-versions coverage lint types docs wheel bench gpu \
 	gpu-sanitize
 
 install: $(VENV)/installed
@@ -28,13 +28,21 @@ $(VENV)/installed: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard kernels/cpu
 reproduce: install
 	$(BIN)/mixfeat reproduce theory --resume --out $(OUT)
 
-# All tests, with the same random inputs every time (MIXFEAT_TEST_SEED draws others), in three runs that share two cores:
+# All tests, with the same random inputs every time (MIXFEAT_TEST_SEED draws others), in four runs that share two cores:
 # so threads that wait for work must not hold on to theirs.
 test: install lint
-	OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory --jobs=2 --output-sync=target test-native test-interpreted test-triton
+	OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory --jobs=2 --output-sync=target test-operators test-native test-interpreted test-triton
 
+# What `make test-versions` runs too, on the CPU's kernels and in plain PyTorch
+OPERATOR_TESTS := accuracy activations autograd binary_cross_entropy checks compile cross_entropy cutmix derivatives \
+	export gradient_descent infinities mixup nn pairwise_mixup_loss patch_conv registration surroundings
+
+test-operators: install
+	$(RUN) -m pytest -m "not kernels" $(OPERATOR_TESTS:%=tests/test_%.py)
+
+# All others
 test-native: install
-	$(RUN) -m pytest -m "not kernels"
+	$(RUN) -m pytest -m "not kernels" $(OPERATOR_TESTS:%=--ignore=tests/test_%.py)
 
 # The operators on Triton's kernels, in its interpreter: a process of its own, as triton decides once
 test-interpreted: install
@@ -59,8 +67,6 @@ test-triton-3.6:
 # The operators on the oldest PyTorch that is served and on the newest, each in an environment of some GB, with the CPU
 # library that `make install` has built, which must load under all of them
 TORCH_VERSIONS ?= 2.10.0 2.14.1
-OPERATOR_TESTS := accuracy activations autograd binary_cross_entropy checks compile cross_entropy cutmix derivatives \
-	export gradient_descent infinities mixup nn pairwise_mixup_loss patch_conv registration surroundings
 
 test-versions: $(TORCH_VERSIONS:%=test-torch-%)
 
@@ -77,7 +83,7 @@ test-torch-%: install
 # Branches of mixfeat/ that the suites run, child processes included
 coverage: install
 	$(BIN)/coverage erase
-	$(MAKE) --no-print-directory RUN="$(BIN)/coverage run" test-native test-interpreted test-triton
+	$(MAKE) --no-print-directory RUN="$(BIN)/coverage run" test-operators test-native test-interpreted test-triton
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
