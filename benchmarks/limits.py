@@ -69,7 +69,7 @@ def copy_limit(bytes: int) -> Limit:
 def of_old_copies(bytes: int) -> Callable[[Mapping[str, float]], dict[str, float]]:
     """Return a function of medians: the share of the rate of copies into mapped memory that mixfeat reaches."""
     seconds = bytes / copy_rates(bytes)["old"]
-    return lambda medians: {"of a copy into memory that is there": seconds / medians["mixfeat"]}
+    return lambda medians: {"of a copy into mapped memory": seconds / medians["mixfeat"]}
 
 
 @functools.cache

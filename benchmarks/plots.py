@@ -28,7 +28,7 @@ _MARKERS = "os^DvPX*"
 _TITLE: dict[str, Any] = {"loc": "left", "fontsize": 11, "fontweight": "bold", "color": INK}
 _SMALL = 8.5
 _MAX_SHARE = 1.2  # end of the axis of shares of the limit
-_FLOP = "FLOP/s of "  # prefix of the roofs among the limits
+_FLOP = ", GFLOP/s"  # how the names of the roofs among the limits end
 
 _Rows = Sequence[Mapping[str, Any]]
 
@@ -168,21 +168,21 @@ def _roofline(figure: Any, shown: _Rows, colours: Mapping[str, str], everything:
     axes.set_yscale("log")
     left, right = axes.get_xlim()
     limits: Mapping[str, float] = next((row["figures"] for row in everything if row["suite"] == "limits"), {})
-    bandwidth = limits.get("bytes/s of copies")
+    bandwidth = limits.get("copies, GB/s")
     if bandwidth:
-        flat = {name.removeprefix(_FLOP): rate for name, rate in limits.items() if name.startswith(_FLOP)}
+        flat = {name.removesuffix(_FLOP): rate for name, rate in limits.items() if name.endswith(_FLOP)}
         for i, (name, rate) in enumerate(
             flat.items()
         ):  # names stand side by side, since roofs can be close to each other
-            axes.plot([rate / bandwidth, right], [rate / 1e9] * 2, color=MUTED, linewidth=1.2, zorder=1)
+            axes.plot([rate / bandwidth, right], [rate] * 2, color=MUTED, linewidth=1.2, zorder=1)
             axes.text(
-                (i + 2.5) / (len(flat) + 2.5), rate / 1e9, name, transform=axes.get_yaxis_transform(), ha="center",
+                (i + 2.5) / (len(flat) + 2.5), rate, name, transform=axes.get_yaxis_transform(), ha="center",
                 va="bottom", fontsize=8, color=MUTED,
             )  # fmt: skip
         top = max(flat.values())
-        axes.plot([left, top / bandwidth], [left * bandwidth / 1e9, top / 1e9], color=MUTED, linewidth=1.2, zorder=1)
+        axes.plot([left, top / bandwidth], [left * bandwidth, top], color=MUTED, linewidth=1.2, zorder=1)
         axes.annotate(
-            f"copies, {bandwidth / 1e9:.3g} GB/s", (top / bandwidth / 2, top / 2e9), xytext=(-8, 2),
+            f"copies, {bandwidth:.3g} GB/s", (top / bandwidth / 2, top / 2), xytext=(-8, 2),
             textcoords="offset points", ha="right", fontsize=8, color=MUTED,
         )  # fmt: skip
     axes.set_xlim(left, right)

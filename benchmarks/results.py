@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
 
 def headline(document: Mapping[str, Any]) -> str:
     """Format ``HEADLINE`` in Markdown: a row per case, with gradients if there are any, against the best baseline."""
-    head = ["operator", "problem", "time", "best of the others", "mixfeat is faster by", "share of the limit"]
+    head = ["operator", "problem", "time, ms", "best baseline", "speedup over it", "share of the limit"]
     order, body = ["forward + backward", "forward"], []
     for suite, name, dtype in HEADLINE:
         chosen = [
@@ -178,7 +179,7 @@ def headline(document: Mapping[str, Any]) -> str:
         for row in sorted(chosen, key=lambda row: order.index(row["direction"]))[:1]:
             other, ratio = min(ratios(row).items(), key=lambda item: item[1])
             share = of_limit(row)
-            time = f"{row['timings']['mixfeat']['median'] * 1e3:.3g} ms"
+            time = f"{row['timings']['mixfeat']['median'] * 1e3:.3g}"
             of_it = f"{share:.0%} of" if share and share <= 1 else "faster than"  # a copy must find its memory first
             limit = f"{of_it} {row['limit']['name']}" if share else ""
             body.append([f"`{suite}`", _name(row), time, other, f"{ratio:.1f}x", limit])
@@ -186,34 +187,44 @@ def headline(document: Mapping[str, Any]) -> str:
 
 
 def tables(document: Mapping[str, Any]) -> str:
-    """Format a document in Markdown: a table per operator, a table of growth exponents, a list of other figures."""
+    """Format a document in Markdown: a table per operator, one of growth exponents, tables of other figures."""
     everything = rows(document)
     parts = [f"{about(document)}."]
     parts[0] += "".join(f" Caches are {mode}." for mode in {row.get("cache") for row in everything} - {None})
     timed = [row for row in everything if _contested(row)]
+    shown = set()  # rows whose figures are columns
     for suite in dict.fromkeys(row["suite"] for row in timed):
         chosen = [row for row in timed if row["suite"] == suite]
         baselines = list(dict.fromkeys(name for row in chosen for name in ratios(row)))
         limit = next((row["limit"]["name"] for row in chosen if row["limit"]), None)
-        head = [f"`{suite}`", "mixfeat", *(f"over {name}" for name in baselines)]
+        figures = _shared_figures(chosen)
+        shown |= {id(row) for row in chosen if {*row["figures"]} <= {*figures}}
+        head = [f"`{suite}`", "mixfeat, ms", *(f"over {name}" for name in baselines)]
         head += [f"of {limit}"] if limit else []
+        head += figures
         memory = any(row["peak_bytes"] for row in chosen)
-        head += ["memory, of the least other"] if memory else []
+        head += ["memory, MiB", "of the least other"] if memory else []
         body = []
         for row in chosen:
             found, share = ratios(row), of_limit(row)
-            cells = [_name(row), f"{row['timings']['mixfeat']['median'] * 1e3:.3g} ms"]
+            cells = [_name(row), f"{row['timings']['mixfeat']['median'] * 1e3:.3g}"]
             cells += [f"{found[name]:.1f}x" if name in found else "" for name in baselines]
             cells += [f"{share:.0%}" if share else ""] if limit else []
-            cells += [_memory(row["peak_bytes"])] if memory else []
+            cells += [_figure(name, row["figures"].get(name)) for name in figures]
+            cells += _memory(row["peak_bytes"]) if memory else []
             body.append(cells)
         parts.append(markdown([head, *body]))
         absent = {name: reason for row in chosen for name, reason in row["missing"].items() if name not in baselines}
         parts.append("\n".join(f"- without {name}: {reason}" for name, reason in absent.items()))
     growth = [row for row in everything if row["direction"].startswith(GROWTH)]
     parts.append(_exponents(growth) if growth else "")
-    others = [row for row in everything if row["figures"] and row not in growth]
-    parts.append("\n".join(f"- {_figures(row)}" for row in others))
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in everything:
+        if row["figures"] and row not in growth and id(row) not in shown:
+            groups.setdefault((row["suite"], *row["figures"]), []).append(row)
+    for (suite, *names), group in groups.items():
+        body = [[_name(row), *(_figure(name, row["figures"][name]) for name in names)] for row in group]
+        parts.append(markdown([[f"`{suite}`", *names], *body]))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -222,9 +233,22 @@ def _contested(row: Mapping[str, Any]) -> bool:
     return "mixfeat" in row["timings"] and len(row["timings"]) > 1
 
 
-def _memory(peaks: Mapping[str, int]) -> str:
+def _shared_figures(chosen: Sequence[Mapping[str, Any]]) -> list[str]:
+    """List the figures that most rows of a table have."""
+    names = dict.fromkeys(name for row in chosen for name in row["figures"])
+    return [name for name in names if sum(name in row["figures"] for row in chosen) > len(chosen) / 2]
+
+
+def _figure(name: str, value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.0%}" if name.startswith("of ") else f"{value:.3g}"
+    return "" if value is None else str(value)
+
+
+def _memory(peaks: Mapping[str, int]) -> list[str]:
+    """Format mixfeat's peak and the least of the others."""
     others = [size for name, size in peaks.items() if name != "mixfeat"]
-    return f"{peaks['mixfeat'] / 2**20:.1f} of {min(others) / 2**20:.1f} MiB" if others else ""
+    return [f"{size / 2**20:.1f}" for size in (peaks["mixfeat"], min(others))] if others else ["", ""]
 
 
 def _exponents(growth: Sequence[Mapping[str, Any]]) -> str:
@@ -239,13 +263,6 @@ def _exponents(growth: Sequence[Mapping[str, Any]]) -> str:
 
 def _name(row: Mapping[str, Any]) -> str:
     """Name a row within its operator's table; on a GPU, where graphs are the rule, mention plain launches."""
+    case = re.sub(r"\([\d, ]+\)", lambda shape: shape[0].replace(" ", ""), row["case"])  # (2,3), as in all pages
     launches = "no graph" if row.get("cache") == "cold" and not row["graph"] else ""
-    return ", ".join(filter(None, (row["case"], row["direction"], row["dtype"].replace("float32", ""), launches)))
-
-
-def _figures(row: Mapping[str, Any]) -> str:
-    texts = [
-        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in row["figures"].items()
-    ]
-    return f"`{row['suite']}`, {_name(row)}: {', '.join(texts)}"
+    return ", ".join(filter(None, (case, row["direction"], row["dtype"].replace("float32", ""), launches)))

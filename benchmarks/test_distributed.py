@@ -105,13 +105,13 @@ def test_scaling(bench, scaling):
     sizes = {count: 1024 if scaling == "strong" else round(724 * math.sqrt(count)) for count in counts}
     times, sent = time_groups(counts, sizes)
     seconds = medians(times)
-    figures = {"cores": os.cpu_count(), "ms of one rank": float(f"{1e3 * seconds[1]:.3g}")}
+    figures = {"cores": os.cpu_count(), "one rank, ms": float(f"{1e3 * seconds[1]:.3g}")}
     for count in counts[1:]:
         work = sizes[count] * (sizes[count] + 1) / (sizes[1] * (sizes[1] + 1))
-        figures[f"{count} ranks: work in the same time"] = float(f"{work * seconds[1] / seconds[count]:.3g}")
+        figures[f"{count} ranks, speedup"] = float(f"{work * seconds[1] / seconds[count]:.3g}")
         mean = sum(sent[count]) / count
-        figures[f"{count} ranks: MB sent by each, on average"] = float(f"{mean / 1e6:.3g}")
-        figures[f"{count} ranks: of the least"] = float(f"{mean / min_bytes(count, sizes[count]):.3g}")
+        figures[f"{count} ranks, MB sent by each"] = float(f"{mean / 1e6:.3g}")
+        figures[f"{count} ranks, bytes over the least possible"] = float(f"{mean / min_bytes(count, sizes[count]):.3g}")
     case = ", ".join(f"{count}: {size}" for count, size in sizes.items())
     named = {f"ranks = {count}": turns for count, turns in times.items()}
     bench.record(Case("pairwise_mixup_loss", f"ranks: N = {case}", f"{scaling} scaling"), named, figures=figures)

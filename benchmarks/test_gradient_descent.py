@@ -112,9 +112,9 @@ def test_one_core(bench):
 
     limit = on_threads(work, 1)().limit
     figures = {
-        "microseconds a step": typical["steps"] / STEPS * 1e6,
-        "of the pairs": typical["steps"] / typical["their pairs"],
-        "% of the arithmetic peak": 100 * limit.seconds * STEPS / typical["steps"],
+        "time of a step, us": typical["steps"] / STEPS * 1e6,
+        "over the time of its pairs": typical["steps"] / typical["their pairs"],
+        "of the arithmetic peak": limit.seconds * STEPS / typical["steps"],
     }
     case = harness.Case("gradient_descent", f"one core {tuple(SHAPE)}", f"{STEPS} steps")
     bench.record(case, times, figures=figures)
@@ -132,5 +132,5 @@ def test_threads(bench, runs):
     threads = torch.get_num_threads()
     times = compare({"all threads": on_threads(train, threads), "one thread": on_threads(train, 1)})
     typical = medians(times)
-    figures = {"threads": threads, "times as fast as one thread": typical["one thread"] / typical["all threads"]}
+    figures = {"threads": threads, "speedup over one thread": typical["one thread"] / typical["all threads"]}
     bench.record(harness.Case("gradient_descent", f"R={runs} {tuple(SHAPE)}", "threads"), times, figures=figures)

@@ -7,10 +7,10 @@ from .timing import CUDA
 
 
 def test_limits(bench):
-    figures = {"bytes/s of copies": limits.copy_rates((4 << 30) if CUDA else (512 << 20))["old"]}
+    figures = {"copies, GB/s": limits.copy_rates((4 << 30) if CUDA else (512 << 20))["old"] / 1e9}
     for dtype in (torch.float32, torch.bfloat16):
-        figures[f"FLOP/s of {str(dtype).removeprefix('torch.')} products"] = 2 * limits.matrix_rate(dtype)
+        figures[f"{str(dtype).removeprefix('torch.')} products, GFLOP/s"] = 2 * limits.matrix_rate(dtype) / 1e9
     for name, rate in limits.activation_rates().items():
-        figures[f"FLOP/s of activations {name}"] = limits.FLOP[name] * rate
-    times = {f"10^9 {name.replace('/s', '')}": [1e9 / rate] for name, rate in figures.items()}
+        figures[f"activations {name}, GFLOP/s"] = limits.FLOP[name] * rate / 1e9
+    times = {f"10^9 {name.removesuffix('/s')}": [1 / rate] for name, rate in figures.items()}
     bench.record(harness.Case("limits", "of this machine", "measured alone"), times, figures=figures)

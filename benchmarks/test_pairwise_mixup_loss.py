@@ -156,7 +156,7 @@ def test_training_step(bench):
             "kernel": lambda: pairwise_mixup_block(s, None, y, None, [0.5], [1 / 2500], polynomial, True),
         })
     )  # fmt: skip
-    figures = {f"of its {part}": parts["step"] / parts[part] for part in ("operator", "kernel")}
+    figures = {f"over the time of its {part}": parts["step"] / parts[part] for part in ("operator", "kernel")}
     work = network_work(
         "training step", torch.float32, products=runs * shape.products, evaluations=runs * shape.pair_evaluations,
         bytes=x.nbytes + 2 * w.nbytes,
@@ -204,7 +204,7 @@ def test_skipping(bench, data):
     assert run(True)().item() == pytest.approx(run(False)().item(), rel=1e-6)
     times = compare({"skip": run(True), "all": run(False)})
     typical = medians(times)
-    figures = {"times as fast as without": typical["all"] / typical["skip"]}
+    figures = {"speedup by skipping": typical["all"] / typical["skip"]}
     bench.record(harness.Case("pairwise_mixup_loss", f"N=256, {data}", "skipping blocks"), times, figures=figures)
 
 
@@ -221,6 +221,6 @@ def test_large(bench):
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, peak = map(float, process.stdout.split())
-    figures = {"seconds": seconds, "GiB in all": peak / 2**20}
+    figures = {"time, s": seconds, "memory in all, GiB": peak / 2**20}
     case = harness.Case("pairwise_mixup_loss", "N=16384 (12, 20, 10, 10)", "forward + backward")
     bench.record(case, {"mixfeat": [seconds]}, figures=figures)

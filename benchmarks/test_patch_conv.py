@@ -121,8 +121,8 @@ def test_host_overhead(bench):
     }
     turns = [{key: loop(run) for key, run in contenders.items()} for _ in range(400)]
     figures = {
-        "us of C++": 1e6 * statistics.median(turn["native"] for turn in turns),
-        "us of Python and autograd": 1e6 * statistics.median(turn["call"] - turn["native"] for turn in turns),
+        "C++, us": 1e6 * statistics.median(turn["native"] for turn in turns),
+        "Python and autograd, us": 1e6 * statistics.median(turn["call"] - turn["native"] for turn in turns),
     }
     times = {key: [turn[key] for turn in turns] for key in contenders}
     bench.record(harness.Case("patch_conv", "tiny", "one call, forward"), times, figures=figures)

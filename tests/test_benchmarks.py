@@ -67,9 +67,15 @@ def test_rates_of_all_kinds_of_work():
 
 def test_tables(document):
     text = results.tables(document)
-    assert "| paper (2, 3), forward            | 2 ms    | 3.0x       | 50%       | 1.0 of 3.0 MiB" in text
-    assert "| paper (2, 3), backward, bfloat16 | 4 ms    | 3.0x       |           |  " in text
-    assert "- `mixup`, paper (2, 3), forward: threads 2" in text
+    assert (
+        "| `mixup`                         | mixfeat, ms | over eager | of a copy | threads | memory, MiB | of" in text
+    )
+    assert (
+        "| paper (2,3), forward            | 2           | 3.0x       | 50%       | 2       | 1.0         | 3.0" in text
+    )
+    assert (
+        "| paper (2,3), backward, bfloat16 | 4           | 3.0x       |           | 2       |             |  " in text
+    )
     assert "2026-01-01, mixfeat 1 at abc. Caches are warm." in text
 
 
@@ -81,12 +87,23 @@ def test_headline(monkeypatch):
     assert lines[0] == "this, PyTorch 2; 2026-01-01, mixfeat 1 at abc."
     assert len(lines) == 5  # nothing, the head, the rule, one case
     cells = [cell.strip() for cell in lines[-1].strip("|").split("|")]
-    assert cells == ["`mixup`", "paper (2, 3), forward + backward", "2 ms", "eager", "3.0x", "50% of a copy"]
+    assert cells == ["`mixup`", "paper (2,3), forward + backward", "2", "eager", "3.0x", "50% of a copy"]
+
+
+def test_table_of_figures_that_few_rows_have():
+    """Rows with the same figures share it."""
+    cases = [row(2e-3, case=case, figures={"of both": 0.123, "time, s": 2.0}) for case in ("one", "two")]
+    text = results.tables(document_of(*cases, *(row(2e-3, case=f"other {n}", figures={}) for n in range(2))))
+    head, _, *body = text.split("\n\n")[-1].splitlines()
+    assert head.split() == ["|", "`mixup`", "|", "of", "both", "|", "time,", "s", "|"]
+    assert [line.split() for line in body] == [
+        ["|", f"{case},", "forward", "|", "12%", "|", "2", "|"] for case in ("one", "two")
+    ]
 
 
 def test_table_says_what_is_missing():
     text = results.tables(document_of(row(2e-3, missing={"timm": "No module named 'timm'", "eager": "not that one"})))
-    assert "|\n\n- without timm: No module named 'timm'\n\n" in text
+    assert text.endswith("|\n\n- without timm: No module named 'timm'")
     assert "not that one" not in text  # another case has it
 
 
@@ -490,7 +507,7 @@ def test_figure_tells_its_results(tmp_path):
     """By more than its pixels, which differ between versions of matplotlib; of rows of every kind."""
     from mixfeat.benchmarks.plots import plot
 
-    limits = {"bytes/s of copies": 1e10, "FLOP/s of float32 products": 5e10, "FLOP/s of activations forward": 8e10}
+    limits = {"copies, GB/s": 10.0, "float32 products, GFLOP/s": 50.0, "activations forward, GFLOP/s": 80.0}
     growth = {"exponent": 1.0, "N": [10, 100], "ms": [1.0, 10.0]}
     bare = {"work": {}, "limit": None, "peaks": (), "also": False}
     cases = [
