@@ -187,7 +187,7 @@ def headline(document: Mapping[str, Any]) -> str:
 
 
 def tables(document: Mapping[str, Any]) -> str:
-    """Format a document in Markdown: a table per operator, one of growth exponents, tables of other figures."""
+    """Format a document in Markdown: a table per operator, and tables of other figures."""
     everything = rows(document)
     parts = [f"{about(document)}."]
     parts[0] += "".join(f" Caches are {mode}." for mode in {row.get("cache") for row in everything} - {None})
@@ -217,7 +217,6 @@ def tables(document: Mapping[str, Any]) -> str:
         absent = {name: reason for row in chosen for name, reason in row["missing"].items() if name not in baselines}
         parts.append("\n".join(f"- without {name}: {reason}" for name, reason in absent.items()))
     growth = [row for row in everything if row["direction"].startswith(GROWTH)]
-    parts.append(_exponents(growth) if growth else "")
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in everything:
         if row["figures"] and row not in growth and id(row) not in shown:
@@ -249,16 +248,6 @@ def _memory(peaks: Mapping[str, int]) -> list[str]:
     """Format mixfeat's peak and the least of the others."""
     others = [size for name, size in peaks.items() if name != "mixfeat"]
     return [f"{size / 2**20:.1f}" for size in (peaks["mixfeat"], min(others))] if others else ["", ""]
-
-
-def _exponents(growth: Sequence[Mapping[str, Any]]) -> str:
-    """Format the exponents of growth: a row per operator, a column per dimension."""
-    found = {(row["suite"], row["direction"].removeprefix(GROWTH)): row["figures"]["exponent"] for row in growth}
-    suites, names = (list(dict.fromkeys(key)) for key in zip(*found, strict=True))
-    body = [
-        [f"`{suite}`", *(f"{found[suite, n]:.2f}" if (suite, n) in found else "" for n in names)] for suite in suites
-    ]
-    return markdown([["time grows with the power", *names], *body])
 
 
 def _name(row: Mapping[str, Any]) -> str:

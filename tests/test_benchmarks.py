@@ -108,7 +108,7 @@ def test_table_says_what_is_missing():
 
 
 def test_table_of_a_gpu():
-    """Graphs are the rule there; exponents have a table of their own."""
+    """Graphs are the rule there; growth is for the figure."""
     figures = {"exponent": 1.987, "N": [1, 2], "ms": [1.0, 4.0]}
     cases = [row(1e-3, case=case, cache="cold", graph=graph) for case, graph in (("one", True), ("two", False))]
     growth = row(1.0, ("N = 1", "N = 2"), direction="growth with N", cache="cold", limit=None, figures=figures)
@@ -119,8 +119,7 @@ def test_table_of_a_gpu():
     assert "Caches are cold." in text
     assert "| one, forward           |" in text
     assert "| two, forward, no graph |" in text
-    assert "| time grows with the power | N    |" in text
-    assert "| `mixup`                   | 1.99 |" in text
+    assert "1.99" not in text
 
 
 @pytest.mark.parametrize(("factor", "slower"), [(1.0, 0), (1.15, 0), (1.5, 1), (0.5, 0)])
