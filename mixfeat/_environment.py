@@ -22,7 +22,9 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    packages = ("triton", "numpy", "matplotlib", "tqdm", "joblib", "distributed", "scikit-learn", "torchvision")
+    packages = (
+        "triton", "numpy", "matplotlib", "tqdm", "joblib", "distributed", "scikit-learn", "mnist1d", "torchvision",
+    )  # fmt: skip
     gpus = []
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)

@@ -348,30 +348,31 @@ def common_rare(
     return CommonRareData(draw.place(input), target.to(draw.target), draw.place(features), is_rare.to(draw.target))
 
 
-def images_to_patches(images: Tensor, patch_size: int) -> Tensor:
-    """Cut images into the square patches that tile them.
+def images_to_patches(images: Tensor, patch_size: int | tuple[int, int]) -> Tensor:
+    """Cut images into the patches that tile them.
 
     Args:
         images: (N, channels, H, W), any dtype.
-        patch_size: side of a patch; it divides H and W.
+        patch_size: side of a square patch, or (height, width); they divide H and W.
 
     Returns:
-        (N, P, D): P = H W / patch_size**2 patches in row-major order, each of D = channels * patch_size**2 values in
-        the order (channel, row, column).
+        (N, P, D): P = H W / (height * width) patches in row-major order, each of D = channels * height * width values
+        in the order (channel, row, column).
 
     Raises:
         TypeError, ValueError: naming the argument, what it got and what it needs.
     """
     _check_images(images)
-    patch_size = _checks.integer("patch_size", patch_size, 1)
+    sides = patch_size if isinstance(patch_size, tuple) and len(patch_size) == 2 else (patch_size, patch_size)
+    down, right = (_checks.integer("patch_size", side, 1) for side in sides)
     num, channels, height, width = images.shape
-    if height % patch_size or width % patch_size:
+    if height % down or width % right:
         raise ValueError(
             f"patch_size must divide the images' height and width, got {patch_size} for {height} x {width}"
         )
-    rows, columns = height // patch_size, width // patch_size
-    grid = images.reshape(num, channels, rows, patch_size, columns, patch_size).permute(0, 2, 4, 1, 3, 5)
-    return grid.reshape(num, rows * columns, channels * patch_size**2)
+    rows, columns = height // down, width // right
+    grid = images.reshape(num, channels, rows, down, columns, right).permute(0, 2, 4, 1, 3, 5)
+    return grid.reshape(num, rows * columns, channels * down * right)
 
 
 class TwoFeatureImages:

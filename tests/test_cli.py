@@ -356,8 +356,11 @@ def test_images_of_one_seed_and_progress(reproduce_images, monkeypatch):
     ("options", "message"),
     [
         (["--lr", "nan"], "lr must be finite, got nan"),
-        (["--dataset", "mnist"], "dataset must be one of digits, fashion-mnist, cifar10, cifar100, got 'mnist'"),
-        (["--model", "vgg"], "model must be one of patch, resnet18, got 'vgg'"),
+        (
+            ["--dataset", "mnist"],
+            "dataset must be one of digits, mnist1d, fashion-mnist, cifar10, cifar100, got 'mnist'",
+        ),
+        (["--model", "vgg"], "model must be one of patch, resnet1d, resnet18, got 'vgg'"),
         (["--patch-size", "3"], "patch_size must divide the images' height and width, got 3 for 8 x 8"),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
         (["--methods", "magic"], "argument --methods: invalid choice: 'magic'"),

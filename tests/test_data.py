@@ -163,16 +163,18 @@ def test_bad_arguments(arguments, error, message):
 
 
 @pytest.mark.parametrize(
-    ("shape", "size"), [((2, 3, 8, 8), 4), ((1, 1, 6, 4), 2), ((3, 2, 5, 5), 1), ((0, 3, 4, 4), 4)]
+    ("shape", "size"),
+    [((2, 3, 8, 8), 4), ((1, 1, 6, 4), 2), ((3, 2, 5, 5), 1), ((0, 3, 4, 4), 4), ((2, 2, 3, 8), (3, 2))],
 )
 def test_images_to_patches_tiles(shape, size):
     images = torch.arange(torch.Size(shape).numel()).view(shape).transpose(2, 3).contiguous().transpose(2, 3)
     patches = mf.data.images_to_patches(images, size)
-    rows, columns = shape[2] // size, shape[3] // size
-    assert patches.shape == (shape[0], rows * columns, shape[1] * size**2)
+    down, right = size if isinstance(size, tuple) else (size, size)
+    rows, columns = shape[2] // down, shape[3] // right
+    assert patches.shape == (shape[0], rows * columns, shape[1] * down * right)
     for i in range(rows):
         for j in range(columns):
-            tile = images[:, :, i * size : (i + 1) * size, j * size : (j + 1) * size]
+            tile = images[:, :, i * down : (i + 1) * down, j * right : (j + 1) * right]
             assert torch.equal(patches[:, i * columns + j], tile.flatten(1))
 
 
@@ -183,6 +185,9 @@ def test_images_to_patches_tiles(shape, size):
         ([1], 4, TypeError, "images must be a tensor, got list"),
         (torch.zeros(1, 3, 8, 9), 4, ValueError, "patch_size must divide .* got 4 for 8 x 9"),
         (torch.zeros(1, 3, 8, 8), 0, ValueError, "patch_size must be at least 1, got 0"),
+        (torch.zeros(1, 3, 8, 8), (4, 3), ValueError, r"patch_size must divide .* got \(4, 3\) for 8 x 8"),
+        (torch.zeros(1, 3, 8, 8), (4, 0), ValueError, "patch_size must be at least 1, got 0"),
+        (torch.zeros(1, 3, 8, 8), (4, 4, 4), TypeError, r"patch_size must be an integer, got \(4, 4, 4\)"),
         (torch.zeros(1, 3, 8, 8), 4.0, TypeError, "patch_size must be an integer, got 4.0"),
     ],
 )

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import pickle
+import random
 import struct
 import sys
 import tarfile
@@ -104,6 +105,27 @@ def test_digits_split_is_the_same_everywhere(tmp_path):
         assert torch.equal(test.images[test.target == c, 0], images[4::5])
 
 
+def test_mnist1d(tmp_path):
+    """The package's own data, of the authors' seed; nothing outside sees that it seeds global generators."""
+    pytest.importorskip("mnist1d")
+    random.seed(0)
+    np.random.seed(0)
+    expected = random.random(), np.random.rand()
+    random.seed(0)
+    np.random.seed(0)
+    train, test = datasets.load("mnist1d", tmp_path)
+    assert (random.random(), np.random.rand()) == expected
+    for split, n in ((train, 4000), (test, 1000)):
+        assert split.images.shape == (n, 1, 1, 40)
+        assert (split.images.dtype, split.target.dtype) == (torch.float32, torch.int64)
+    assert torch.equal(torch.cat([train.target, test.target]).bincount(), torch.full((10,), 500))
+    both = torch.cat([train.images, test.images])
+    assert abs(both.mean()) < 1e-4
+    assert abs(both.std() - 1) < 1e-4
+    assert train.target[:10].tolist() == [2, 6, 4, 5, 6, 6, 6, 0, 3, 1]
+    torch.testing.assert_close(train.images[0, 0, 0, :3], torch.tensor([-0.332, -0.472, -0.779]), rtol=0, atol=1e-3)
+
+
 def test_fashion_mnist(fashion, tmp_path):
     for split, (images, labels) in zip(load("fashion-mnist", tmp_path), fashion.values(), strict=True):
         torch.testing.assert_close(split.images, normalised("fashion-mnist", images[:, None]))
@@ -163,11 +185,14 @@ def test_missing_and_unofficial_files(name, file, url, tmp_path):
     assert_refused(name, tmp_path, f"{tmp_path / file} cannot be read: Is a directory", md5={})
 
 
-def test_missing_scikit_learn(tmp_path, monkeypatch):
-    for module in [module for module in sys.modules if module.partition(".")[0] == "sklearn"]:
+@pytest.mark.parametrize(
+    ("name", "package", "extra"), [("digits", "sklearn", "images"), ("mnist1d", "mnist1d", "mnist1d")]
+)
+def test_missing_package(name, package, extra, tmp_path, monkeypatch):
+    for module in [module for module in sys.modules if module.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    assert_refused("digits", tmp_path, "sklearn", "is missing: pip install 'mixfeat[images]'")
+    monkeypatch.setitem(sys.modules, package, None)
+    assert_refused(name, tmp_path, f"{package} is missing: pip install 'mixfeat[{extra}]'")
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.5, 0.9])

@@ -64,6 +64,8 @@ def test_settings_resolve_their_defaults():
     assert settings_of().lr == 0.003
     fashion = settings_of(dataset="fashion-mnist", batch_size=None)
     assert (fashion.patch_size, fashion.batch_size) == (7, 750)
+    mnist1d = settings_of(dataset="mnist1d", model="resnet1d", batch_size=None)
+    assert (mnist1d.patch_shape, mnist1d.batch_size, mnist1d.lr) == ((1, 8), 100, 0.001)
     assert settings_of().hash == settings_of(patch_size=8).hash != settings_of(patch_size=4).hash
 
 
@@ -73,10 +75,12 @@ def test_settings_resolve_their_defaults():
         (
             {"dataset": "mnist"},
             ValueError,
-            "dataset must be one of digits, fashion-mnist, cifar10, cifar100, got 'mnist'",
+            "dataset must be one of digits, mnist1d, fashion-mnist, cifar10, cifar100, got 'mnist'",
         ),
-        ({"model": "vgg"}, ValueError, "model must be one of patch, resnet18, got 'vgg'"),
+        ({"model": "vgg"}, ValueError, "model must be one of patch, resnet1d, resnet18, got 'vgg'"),
         ({"patch_size": 3}, ValueError, "patch_size must divide the images' height and width, got 3 for 8 x 8"),
+        ({"patch_size": 3, "dataset": "mnist1d"}, ValueError, "got 3 for 1 x 40"),
+        ({"model": "resnet1d"}, ValueError, r"resnet1d needs data of one row \(mnist1d\), got digits, 8 x 8"),
         ({"patch_size": 0}, ValueError, "patch_size must be at least 1, got 0"),
         ({"filters_per_class": 0}, ValueError, "filters_per_class must be at least 1, got 0"),
         ({"degree": 2.5}, TypeError, "degree must be an integer, got 2.5"),
@@ -208,6 +212,16 @@ def test_patches_hold_both_halves():
     torch.testing.assert_close(model(input), expected)
 
 
+def test_patches_of_one_row():
+    """Each a stretch of both halves."""
+    settings = settings_of(dataset="mnist1d", patch_size=10, degree=1, rho=1e-6, dtype="float64")
+    model = images.make_model(settings, 0, torch.ones(1, 1, 1, 40))
+    input = torch.rand(2, 2, 1, 40, dtype=torch.float64)
+    patches = input.view(2, 2, 4, 10).transpose(1, 2).flatten(2)  # (N, P, D)
+    expected = torch.einsum("npd,cmd->npcm", patches, model.network.weight).relu().sum((1, 3))
+    torch.testing.assert_close(model(input), expected)
+
+
 def test_all_methods_learn_digits(data, tmp_path):
     pytest.importorskip("sklearn")
     settings = images.Settings(device="cpu", epochs=15)
@@ -318,6 +332,25 @@ def test_stem_for_small_images():
     assert next(double.parameters()).dtype == torch.float64
 
 
+def test_resnet1d():
+    settings = settings_of(dataset="mnist1d", model="resnet1d")
+    before = torch.get_rng_state()
+    model, same, other = (images.make_model(settings, seed, torch.zeros(1, 1, 1, 40)) for seed in (0, 0, 1))
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(model.fc.weight, same.fc.weight)
+    assert not torch.equal(model.fc.weight, other.fc.weight)
+    shapes = []
+    model.body.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+    input = torch.randn(3, 2, 1, 40)
+    logits = model(input)
+    assert (logits.shape, shapes) == ((3, 10), [(3, 64, 10)])
+    logits.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+    model.eval()
+    assert not torch.allclose(model(input), model(input * torch.tensor([1.0, 0]).view(2, 1, 1)))  # both halves count
+
+
 def test_resnet18():
     try:
         images._resnet18()
@@ -360,11 +393,13 @@ def test_torchvision_that_cannot_be_imported(broken, message, monkeypatch):
 # being stopped
 
 
-@pytest.mark.parametrize("model", ["patch", "resnet18"])
+@pytest.mark.parametrize("model", ["patch", "resnet1d", "resnet18"])
 @pytest.mark.usefixtures("stand_in")
-def test_chunks_change_no_number(model, monkeypatch):
+def test_chunks_change_no_number(model, monkeypatch, data):
     """Here a chunk is an epoch."""
-    settings, steps = settings_of(model=model, epochs=4), []
+    settings, steps = settings_of(model=model, epochs=4, dataset="mnist1d" if model == "resnet1d" else "digits"), []
+    if model == "resnet1d":
+        data[0] = tuple(Split(images.flatten(2)[:, :, None, :40], target) for images, target in data[0])
     whole = run(settings, "uniform", 1)
     monkeypatch.setattr(engine, "CHUNK_SECONDS", 0)
     (one,) = (run for run in images.runs_of(settings, ["uniform"], None) if run.seed == 1)

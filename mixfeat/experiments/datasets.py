@@ -1,4 +1,4 @@
-"""Image data sets: scikit-learn's digits, and Fashion-MNIST and CIFAR from their original files, unpacked in memory.
+"""Image data sets: scikit-learn's digits, MNIST-1D, and Fashion-MNIST and CIFAR from their original files in memory.
 
 A file is read once, held to the checksum of the official one, and parsed; nothing is written. Nothing in a pickle is
 run: only lists, dicts, numbers, texts and NumPy arrays can come out of it.
@@ -6,9 +6,12 @@ run: only lists, dicts, numbers, texts and NumPy arrays can come out of it.
 
 import gzip
 import hashlib
+import importlib
 import io
 import pickle
+import random
 import tarfile
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -62,7 +65,7 @@ def load(name: str, folder: Path, *, md5: Mapping[str, str] | None = None) -> tu
         (train, test).
 
     Raises:
-        DatasetError: scikit-learn is missing, or a file is missing, unreadable, damaged or of another format.
+        DatasetError: a package is missing, or a file is missing, unreadable, damaged or of another format.
     """
     dataset = DATASETS[name]
     sums = {**dataset.md5, **(md5 or {})}
@@ -123,18 +126,37 @@ def _by(shape: tuple[int, ...]) -> str:
 
 
 def _digits(parsed: _Parsed) -> _Arrays:
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        raise DatasetError(f"{package} is missing: pip install 'mixfeat[images]'") from None
-    digits = load_digits()
+    digits = _module("sklearn.datasets", "images").load_digits()
     images, target = digits.images[:, None] / 16, digits.target
     place = np.zeros_like(target)  # of each image among those of its class
     for c in range(10):
         place[target == c] = np.arange((target == c).sum())
     test = place % 5 == 4
     return [(images[~test], target[~test]), (images[test], target[test])]
+
+
+def _mnist1d(parsed: _Parsed) -> _Arrays:
+    """Generate the authors' data, 4,000 and 1,000 samples."""
+    module = _module("mnist1d.data", "mnist1d")
+    with _numpy_seed:  # the package seeds both global generators
+        before = random.getstate(), np.random.get_state()
+        try:
+            data = module.make_dataset()
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+    return [(data["x"][:, None, None], data["y"]), (data["x_test"][:, None, None], data["y_test"])]
+
+
+_numpy_seed = threading.Lock()
+
+
+def _module(name: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        raise DatasetError(f"{package} is missing: pip install 'mixfeat[{extra}]'") from None
 
 
 def _fashion_mnist(parsed: _Parsed) -> _Arrays:
@@ -214,6 +236,7 @@ class _Unpickler(pickle.Unpickler):
 
 DATASETS = {
     "digits": Dataset(10, (1, 8, 8), (0.0,), (1.0,), "", {}, _digits),
+    "mnist1d": Dataset(10, (1, 1, 40), (0.0,), (1.0,), "", {}, _mnist1d),
     "fashion-mnist": Dataset(
         10, (1, 28, 28), (0.5,), (0.5,), "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
         {

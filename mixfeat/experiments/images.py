@@ -9,6 +9,7 @@ A run is a method and a seed. Runs of one seed share the classes' pairing, the i
 """
 
 import functools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,7 +29,7 @@ from mixfeat.experiments.engine import Record
 
 __all__ = ["MODELS", "Problem", "Run", "Settings", "load", "make_model", "make_problem", "runs_of", "summarise"]
 
-MODELS = ("patch", "resnet18")
+MODELS = ("patch", "resnet1d", "resnet18")
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class Settings(BaseSettings):
     degree: int = _setting(8, "patch: degree of the activation's polynomial (alpha)")
     rho: float = _setting(1.0, "patch: threshold above which the activation is linear (rho)")
     init_scale: float = _setting(1.2, "patch: scale of the pre-activations of images at the start, in units of rho")
-    lr: float = _setting(None, "step size of Adam; default: 0.003 for patch, 0.001 for resnet18")
+    lr: float = _setting(None, "step size of Adam; default: 0.003 for patch, else 0.001")
     epochs: int = _setting(100, "passes over the training images")
-    batch_size: int = _setting(None, "images of a step; default: 100 for digits, else 750")
+    batch_size: int = _setting(None, "images of a step; default: 100 for digits and mnist1d, else 750")
     seeds: int = _setting(5, "number of runs of each method, each with its own pairing and initialisation")
     seed: int = _setting(0, "the first seed; the same seed repeats a run exactly")
     device: str = _setting("auto", "torch device, or auto: a GPU if there is one")
@@ -63,7 +64,7 @@ class Settings(BaseSettings):
         if self.patch_size is None:
             self._set("patch_size", 7 if self.dataset == "fashion-mnist" else 8)
         if self.batch_size is None:
-            self._set("batch_size", 100 if self.dataset == "digits" else 750)
+            self._set("batch_size", 100 if self.dataset in ("digits", "mnist1d") else 750)
         if self.lr is None:
             self._set("lr", 3e-3 if self.model == "patch" else 1e-3)
         self._check_integers(_LEAST)
@@ -71,13 +72,20 @@ class Settings(BaseSettings):
         self._set("weight", mf.data._weight(self.weight))
         mf.PolyReLU(self.degree, self.rho)  # refuses a bad degree or rho
         _, height, width = DATASETS[self.dataset].shape
-        if self.model == "patch" and (height % self.patch_size or width % self.patch_size):
+        if self.model == "patch" and (height % self.patch_shape[0] or width % self.patch_size):
             raise ValueError(
                 f"patch_size must divide the images' height and width, got {self.patch_size} for {height} x {width}"
             )
+        if self.model == "resnet1d" and height > 1:
+            raise ValueError(f"model resnet1d needs data of one row (mnist1d), got {self.dataset}, {height} x {width}")
         if self.model == "resnet18":
             _resnet18()
         self._check_device()
+
+    @property
+    def patch_shape(self) -> tuple[int, int]:
+        """Return a patch's height and width; data of one row have patches of one row."""
+        return 1 if DATASETS[self.dataset].shape[1] == 1 else self.patch_size, self.patch_size
 
 
 _LEAST = {
@@ -112,40 +120,75 @@ def make_problem(settings: Settings, data: tuple[Split, Split], seed: int) -> Pr
 class _PatchModel(nn.Module):
     """A network on the patches of images; a patch holds both halves' channels, or no filter could tell them apart."""
 
-    def __init__(self, network: nn.Module, patch_size: int) -> None:
+    def __init__(self, network: nn.Module, patch_shape: tuple[int, int]) -> None:
         super().__init__()
-        self.network, self.patch_size = network, patch_size
+        self.network, self.patch_shape = network, patch_shape
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.network(mf.data.images_to_patches(input, self.patch_size))
+        return self.network(mf.data.images_to_patches(input, self.patch_shape))
+
+
+class _Block(nn.Module):
+    """A residual block of two convolutions of 3, along one dimension."""
+
+    def __init__(self, channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm1d(out_channels)
+        self.conv2 = nn.Conv1d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm1d(out_channels)
+        self.shortcut = nn.Identity() if stride == 1 else nn.Conv1d(channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = self.bn1(self.conv1(input)).relu()
+        return (self.bn2(self.conv2(hidden)) + self.shortcut(input)).relu()
+
+
+class _ResNet1d(nn.Module):
+    """A small ResNet along the columns of images of one row: a block each of 16, 32 and 64 channels."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        stem = nn.Conv1d(channels, 16, 3, padding=1, bias=False), nn.BatchNorm1d(16), nn.ReLU()
+        self.body = nn.Sequential(*stem, _Block(16, 16, 1), _Block(16, 32, 2), _Block(32, 64, 2))
+        self.fc = nn.Linear(64, num_classes)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.fc(self.body(input.flatten(2)).mean(2))
 
 
 def make_model(settings: Settings, seed: int, images: Tensor) -> nn.Module:
     """Return the network with its initial weights, from (B, 2 channels, H, W) to logits.
 
     ``patch`` is :class:`mixfeat.TwoLayerPatchCNN`; pre-activations of the patches of ``images`` start with a root mean
-    square of ``init_scale`` rho. ``resnet18`` is torchvision's, with the stem for small images that the authors' has
-    too: a 3 x 3 convolution of stride 1, with twice the channels, and no pooling.
+    square of ``init_scale`` rho. ``resnet1d`` has seven convolutions of width 3 along the row. ``resnet18`` is
+    torchvision's, with the stem for small images that the authors' has too: a 3 x 3 convolution of stride 1, with twice
+    the channels, and no pooling.
     """
     dataset = DATASETS[settings.dataset]
     channels = 2 * images.shape[1]
     generator = _generator("model", seed)
     if settings.model == "patch":
         pixel = torch.linalg.vector_norm(images, dtype=torch.float64) / images.numel() ** 0.5  # root mean square
-        patch = pixel * settings.patch_size * images.shape[1] ** 0.5
+        patch = pixel * (math.prod(settings.patch_shape) * images.shape[1]) ** 0.5
         network = mf.TwoLayerPatchCNN(
-            dataset.num_classes, settings.filters_per_class, channels * settings.patch_size**2,
+            dataset.num_classes, settings.filters_per_class, channels * math.prod(settings.patch_shape),
             mf.PolyReLU(settings.degree, settings.rho), init_std=(settings.init_scale * settings.rho / patch).item(),
             generator=generator, dtype=getattr(torch, settings.dtype),
         )  # fmt: skip
-        return _PatchModel(network, settings.patch_size).to(settings.device)
-    with _default_generator, torch.random.fork_rng(devices=[]):  # torchvision draws from torch's own generator
+        return _PatchModel(network, settings.patch_shape).to(settings.device)
+    with _default_generator, torch.random.fork_rng(devices=[]):  # modules draw from torch's own generator
         torch.manual_seed(generator.initial_seed())
-        model = _resnet18()(num_classes=dataset.num_classes)
-        model.conv1 = nn.Conv2d(channels, model.conv1.out_channels, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as its other convolutions
-    model.maxpool = nn.Identity()
+        model = (_ResNet1d if settings.model == "resnet1d" else _small_resnet18)(channels, dataset.num_classes)
     return model.to(settings.device, getattr(torch, settings.dtype))
+
+
+def _small_resnet18(channels: int, num_classes: int) -> nn.Module:
+    model = _resnet18()(num_classes=num_classes)
+    model.conv1 = nn.Conv2d(channels, model.conv1.out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as its other convolutions
+    model.maxpool = nn.Identity()
+    return model
 
 
 _default_generator = threading.Lock()  # a Dask worker may train several runs at a time, in threads
