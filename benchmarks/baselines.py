@@ -50,7 +50,7 @@ def _power(u: Tensor, exponent: int) -> Tensor:
 
 
 def compiled(function: Callable[..., Any], *, autotune: bool = torch.cuda.is_available()) -> Callable[..., Any]:
-    """Compile for static shapes; ``autotune`` as much as there is, which is the rule on a GPU."""
+    """Compile for static shapes; ``autotune`` (the default on a GPU) with every option."""
     return torch.compile(function, mode="max-autotune-no-cudagraphs" if autotune else None, dynamic=False)
 
 

@@ -1,4 +1,4 @@
-"""Set up pytest-benchmark: order, clock and seconds of the benchmarks, facts of the machine, what is kept of a run."""
+"""Set up pytest-benchmark: order, clock and seconds of the benchmarks, facts of the machine, contents of results."""
 
 import pkgutil
 import subprocess
@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Interleave the suites, each from its most telling case on, so that a run cut short has covered what matters.
 
-    Of a user's problem, leave out what is not of it.
+    Leave out the cases that do not belong to a user's problem.
     """
     if config.getoption("shape"):
         items[:] = [item for item in items if f"[{shapes.YOURS}-" in item.nodeid or f"[{shapes.YOURS}]" in item.nodeid]
@@ -59,7 +59,7 @@ def _reset_compiler() -> None:
 
 @pytest.fixture
 def bench(benchmark: Any, capsys: pytest.CaptureFixture[str]) -> Iterator[Bench]:
-    """Time and record contenders; what was found is printed as soon as the test ends."""
+    """Time and record contenders; print the results as soon as the test ends."""
     bench = Bench(benchmark)
     yield bench
     benchmark.skipped = not bench.rows  # a test that failed has no rows, which is no news
@@ -85,7 +85,7 @@ def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
-    """Keep what the turns amount to, not every turn."""
+    """Keep the statistics of the turns, not every turn."""
     for row in output_json["benchmarks"]:
         row["stats"].pop("data", None)
         del row["options"]

@@ -95,7 +95,7 @@ class Bench:
     """Times the contenders of a case, and gives each a row of pytest-benchmark's: the case is the rows' group.
 
     Attributes:
-        rows: what was recorded, as in pytest-benchmark's JSON; nothing under ``--benchmark-disable``.
+        rows: the recorded rows of pytest-benchmark's JSON; empty under ``--benchmark-disable``.
     """
 
     def __init__(self, benchmark: BenchmarkFixture) -> None:
@@ -117,13 +117,13 @@ class Bench:
         """Time ``contenders`` in turn, and record them.
 
         Args:
-            case: what they are contenders of.
+            case: the case of the contenders.
             contenders: functions to call; the first is ``"mixfeat"``.
             work: amounts of work, and the time that they need at least.
-            share: multiplies the seconds that there are.
+            share: multiplies the seconds per case.
             pairwise: meet mixfeat one by one, not all in turn.
             memory: measure the peak of memory too.
-            figures: whatever else there is to say, by name, given the medians.
+            figures: other results by name, given the medians.
             missing: contenders that cannot run here, and why.
         """
         measured = measure(contenders, share=share, pairwise=pairwise)
@@ -151,7 +151,7 @@ class Bench:
         """Record the seconds of each contender's turns.
 
         Args:
-            case: what they are contenders of.
+            case: the case of the contenders.
             times: seconds, by contender; ratios are to the first.
             each: more of a contender, by its name.
             shared: more of the case: work, limit, figures.

@@ -53,7 +53,7 @@ def matrix_rate(dtype: torch.dtype) -> float:
 def copy_rates(bytes: int) -> dict[str, float]:
     """Measure the bytes per second of copies into mapped ("old") and freshly allocated ("new") memory.
 
-    ``bytes`` counts what is read and what is written.
+    ``bytes`` counts reads and writes.
     """
     source = torch.ones(max(bytes // 8, 1), device=DEVICE)
     target = torch.empty_like(source)

@@ -1,7 +1,7 @@
 """Other packages' own classes and functions as contenders, where they can be imported.
 
 Classes that mix a batch draw partners and lam themselves. What they drew is read off the labels that they return, and
-their images are compared to what mixfeat makes of the same draw.
+their images are compared with mixfeat's for the same draw.
 """
 
 import functools

@@ -186,7 +186,7 @@ def _roofline(figure: Any, shown: _Rows, colours: Mapping[str, str], everything:
             textcoords="offset points", ha="right", fontsize=8, color=MUTED,
         )  # fmt: skip
     axes.set_xlim(left, right)
-    axes.set_title("roofline: what mixfeat computes a second, against the traffic that the work needs", **_TITLE)
+    axes.set_title("roofline: the rate of mixfeat, against the memory traffic that the work needs", **_TITLE)
     axes.set_xlabel("intensity, FLOP per byte that must be read or written", fontsize=9, color=MUTED)
     axes.set_ylabel("GFLOP/s", fontsize=9, color=MUTED)
     _plain_numbers(axes.xaxis)

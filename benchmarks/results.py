@@ -74,7 +74,7 @@ def rows(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def about(document: Mapping[str, Any]) -> str:
-    """Say where, when and of what the results are."""
+    """Name the device, date and version of the results."""
     machine = document["machine_info"]
     where = f"{machine['device']}, PyTorch {machine['torch']}"
     where += f", Triton {machine['triton']}" if machine["GPUs"] else ""
@@ -144,9 +144,9 @@ def compare(new: Mapping[str, Any], old: Mapping[str, Any], min_ratio: float = 1
     Raises:
         ValueError: the documents come from different devices.
     """
-    here, there = (document["machine_info"]["device"] for document in (new, old))
-    if here != there:
-        raise ValueError(f"results compare only on one device: {here} here, {there} there")
+    ours, theirs = (document["machine_info"]["device"] for document in (new, old))
+    if ours != theirs:
+        raise ValueError(f"results must be of one device, got {ours} and {theirs}")
     before = {_key(row): row["timings"].get("mixfeat") for row in rows(old)}
     lines = []
     for row in rows(new):
@@ -167,7 +167,7 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
 
 
 def headline(document: Mapping[str, Any]) -> str:
-    """Format ``HEADLINE`` in Markdown: a row per case, with gradients if there are any, against the best baseline."""
+    """Format ``HEADLINE`` in Markdown: a row per case, with gradients if they are timed, against the best baseline."""
     head = ["operator", "problem", "time, ms", "best baseline", "speedup over it", "share of the limit"]
     order, body = ["forward + backward", "forward"], []
     for suite, name, dtype in HEADLINE:

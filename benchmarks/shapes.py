@@ -85,7 +85,7 @@ def take_place(problem: Network) -> None:
 
 
 def named(*names: str) -> list[str]:
-    """List ``names``, or if there are some and a problem has taken their place that."""
+    """List ``names``, or the user's problem if it replaces them."""
     return [YOURS] if names and YOURS in NETWORKS else list(names)
 
 

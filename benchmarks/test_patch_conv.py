@@ -37,7 +37,7 @@ def formulas():
     }
 
 
-#: Shapes that are timed in bfloat16 too; there on a CPU Inductor tunes its matrix products as well, which takes long.
+#: Shapes that are also timed in bfloat16. On a CPU Inductor then tunes its matrix products, which takes long.
 TUNED = named("paper-10", "image", "patches")
 #: A network is trained: only a few cases are timed without the gradient.
 CASES = cases(NETWORKS, TUNED, ("forward + backward",)) + cases(FORWARD, FORWARD[:2], ("forward",))
@@ -100,7 +100,7 @@ def test_training_step(bench, name):
     bench(case, contenders, work=Work({"evaluations": shape.evaluations}))
 
 
-@pytest.mark.skipif(CUDA, reason="launches there are asynchronous")
+@pytest.mark.skipif(CUDA, reason="launches on a GPU are asynchronous")
 def test_host_overhead(bench):
     """Time one call with autograd on tiny tensors, and subtract the C++ call that it ends in."""
     x, w = torch.randn(2, 3, 4), torch.randn(2, 2, 4, requires_grad=True)

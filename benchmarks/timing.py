@@ -45,7 +45,7 @@ class Measurement:
 def measure(contenders: Mapping[str, Contender], *, share: float = 1.0, pairwise: bool = False) -> Measurement:
     """Time contenders in the mode of the tables, and in each other mode for a quarter as long.
 
-    The other modes leave out baselines that take more than an eighth of the time there is.
+    The other modes leave out baselines that take more than an eighth of the time.
 
     Args:
         contenders: functions to call; the first is mixfeat's.

@@ -278,7 +278,7 @@ def partner_samples(partner: Any, target: Any, input: Tensor, weight: Tensor, pa
 
 
 def labels(label_lam: Any, label_smoothing: Any, pairs: Any, nodes_: Tensor | None) -> tuple[Tensor | None, float, str]:
-    """Check what a pair's label is and which pairs count; return label_lam as (K,) on the CPU, like the nodes."""
+    """Check the label of a pair and which pairs count; return label_lam as (K,) on the CPU, like the nodes."""
     smoothing = fraction("label_smoothing", label_smoothing)
     if pairs not in ("all", "distinct", "different_class"):
         raise ValueError(f'pairs must be "all", "distinct" or "different_class", got {pairs!r}')
@@ -497,7 +497,7 @@ def loss_options(label_smoothing: Any, ignore_index: Any, reduction: Any) -> tup
 def explained(operator: Callable[..., Any], args: Sequence[Any], check: Callable[..., Any], *checked: Any) -> Any:
     """Call an operator of the CPU library, which refuses values out of range; ``check(*checked)`` says which.
 
-    Values are thus checked where they are read, and once more only to tell what is wrong.
+    Values are thus checked where they are read, and once more only to name the error.
     """
     try:
         return operator(*args)

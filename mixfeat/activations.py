@@ -30,7 +30,7 @@ class Activation:
         return self.polynomial(z)
 
     def __repr__(self) -> str:
-        """Show the fields, of the optional ones those that differ from their default."""
+        """Show the fields, without optional ones that have their default."""
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
         options = {"scale": 1.0, "negative_slope": 0.0} if not isinstance(self, LeakyReLU) else {"scale": 1.0}
         listed = (f"{name}={value}" for name, value in shown.items() if options.get(name) != value)

@@ -3,9 +3,9 @@
 ``"cuda"``, CUDA C++ where Triton falls short, serves whole training runs (``gradient_descent``); the other operators on
 the same tensors are Triton's.
 
-The best one that is there serves by default. ``with mixfeat.backend("reference"):`` or the environment variable
-``MIXFEAT_BACKEND`` choose another; ``with`` holds for the thread that enters it, with the backward passes of what was
-called there, and wins over the environment.
+The best available backend serves by default. ``with mixfeat.backend("reference"):`` or the environment variable
+``MIXFEAT_BACKEND`` chooses another. ``with`` overrides the environment, for the thread that enters it and for the
+backward passes of its calls.
 """
 
 import functools

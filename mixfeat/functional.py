@@ -19,7 +19,7 @@ from mixfeat.ops.pairwise_mixup_loss import pairwise_mixup_loss as _pairwise_mix
 from mixfeat.ops.patch_conv import patch_conv as _patch_conv
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup  # not there in every build of PyTorch
+    from torch.distributed import ProcessGroup  # missing in some builds of PyTorch
 
 __all__ = [
     "beta_quadrature", "cutmix", "gradient_descent", "mixup", "mixup_accuracy", "mixup_binary_cross_entropy",

@@ -11,7 +11,7 @@ from mixfeat import _checks, functional
 from mixfeat.activations import Activation, PolyReLU
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup  # not there in every build of PyTorch
+    from torch.distributed import ProcessGroup  # missing in some builds of PyTorch
 
 __all__ = ["Mixup", "MixupCrossEntropyLoss", "PairwiseMixupLoss", "TwoLayerPatchCNN"]
 

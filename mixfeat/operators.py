@@ -27,8 +27,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 Arguments = dict[str, Any]
 Results = dict[str, Tensor]  # "value", and "<argument> grad" for each differentiated argument
 
-# The relative error of a few numbers, any of which may cancel, says little. So arguments are drawn until there are
-# this many numbers or samples.
+# A few numbers may cancel, and then their relative error is large. So arguments are drawn until this many numbers or
+# samples are compared.
 _ENOUGH, _MOST_DRAWS = 64, 16
 
 
@@ -48,7 +48,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Draw:
-    """Arguments of one call, the upstream gradient of its value, and what the definition makes of them."""
+    """Arguments of one call, the upstream gradient of its value, and the definition's results."""
 
     operator: "Operator"
     arguments: Arguments
@@ -75,7 +75,7 @@ class Operator:
         formula: its definition, which takes the same arguments and is differentiated by autograd.
         draw: arguments on the CPU for a case's sizes and options, drawn by a generator. Those in float64 get the dtype
             under test, except those in ``on_cpu``.
-        differentiated: the arguments to which there are gradients.
+        differentiated: the arguments that have gradients.
         main: a small case of each way through the code, with at least 2 samples. The first has no options.
         variants: every option, at small sizes.
         degrees: every degree of every family of activations, at small sizes.
@@ -155,7 +155,7 @@ class Operator:
         generator: torch.Generator,
         lay_out: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> Iterator[Draw]:
-        """Draw arguments and upstream gradients until there are enough numbers for their error to mean something.
+        """Draw arguments and upstream gradients until their numbers are enough for a meaningful error.
 
         ``lay_out`` places each argument in memory. It may change the numbers, except those of ``on_cpu``.
         """
@@ -550,7 +550,7 @@ _WIDE_LOGITS = tuple(_logits(*sizes) for sizes in ((7, 10), (1, 2), (3, 1), (33,
 
 
 def _one_tensor(function: Callable[..., Any]) -> Callable[..., Tensor]:
-    """Join the results of a function, where there are several, into one tensor."""
+    """Join the results of a function into one tensor."""
 
     @functools.wraps(function)
     def joined(*args: Any, **kwargs: Any) -> Tensor:

@@ -26,10 +26,10 @@ class Outcome:
     """One operator on one backend in one dtype: the worst of all shapes.
 
     Attributes:
-        worst: of each output (value and gradients): error, what plain PyTorch errs there, budget, and the shape, where
-            the error comes closest to its budget or passes it furthest.
+        worst: for each output (value and gradients), error, plain PyTorch's error, budget and shape of the case whose
+            error is the largest share of its budget.
         repeats: whether a second call gave the same bits.
-        failures: what went wrong, one line each; empty if nothing did.
+        failures: one line for each failure.
     """
 
     operator: str
@@ -79,9 +79,9 @@ def check(
         dtype: a key of ``DTYPES``.
         seed: of the inputs.
         quick: without the larger shapes.
-        shape: a problem (N,P,D,C,M) in place of the shapes there are: see :meth:`Operator.problem`.
-        activation: in place of those there are.
-        seconds: to go on for, with new inputs.
+        shape: a problem (N,P,D,C,M) that replaces the default shapes: see :meth:`Operator.problem`.
+        activation: replaces the default activations.
+        seconds: repeat with new inputs for so long.
 
     Raises:
         ValueError: the backend is not available here.

@@ -130,7 +130,7 @@ def test_comparison_with_an_earlier_run(document, factor, slower):
     lines = results.compare(now, document)
     assert len(lines) == slower
     assert all("mixup paper (2, 3) forward float32: 2 ms -> 3 ms (1.50x)" in line for line in lines)
-    with pytest.raises(ValueError, match="one device: this here, that there"):
+    with pytest.raises(ValueError, match="one device, got this and that"):
         results.compare(now, document | {"machine_info": {"device": "that"}})
 
 

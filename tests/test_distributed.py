@@ -72,8 +72,8 @@ def test_plan_meets_all_pairs(sizes):
         assert steps == [step for step in made.steps if pair in made.pairs_of(b, step)]
         met = torch.zeros(sizes[a], sizes[b])
         for step in steps:
-            met[made.rows_of(a, pair), made.lent(b, pair, step)] += 1
-            met[made.lent(a, pair, step), made.rows_of(b, pair)] += 1
+            met[made.rows_of(a, pair), made.send_rows(b, pair, step)] += 1
+            met[made.send_rows(a, pair, step), made.rows_of(b, pair)] += 1
         assert (met == 1).all()
 
 

@@ -59,14 +59,14 @@ def add_commands(commands: Commands) -> None:
     )
     benching.add_argument(
         "--limit", type=float, metavar="FLOAT",
-        help="stop after so many seconds, with what there is: the most telling cases come first",
+        help="stop after so many seconds and write the results so far: the most important cases come first",
     )  # fmt: skip
     benching.add_argument(
         "--out", type=Path, default=Path("results/bench.json"), metavar="FILE",
         help="for the results (default: %(default)s)",
     )  # fmt: skip
     benching.add_argument("--results", type=Path, metavar="FILE", help="load results from FILE instead of running")
-    benching.add_argument("--compare", type=Path, metavar="OLD", help="list what is slower than in these results")
+    benching.add_argument("--compare", type=Path, metavar="OLD", help="list cases slower than in these results")
     benching.add_argument("--plot", type=Path, metavar="FILE", help="draw time, memory and share of the limit")
 
 

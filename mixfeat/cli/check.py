@@ -61,7 +61,7 @@ def add_commands(commands: Commands) -> None:
         commands,
         "compile-report",
         _compile_report,
-        help="what the compilers make of the GPU kernels; needs no GPU",
+        help="compile the GPU kernels and report registers, spills and instructions; needs no GPU",
         description="Compile every Triton configuration that ships, and the CUDA C++ kernel, and print registers, "
         "stack, memory accesses and the instructions of main loops. The exit status is 1 if anything spills.",
     )
@@ -118,7 +118,7 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _operators(args: argparse.Namespace) -> list[str]:
-    """List the operators that are asked for, of a shape those that have it."""
+    """List the requested operators; with a shape, those that it fits."""
     names = args.operator or list(validate.OPERATORS)
     if args.shape:
         without = [name for name in names if not validate.OPERATORS[name].problem(args.shape)]

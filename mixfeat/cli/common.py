@@ -110,7 +110,7 @@ def writable_file(path: Path | None, option: str = "--json") -> Path | None:
 
 
 def write_json(path: Path | None, document: dict[str, Any]) -> None:
-    """Write the document, if there is a path, as a whole or not at all."""
+    """Write the document to the path, if any, as a whole or not at all."""
     if path is not None:
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")

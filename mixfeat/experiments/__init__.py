@@ -1,1 +1,1 @@
-"""Experiments: what the command line runs, resumable, and importable on its own."""
+"""The experiments of the command line: resumable, and importable on their own."""

@@ -125,7 +125,7 @@ def _digest(value: Any) -> bytes:
 def _deterministic(device: str) -> Iterator[None]:
     """Have a GPU repeat its results bit for bit, as the CPU does anyway."""
     if device == "cpu":
-        yield  # not to set what is set already: torch takes seconds for that
+        yield  # setting the same value again takes torch seconds
         return
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -366,7 +366,7 @@ class Cluster(Workers):
             function, arguments = pickle.loads(content)
             return function(*arguments)
 
-        # the scheduler unpickles what it passes on, and it need not have mixfeat: so it gets bytes
+        # The scheduler unpickles messages, and need not have mixfeat: so it gets bytes.
         future: Future[Any] = self._executor.submit(call, pickle.dumps((function, arguments)))
         return future
 

@@ -389,7 +389,7 @@ def soft_target_cross_entropy_rows(input: Tensor, label: Tensor, need_grad: bool
 def _cross_entropy_grad(
     input: Tensor, label: Tensor, counts: Tensor | None = None, more: Tensor | None = None
 ) -> Tensor:
-    """Compute the gradient of rows of cross-entropies, 0 in those that do not count, with this (N,) more of softmax."""
+    """Compute the gradient of rows of cross-entropies, 0 in rows that do not count; ``more`` (N,) adds softmax."""
     p = input.softmax(1)
     p = p / p.sum(1, keepdim=True)  # softmax adds up long rows with less care than sum
     total = label.sum(1) if more is None else label.sum(1) + more

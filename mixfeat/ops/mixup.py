@@ -19,7 +19,7 @@ def mixup(input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> Tens
 
 
 def sample_order(tensor: Tensor) -> list[int]:
-    """Return the dimensions, in the order in which each sample is one run of memory; as they are if there is none."""
+    """Return the order of dimensions in which each sample is contiguous; their own order if no such order exists."""
     if tensor.is_contiguous():
         return list(range(tensor.dim()))
     strides = tensor.stride()

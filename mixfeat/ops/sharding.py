@@ -3,7 +3,7 @@
 Every rank holds a shard of the samples. A rank meets its own pairs, and those with the shards of half of the others, in
 the order of their distance in a ring: at distance d, rank r receives the pre-activations of rank r + d, evaluates all
 pairs of its rows and those columns, and returns the columns' gradient. So each unordered pair of samples is evaluated
-once, every rank does the same work, and of the other shards only pieces are there: one in work, one on its way.
+once, every rank does the same work, and holds two pieces of other shards: one in work, one in transit.
 :func:`plan` says who does what, and evens out what does not divide.
 """
 
@@ -46,7 +46,7 @@ class Plan:
     Attributes:
         sizes: samples of each rank.
         own: by pair of ranks (a, b), b = a + distance: of a's rows the first ``own`` meet all of b's at a, for which
-            b's samples travel to a; the others travel to b and meet all of b's there.
+            b's samples travel to a; the others travel to b and meet all of b's samples.
     """
 
     sizes: tuple[int, ...]
@@ -68,8 +68,8 @@ class Plan:
         """Return the samples of ``rank``, one of the pair, that meet the other's at ``rank``."""
         return slice(0, self.own[pair] if rank == pair[0] else self.sizes[rank])
 
-    def lent(self, rank: int, pair: tuple[int, int], step: Step) -> slice:
-        """Return the samples of ``rank``, one of the pair, that meet the other's there and travel in this step."""
+    def send_rows(self, rank: int, pair: tuple[int, int], step: Step) -> slice:
+        """Return the samples of ``rank``, one of the pair, that travel to the other in this step."""
         a, b = pair
         if rank == a:
             first, count = self.own[pair], self.sizes[a] - self.own[pair] if self.sizes[b] else 0
@@ -114,9 +114,9 @@ def plan(sizes: tuple[int, ...]) -> Plan:
         giver = work.index(max(work))
         moves = []
         for (a, b), rows in own.items():
-            there = rows if giver == a else sizes[a] - rows if giver == b else 0  # a's rows that the giver evaluates
+            movable = rows if giver == a else sizes[a] - rows if giver == b else 0  # a's rows that the giver evaluates
             taker = b if giver == a else a
-            count = min(there, (work[giver] - work[taker]) // 2 // sizes[b] if sizes[b] else 0)
+            count = min(movable, (work[giver] - work[taker]) // 2 // sizes[b] if sizes[b] else 0)
             if count:
                 moves.append((work[taker], a, b, -count if giver == a else count))
         if not moves:
@@ -220,13 +220,13 @@ def _ring(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute this rank's part of the loss, float64, and its samples' gradient. Transfers overlap with work."""
     rank, steps = group.rank(), plan.steps
-    coming = _fetch(s, target, plan, steps[:1], group)
+    prefetch = _fetch(s, target, plan, steps[:1], group)
     loss, grad, _ = block(s, None, target, None, list(own_nodes), list(own_nodes.values()))
     loss = loss.double()
     returning = _Transfer(group)
     for number, step in enumerate(steps):
-        columns = coming
-        coming = _fetch(s, target, plan, steps[number + 1 : number + 2], group)
+        columns = prefetch
+        prefetch = _fetch(s, target, plan, steps[number + 1 : number + 2], group)
         columns.wait()
         back = _Transfer(group)
         for pair in plan.pairs_of(rank, step):
@@ -242,9 +242,9 @@ def _ring(
                     grad[:, rows] += row_grad
                     back.send(other, column_grad)
                 del row_grad, column_grad
-            lent = plan.lent(rank, pair, step)
-            if grad is not None and lent.start < lent.stop:
-                back.receive(other, grad.new_empty(grad[:, lent].shape), lent)
+            sent = plan.send_rows(rank, pair, step)
+            if grad is not None and sent.start < sent.stop:
+                back.receive(other, grad.new_empty(grad[:, sent].shape), sent)
         back.start()
         returning.add_to(grad)
         returning = back
@@ -295,15 +295,15 @@ class _Transfer:
 
 
 def _fetch(s: Tensor, target: Tensor, plan: Plan, steps: list[Step], group: dist.ProcessGroup) -> _Transfer:
-    """Start the exchange of samples of a step, if there is one."""
+    """Start to exchange the samples of a step, if any."""
     transfer, rank = _Transfer(group), group.rank()
     for step in steps:
         for pair in plan.pairs_of(rank, step):
             other = pair[rank == pair[0]]
-            lent, borrowed = plan.lent(rank, pair, step), plan.lent(other, pair, step)
-            if lent.start < lent.stop:
-                transfer.send(other, s[:, lent], target[..., lent])
-            if count := borrowed.stop - borrowed.start:
+            sent, received = plan.send_rows(rank, pair, step), plan.send_rows(other, pair, step)
+            if sent.start < sent.stop:
+                transfer.send(other, s[:, sent], target[..., sent])
+            if count := received.stop - received.start:
                 shapes = (s.shape[0], count, *s.shape[2:]), (*target.shape[:-1], count)
                 transfer.receive(other, (s.new_empty(shapes[0]), target.new_empty(shapes[1])))
     transfer.start()
@@ -397,7 +397,7 @@ def _digest(settings: tuple[tuple[str, str], ...]) -> int:
 
 @contextmanager
 def _contact(group: dist.ProcessGroup) -> Iterator[None]:
-    """Say of a failed transfer what it means."""
+    """Explain a failed transfer."""
     try:
         yield
     except RuntimeError as error:
