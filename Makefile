@@ -28,10 +28,10 @@ $(VENV)/installed: pyproject.toml setup.py $(CONSTRAINTS) $(wildcard kernels/cpu
 reproduce: install
 	$(BIN)/mixfeat reproduce theory --resume --out $(OUT)
 
-# All tests, with the same random inputs every time (MIXFEAT_TEST_SEED draws others), in four runs that share two cores:
+# Lint and all tests, with the same random inputs every time (MIXFEAT_TEST_SEED draws others), in runs that share two cores:
 # so threads that wait for work must not hold on to theirs.
-test: install lint
-	OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory --jobs=2 --output-sync=target test-operators test-native test-interpreted test-triton
+test: install
+	OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory --jobs=2 --output-sync=target lint test-operators test-native test-interpreted test-triton
 
 # What `make test-versions` runs too, on the CPU's kernels and in plain PyTorch
 OPERATOR_TESTS := accuracy activations autograd binary_cross_entropy checks compile cross_entropy cutmix derivatives \
@@ -46,11 +46,11 @@ test-native: install
 
 # The operators on Triton's kernels, in its interpreter: a process of its own, as triton decides once
 test-interpreted: install
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m "triton and not kernels"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -m "triton and not kernels" $(OPERATOR_TESTS:%=tests/test_%.py)
 
 # The kernels alone, interpreted; and compiled for every target
 test-triton: install
-	$(RUN) -m pytest -m kernels
+	$(RUN) -m pytest -m kernels tests/test_triton_*.py
 
 # With new random inputs, whose seed is in the report: 10,000 examples of every property (20 in the interpreter), 51 kills,
 # every Triton kernel compiled for every target; some three hours

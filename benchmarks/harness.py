@@ -45,7 +45,7 @@ def check(contenders: Mapping[str, Contender], truth: Tensor, dtype: torch.dtype
 
 def peak_bytes(contenders: Mapping[str, Contender]) -> dict[str, int]:
     """Read the most memory that each contender has allocated at once, beyond what was allocated before its call."""
-    return {name: _peak_on_gpu(run) if CUDA else _peak_on_cpu(run) for name, run in contenders.items()}
+    return {name: _peak_on_gpu(run) if CUDA else peak_on_cpu(run) for name, run in contenders.items()}
 
 
 def _peak_on_gpu(run: Contender) -> int:
@@ -56,8 +56,9 @@ def _peak_on_gpu(run: Contender) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _peak_on_cpu(run: Contender) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+def peak_on_cpu(run: Contender) -> int:
+    """Read the most memory that a call has allocated at once."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         run()
     allocated = peak = 0
     for event in recorded.profiler.kineto_results.events():

@@ -427,7 +427,8 @@ def _draw_beta(alpha: float, shape: tuple[int, ...], generator: torch.Generator 
     # Gamma(a) is Gamma(a + 1) U^(1/a): logarithms stay finite where, for small a, most draws would be 0
     concentration = torch.full((2, *shape), alpha + 1.0, dtype=torch.float64, device=device)
     uniform = torch.rand(concentration.shape, generator=generator, dtype=torch.float64, device=device)
-    gamma = torch._standard_gamma(concentration, generator=generator)
+    # PyTorch 2.10 draws no gamma on the meta device
+    gamma = concentration if concentration.is_meta else torch._standard_gamma(concentration, generator=generator)
     first, second = (gamma.log() + (1 - uniform).log() / alpha).unbind()
     return torch.sigmoid(first - second)
 

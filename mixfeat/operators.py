@@ -413,7 +413,7 @@ _PAIRWISE_MIXUP_LOSS = Operator(
     ),
     large=tuple(
         _network(*sizes, **options)
-        for sizes in ((80, 12, 20, 10, 10), (40, 1, 5, 4096, 1), (41, 40, 9, 3, 17))
+        for sizes in ((56, 12, 20, 10, 10), (24, 1, 5, 4096, 1), (41, 40, 9, 3, 17))
         for options in ({}, {"nodes": "any"})
     ),
     empty=tuple(

@@ -546,8 +546,8 @@ def _nvidia(binary: bytes) -> dict[str, Any]:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(binary)
         usage, sass = (
-            subprocess.run([tools / tool, option, cubin], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+            subprocess.run([tools / tool, *options, cubin], capture_output=True, text=True, check=True).stdout
+            for tool, *options in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c", "--no-dataflow"))
         )
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert match, usage

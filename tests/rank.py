@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import mixfeat as mf
+from mixfeat.benchmarks.harness import peak_on_cpu
 from mixfeat.ops import sharding
 
 POLY = mf.PolyReLU(8, 0.1)
@@ -158,15 +159,7 @@ def memory():
     mine = part_of(sizes)
     x, w = x[mine], w.requires_grad_()
     mf.pairwise_mixup_loss(x, w, y[mine], POLY, group="world").backward()
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        mf.pairwise_mixup_loss(x, w, y[mine], POLY, group="world").backward()
-    held = most = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
+    most = peak_on_cpu(lambda: mf.pairwise_mixup_loss(x, w, y[mine], POLY, group="world").backward())
     shard = 4 * 256 * 4 * 10 * 8
     assert most < 7.5 * shard, most / shard
 

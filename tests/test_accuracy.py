@@ -98,8 +98,9 @@ def test_triton_refuses_float64(operator):
 def check_instruction_set():
     """Hold every operator on the CPU, in any dtype."""
     for problem in (
-        *problems("quick wide", DTYPES, ["cpu"], seed=SEED),
-        *problems("variants degrees large", backends=["cpu"], seed=SEED),
+        *problems("quick", DTYPES, ["cpu"], seed=SEED),
+        *problems("wide", ("float32", "float64"), ["cpu"], seed=SEED),
+        *problems("variants degrees", backends=["cpu"], seed=SEED),
     ):
         try:
             problem.hold(problem.draws())

@@ -17,11 +17,18 @@ triton = pytest.importorskip("triton")
 
 def is_usual(case, target):
     """Whether a case is compiled in every run: each takes a second. The others, in make test-long, are variants of a
-    configuration, for another activation or with mixing, and kernels whose configurations are the same on all targets.
+    configuration (another activation, mixing, few samples) and kernels whose configurations are the same on all
+    targets, or on all of NVIDIA's: those without matrix units.
     """
     variant = getattr(case, "mix", False) or getattr(case, "activation", PolyReLU()) != PolyReLU()
-    streaming = case.kernel in ("mixup", "cutmix", "cross_entropy", "binary_cross_entropy")
-    return target == "sm_90" or (not variant and (not streaming or target == "gfx942"))
+    if case.kernel == "patch_conv":
+        variant = variant or case.samples < 4096
+        same = case.dtype == torch.float32 and case.matmul_precision == "highest"
+    elif case.kernel == "pairwise_mixup_loss":
+        same = case.direction in ("pack", "unpack")
+    else:
+        same, variant = True, case.dtype == torch.float32
+    return target == "sm_90" or (not variant and (not same or target == "gfx942"))
 
 
 CASES = [
