@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     label_lam: float = _setting(None, "weight of its label in the mixed label; default: lam")
     lr: float = _setting(0.5, "step size of gradient descent (eta)")
     steps: int = _setting(1500, "gradient steps")
-    mixup_steps: int = _setting(750, "of them with Mixup, where it is stopped early")
+    mixup_steps: int = _setting(750, "steps with Mixup of the method early")
     seeds: int = _setting(5, "number of seeds, each with its own data and initialisation")
     seed: int = _setting(0, "the first seed; the same seed repeats a run exactly")
     test_samples: int = _setting(1000, "test points with the common feature, and as many with the rare one")

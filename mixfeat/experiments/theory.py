@@ -57,9 +57,9 @@ class Settings(BaseSettings):
     """
 
     data: str = _setting(
-        "multi_view", "of mf.data: multi_view, or of 2 classes common_rare, signal_noise (its XOR variant)"
+        "multi_view", "distribution: multi_view, or with 2 classes common_rare or signal_noise (its XOR variant)"
     )
-    positions: str = _setting("random", "of the signal patches: random in each sample, or fixed")
+    positions: str = _setting("random", "positions of the signal patches: random in each sample, or fixed")
     num_classes: int = _setting(10, "number of classes (k in the paper)")
     filters_per_class: int = _setting(5, "filters, or neurons, per class (m)")
     num_patches: int = _setting(8, "patches per sample (P)")
@@ -73,16 +73,14 @@ class Settings(BaseSettings):
     noise: tuple[float, float] = _setting(
         (0.25, 0.75), "multi_view: range of the feature noise coefficients (gamma), unscaled"
     )
-    noise_scale: float = _setting(
-        0.02, "scale of the feature noise; other data: standard deviation of the noise's numbers"
-    )
+    noise_scale: float = _setting(0.02, "scale of the feature noise; other data: standard deviation of the noise")
     init_scale: float = _setting(0.5, "standard deviation of the initial weights, in units of rho (sigma_0 / rho)")
     nodes: int = _setting(8, "values of lam by which Uniform Mixup's mean over lam is computed")
     optimizer: str = _setting("gd", f"one of {', '.join(OPTIMIZERS)}: full-batch but for sgd, which has minibatches")
     lr: float = _setting(None, "step size (eta); default: 256.0, momentum 25.6, adam 0.001, sign 0.0001")
-    momentum: float = _setting(0.9, "momentum: of the optimizer of that name")
-    batch_size: int = _setting(10, "sgd: samples of a step, each mixed with all others")
-    weight_decay: float = _setting(0.0, "weight decay, by all optimizers added to the gradient")
+    momentum: float = _setting(0.9, "momentum of the optimizer of that name")
+    batch_size: int = _setting(10, "sgd: samples per step, each mixed with all others")
+    weight_decay: float = _setting(0.0, "weight decay, which every optimizer adds to the gradient")
     steps: int = _setting(12_000, "gradient steps (T)")
     seeds: int = _setting(5, "number of seeds, each with its own data and initialisation")
     seed: int = _setting(0, "the first seed; the same seed repeats a run exactly")
