@@ -49,6 +49,8 @@ def integer(name: str, value: Any, least: int | None = None, most: int = 2**63 -
 
 def real(name: str, value: Any, wanted: str = "a number") -> float:
     """Check a number, finite or not."""
+    if type(value) is float:  # the usual one, ahead of Real, which is slow to ask
+        return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {wanted}, got {value!r}")
     try:
@@ -373,7 +375,7 @@ def sample_lam(lam: Any, samples: int, device: torch.device, dtype: torch.dtype,
         )
     same_device("lam", lam, device)
     constant("lam", lam, "it is a constant of the loss")
-    return lam.to(dtype)
+    return lam if lam.dtype == dtype else lam.to(dtype)
 
 
 def nodes(lam: Any, lam_weight: Any) -> tuple[Tensor, Tensor]:
@@ -483,9 +485,8 @@ def soft_target(target: Any, input: Tensor) -> None:
 
 def loss_options(label_smoothing: Any, ignore_index: Any, reduction: Any) -> tuple[float, int, str]:
     """Check the options of a cross-entropy; return them as numbers and a word."""
-    smoothing = real("label_smoothing", label_smoothing)
+    smoothing = fraction("label_smoothing", label_smoothing)
     ignored = integer("ignore_index", ignore_index, -(2**63))
-    fraction("label_smoothing", label_smoothing)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
     return smoothing, ignored, reduction

@@ -103,8 +103,9 @@ template <typename F>
 void for_each_task(int64_t tasks, int64_t work, int64_t scratch_bytes, const F& f) {
   const int64_t threads = std::min<int64_t>({tasks, std::max<int64_t>(1, work >> 22), torch::stable::get_num_threads()});
   scratch_bytes = round_up(scratch_bytes, 64);  // whole cache lines
-  const Tensor scratch = empty({threads, scratch_bytes}, ScalarType::Byte);
-  Team{threads, data<char>(scratch), scratch_bytes}(tasks, work, f);
+  const auto run = [&](char* scratch) { Team{threads, scratch, scratch_bytes}(tasks, work, f); };
+  if (scratch_bytes == 0) return run(nullptr);
+  run(data<char>(empty({threads, scratch_bytes}, ScalarType::Byte)));
 }
 
 }  // namespace mixfeat

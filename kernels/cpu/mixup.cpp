@@ -6,11 +6,23 @@
 namespace mixfeat {
 namespace {
 
-void check(const Tensor& rows, const Tensor& index, const Tensor& lam) {
-  STD_TORCH_CHECK(rows.dim() == 2 && (rows.size(0) == 0 || rows.size(1) <= 1 || rows.stride(1) == 1), "unexpected layout");
-  STD_TORCH_CHECK(index.dim() == 1 && index.size(0) == rows.size(0) && index.is_contiguous(), "unexpected index");
-  STD_TORCH_CHECK(lam.dim() == 0 || (lam.dim() == 1 && lam.size(0) == rows.size(0)), "unexpected lam");
-  STD_TORCH_CHECK(all_within(index, rows.size(0)) && all_fractions(lam), "unexpected partners");
+// A batch, contiguous or of two dimensions with the elements of a sample side by side.
+struct Batch {
+  int64_t samples, size, stride;
+
+  explicit Batch(const Tensor& t) : samples(t.dim() ? t.size(0) : 0), size(samples ? t.numel() / samples : 0), stride(size) {
+    if (t.dim() && t.is_contiguous()) return;
+    STD_TORCH_CHECK(t.dim() == 2 && (samples == 0 || size <= 1 || t.stride(1) == 1), "unexpected layout");
+    stride = t.stride(0);
+  }
+};
+
+Batch check(const Tensor& input, const Tensor& index, const Tensor& lam) {
+  const Batch batch(input);
+  STD_TORCH_CHECK(index.dim() == 1 && index.size(0) == batch.samples && index.is_contiguous(), "unexpected index");
+  STD_TORCH_CHECK(lam.dim() == 0 || (lam.dim() == 1 && lam.size(0) == batch.samples), "unexpected lam");
+  STD_TORCH_CHECK(all_within(index, batch.samples) && all_fractions(lam), "unexpected partners");
+  return batch;
 }
 
 // Calls f(values of lam, their stride) for lam of float or double.
@@ -26,11 +38,11 @@ void with_lam(const Tensor& lam, const F& f) {
 }
 
 Tensor mixup(Tensor input, Tensor index, Tensor lam, ScalarType dtype) {
-  check(input, index, lam);
-  const int64_t samples = input.size(0), size = input.size(1), stride = input.stride(0);
+  const Batch batch = check(input, index, lam);
+  const int64_t samples = batch.samples, size = batch.size, stride = batch.stride;
   const WeightedSum sum = kernels().weighted_sum(element_of(input.scalar_type()), element_of(dtype));
   STD_TORCH_CHECK(sum, "unexpected dtype");
-  const Tensor output = empty_large({samples, size}, dtype);
+  const Tensor output = empty_large(shape_of(input), dtype);
   const char* from = data<char>(input);
   char* to = data<char>(output);
   const int64_t *partner = data<int64_t>(index), width = input.element_size(), output_width = output.element_size();
@@ -45,11 +57,11 @@ Tensor mixup(Tensor input, Tensor index, Tensor lam, ScalarType dtype) {
 }
 
 Tensor mixup_backward_of(Tensor grad, Tensor index, Tensor lam) {
-  check(grad, index, lam);
-  const Tensor input_grad = empty_large({grad.size(0), grad.size(1)}, grad.scalar_type());
+  const Batch batch = check(grad, index, lam);
+  const Tensor input_grad = empty_large(shape_of(grad), grad.scalar_type());
   with_lam(lam, [&](const auto* ratio, int64_t ratio_stride) {
-    mixup_backward(data<char>(grad), grad.stride(0), element_of(grad.scalar_type()), data<int64_t>(index), ratio, ratio_stride,
-                   grad.size(0), grad.size(1), data<char>(input_grad));
+    mixup_backward(data<char>(grad), batch.stride, element_of(grad.scalar_type()), data<int64_t>(index), ratio, ratio_stride,
+                   batch.samples, batch.size, data<char>(input_grad));
   });
   return input_grad;
 }

@@ -1,6 +1,6 @@
 """``torch.ops.mixfeat.mixup``: each sample of a batch interpolated with a partner, and its backward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,17 +59,23 @@ def _by_patch(input: Tensor, index: Tensor, lam: Tensor) -> tuple[Tensor, Tensor
     return input.flatten(0, 1), partner.flatten(), lam.flatten()
 
 
+def _native(run: Callable[..., Tensor], batch: Tensor, index: Tensor, lam: Tensor, *rest: Any) -> Tensor:
+    """Run an operator of the CPU library, which takes contiguous batches as they are: views cost microseconds."""
+    order = None if batch.is_contiguous() else sample_order(batch)
+    native = (batch if order is None else samples_of(batch, order), index.contiguous(), lam, *rest)
+    result = _checks.explained(run, native, _checks.partners, index, lam, batch.shape[0])
+    return result if order is None else in_shape_of(result, batch, order)
+
+
 def _forward(input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> Tensor:
     name = backends.serving(input.device.type, dtype)
     if lam.dim() == 2:
         patches, partner, of_patch = _by_patch(input, index, lam)
         return _forward(patches, partner, of_patch, dtype).unflatten(0, lam.shape)
+    if name == "cpu":
+        return _native(torch.ops.mixfeat_cpu.mixup.default, input, index, lam, dtype)
     order = sample_order(input)
     samples = samples_of(input, order)
-    if name == "cpu":
-        run, partners = torch.ops.mixfeat_cpu.mixup.default, (index.contiguous(), lam)
-        mixed = _checks.explained(run, (samples, *partners, dtype), _checks.partners, *partners, input.shape[0])
-        return in_shape_of(mixed, input, order)
     index = _checks.partners(index, lam, input.shape[0])
     if name == "triton":
         from mixfeat.kernels.triton.mixup import mixup as launch
@@ -85,12 +91,10 @@ def _backward(grad: Tensor, index: Tensor, lam: Tensor) -> Tensor:
     name = backends.serving(grad.device.type, grad.dtype)
     if lam.dim() == 2:
         return _backward(*_by_patch(grad, index, lam)).unflatten(0, lam.shape)
+    if name == "cpu":
+        return _native(torch.ops.mixfeat_cpu.mixup_backward.default, grad, index, lam)
     order = sample_order(grad)
     samples = samples_of(grad, order)
-    if name == "cpu":
-        run, partners = torch.ops.mixfeat_cpu.mixup_backward.default, (index.contiguous(), lam)
-        input_grad = _checks.explained(run, (samples, *partners), _checks.partners, *partners, grad.shape[0])
-        return in_shape_of(input_grad, grad, order)
     index = _checks.partners(index, lam, grad.shape[0])
     if name == "triton":
         from mixfeat.kernels.triton.mixup import mixup_backward as launch

@@ -3,6 +3,7 @@
 #include "../kernels.h"
 #include "element.h"
 #include "exponential.h"
+#include "sums.h"
 
 namespace mixfeat::MIXFEAT_ISA {
 namespace {
@@ -60,11 +61,8 @@ double binary_cross_entropy_of(const void* logits, int64_t classes, const Binary
     const int64_t count = min(classes - c, lanes);
     sums[0] += first_lanes<T>(count) ? vector(c, count) : zero;
   }
-  double sum = 0;
-  for (int j = 0; j < kUnroll; ++j) {
-    for (int k = 0; k < lanes; ++k) sum += sums[j][k];
-  }
-  return sum;
+  for (int j = 1; j < kUnroll; ++j) sums[0] += sums[j];
+  return sum_of_lanes<T>(sums[0]);
 }
 
 template <typename T, typename E>

@@ -8,17 +8,21 @@
 #include "../kernels.h"
 #include "element.h"
 #include "exponential.h"
+#include "sums.h"
 
 namespace mixfeat::MIXFEAT_ISA {
 namespace {
 
 constexpr int kUnroll = 4;
 
-template <typename T>
-inline T sum_of_lanes(Vec<T> v) {
-  T sum = 0;
-  for (int k = 0; k < kLanes<T>; ++k) sum += v[k];
-  return sum;
+// The largest lane of a vector.
+template <typename T, int kBlock = kLanes<T> / 2, int... kIndices>
+inline T max_of_lanes(Vec<T> v, std::integer_sequence<int, kIndices...> lanes) {
+  if constexpr (kBlock == 0) {
+    return v[0];
+  } else {
+    return max_of_lanes<T, kBlock / 2>(clamp_min<T>(v, __builtin_shufflevector(v, v, (kIndices ^ kBlock)...)), lanes);
+  }
 }
 
 template <typename T, typename E>
@@ -33,9 +37,7 @@ T max_logit(const E* x, int64_t classes) {
   }
   for (; c < classes; c += lanes) max[0] = clamp_min<T>(max[0], load_first<T>(x + c, classes - c, -kInfinity<T>));
   for (int j = 1; j < kUnroll; ++j) max[0] = clamp_min<T>(max[0], max[j]);
-  T result = max[0][0];
-  for (int k = 1; k < lanes; ++k) result = max[0][k] > result ? max[0][k] : result;
-  return result;
+  return max_of_lanes<T>(max[0], LaneIndices<T>());
 }
 
 // Sums over the classes, with x the logit less the largest one.
@@ -99,7 +101,7 @@ LossAndLse cross_entropy_of(const void* logits, int64_t classes, const Label& la
     for (int j = 0; j < 2; ++j) {
       if (label.classes[j] < 0) continue;
       total += label.values[j];
-      loss -= label.values[j] * (load_first<T>(x + label.classes[j], 1, T(0))[0] - max);
+      loss -= label.values[j] * (load_one<T>(x + label.classes[j]) - max);
     }
   }
   const double log_sum = ::log(sum), lse = max + log_sum;
@@ -131,7 +133,7 @@ LossAndLse cross_entropy_of(const void* logits, int64_t classes, const Label& la
     if (label.classes[j] < 0) continue;
     const bool same_class = label.classes[0] == label.classes[1];
     const T value = same_class ? label.values[0] + label.values[1] : label.values[j];
-    store_first<T>(grad + label.classes[j], 1, gradient(broadcast(of_label[j]), Vec<T>{}) - broadcast(value));
+    store_one<T>(grad + label.classes[j], of_label[j] * ratio - T(label.base) - value);
   }
   return {loss, lse};
 }

@@ -93,12 +93,41 @@ inline auto first_lanes(int64_t count) {
   return lane < Lane(count);
 }
 
+// Copies of the first `count` of as many elements as a vector of T has lanes; a memcpy of a size unknown ahead is a call. Masks are
+// of bytes, one instruction for all types.
+template <typename T, typename E>
+inline void load_padded(E* padded, const E* p, int64_t count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  constexpr int bytes = kLanes<T> * sizeof(E);
+  const uint64_t mask = (uint64_t(1) << count * sizeof(E)) - 1;
+  if constexpr (bytes == 64) _mm512_storeu_si512(padded, _mm512_maskz_loadu_epi8(mask, p));
+  if constexpr (bytes == 32) _mm256_storeu_si256(reinterpret_cast<__m256i*>(padded), _mm256_maskz_loadu_epi8(mask, p));
+  if constexpr (bytes == 16) _mm_storeu_si128(reinterpret_cast<__m128i*>(padded), _mm_maskz_loadu_epi8(mask, p));
+  if constexpr (bytes >= 16) return;
+#endif
+  memset(padded, 0, kLanes<T> * sizeof(E));
+  memcpy(padded, p, count * sizeof(E));
+}
+
+template <typename T, typename E>
+inline void store_padded(E* p, const E* padded, int64_t count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  constexpr int bytes = kLanes<T> * sizeof(E);
+  const uint64_t mask = (uint64_t(1) << count * sizeof(E)) - 1;
+  if constexpr (bytes == 64) _mm512_mask_storeu_epi8(p, mask, _mm512_loadu_si512(padded));
+  if constexpr (bytes == 32) _mm256_mask_storeu_epi8(p, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(padded)));
+  if constexpr (bytes == 16) _mm_mask_storeu_epi8(p, mask, _mm_loadu_si128(reinterpret_cast<const __m128i*>(padded)));
+  if constexpr (bytes >= 16) return;
+#endif
+  memcpy(p, padded, count * sizeof(E));
+}
+
 // The first `count` elements, or a whole vector of them if count is larger; `rest` fills the other lanes.
 template <typename T, typename E>
 inline Vec<T> load_first(const E* p, int64_t count, T rest) {
   if (count >= kLanes<T>) return load_as<T>(p);
-  E padded[kLanes<T>] = {};
-  memcpy(padded, p, count * sizeof(E));
+  E padded[kLanes<T>];
+  load_padded<T>(padded, p, count);
   return first_lanes<T>(count) ? load_as<T>(padded) : broadcast(rest);
 }
 
@@ -107,7 +136,21 @@ inline void store_first(E* p, int64_t count, Vec<T> v) {
   if (count >= kLanes<T>) return store_as(p, v);
   E padded[kLanes<T>];
   store_as(padded, v);
-  memcpy(p, padded, count * sizeof(E));
+  store_padded<T>(p, padded, count);
+}
+
+// One element, without the masks that are slow to write and to read again.
+template <typename T, typename E>
+inline T load_one(const E* p) {
+  const E padded[kLanes<T>] = {*p};
+  return load_as<T>(padded)[0];
+}
+
+template <typename T, typename E>
+inline void store_one(E* p, T value) {
+  E padded[kLanes<T>];
+  store_as(padded, broadcast(value));
+  *p = padded[0];
 }
 
 }  // namespace

@@ -39,6 +39,16 @@ inline auto sum_halves(V v, std::integer_sequence<int, kIndices...>) {
   return __builtin_shufflevector(v, v, kIndices...) + __builtin_shufflevector(v, v, (kIndices + sizeof...(kIndices))...);
 }
 
+// The sum of a vector's lanes, by halves.
+template <typename T, int kBytes = kVectorBytes>
+inline T sum_of_lanes(Vec<T, kBytes> v) {
+  if constexpr (kBytes == 2 * sizeof(T)) {
+    return v[0] + v[1];
+  } else {
+    return sum_of_lanes<T, kBytes / 2>(sum_halves(v, LaneIndices<T, kBytes / 2>()));
+  }
+}
+
 template <typename V, int... kIndices>
 inline auto concatenate(V a, V b, std::integer_sequence<int, kIndices...>) {
   return __builtin_shufflevector(a, b, kIndices...);
