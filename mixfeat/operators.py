@@ -451,7 +451,7 @@ def _draw_mixup(generator: torch.Generator, *sizes: int, lam: str = "per sample"
 
 _MIXUP = Operator(
     "mixup", functional.mixup, reference.mixup, _draw_mixup, ("input",),
-    main=(_batch(6, 4, 5, 3), _batch(6, 4, 5, 3, lam="number"), _batch(6, 4, 5, 3, lam="per patch")),
+    main=(_batch(6, 4, 5, 3), _batch(6, 5, lam="number"), _batch(6, 4, 5, 3, lam="per patch")),
     variants=tuple(_batch(8, 3, 6, 5, lam=lam) for lam in ("number", "one for all", "per sample")),
     wide=tuple(_batch(*sizes) for sizes in ((1, 7), (9,), (33, 1), (5, 65), (3, 2, 1, 1, 17), (2, 70000))),
     large=(_batch(16, 3, 100, 100), _batch(2**16, 4)),
