@@ -147,8 +147,7 @@ def pairwise_mixup_loss(
 
     Gradients flow to ``input``, ``weight``, ``readout`` and ``partner``, and can be differentiated again without a
     group. Under autocast input and weight are cast as they are for a linear layer. The convolution follows
-    ``torch.get_float32_matmul_precision()``. On a GPU, label_lam, label_smoothing, pairs and readout are served by
-    plain PyTorch, in linear memory.
+    ``torch.get_float32_matmul_precision()``.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.

@@ -16,6 +16,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 
@@ -121,27 +122,38 @@ class PatchConvCase(Case):
 
 @dataclass(frozen=True)
 class PairwiseCase(Case):
-    """Direction "forward" or "backward": the loss alone, or with its gradient; or what comes before and after: "pack",
-    "unpack".
-    """
+    """Direction "pack", "logits", "softmax", "gradient" or "readout": the kernels that a call launches, by name."""
 
     kernel = "pairwise_mixup_loss"
     activation: Activation
     samples: int = 4096
+    deterministic: bool = False
+    readout: bool = False
 
     def sizes(self) -> str:
-        return f"N{self.samples}-{self.activation}"
+        options = "".join(f"-{name}" for name in ("deterministic", "readout") if getattr(self, name))
+        return f"N{self.samples}-{self.activation}{options}"
 
-    def place(self) -> int:
-        return {"pack": 0, "unpack": 2}.get(self.direction, 1)
+    def launch(self, launches: list[Any]) -> Any:
+        name = f"pairwise_mixup_loss_{self.direction}_kernel"
+        return [one for one in launches if one.kernel.__name__ == name][-1]
 
     def call(self) -> None:
-        from mixfeat.kernels.triton.pairwise_mixup_loss import pairwise_mixup_loss
+        from mixfeat.kernels.triton import launch, pairwise_mixup_loss
 
         s = _meta(1, self.samples, _PATCHES, _CLASSES, 10, dtype=self.dtype)
         target = _meta(self.samples, dtype=torch.int64)
-        need_grad = self.direction != "forward"
-        pairwise_mixup_loss(s, None, target, None, [0.5], [1.0], self.activation.polynomial, need_grad)
+        readout = _meta(1, _CLASSES, 10) if self.readout else None
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(self.deterministic)
+        try:
+            with mock.patch.object(launch, "multiprocessors", return_value=132):
+                pairwise_mixup_loss.pairwise_mixup_loss(
+                    s, None, target, None, [0.5], [1.0], self.activation.polynomial, True,
+                    readout=readout, need_readout=self.readout,
+                )  # fmt: skip
+        finally:
+            torch.use_deterministic_algorithms(before)
 
 
 @dataclass(frozen=True)
@@ -313,14 +325,13 @@ class CompiledKernel:
     def evaluation_loops(self) -> list[tuple[int, int]]:
         """Instructions and evaluations of PolyReLU in one iteration of each innermost loop that evaluates it (NVIDIA).
 
-        In the all-pairs loss: first the logits' loop, then in "backward" the rows' and the columns' gradient. In
-        gradient descent: the logits' loop and the gradient's, whose evaluations serve both samples. Every evaluation
-        clamps the sum of two pre-activations, in one instruction.
+        In gradient descent: the logits' loop and the gradient's. Every evaluation clamps the sum of two pre-activations
+        in one instruction, an addition, or in the gradient of the all-pairs loss a scaling and an addition.
         """
-        return [(len(loop), loop.count("FADD.SAT")) for loop in self._evaluation_loops()]
+        return [(len(loop), loop.count("FADD.SAT") or loop.count("FFMA.SAT")) for loop in self._evaluation_loops()]
 
     def _evaluation_loops(self) -> list[list[str]]:
-        return [loop for loop in _innermost_loops(self.assembly) if "FADD.SAT" in loop]
+        return [loop for loop in _innermost_loops(self.assembly) if "FADD.SAT" in loop or "FFMA.SAT" in loop]
 
     def occupancy(self) -> float | None:
         """Return what share of a multiprocessor's 64 or 48 warps its registers and shared memory can hold (NVIDIA)."""
@@ -403,12 +414,16 @@ def shipped(target: str) -> list[Case]:
     cases += [
         case(half, 64, activation) for activation in (PolyReLU(15, 0.5, False), PowerReLU(3), Power(16), Identity())
     ]
-    for samples in (50, 4096):
-        directions = ("pack", "forward", "backward", "unpack")
+    for samples in (50, 1024, 4096):
+        directions = ("pack", "logits", "softmax", "gradient")
         cases += [PairwiseCase(direction, single, default, samples) for direction in directions]
-    cases += [PairwiseCase("pack", half, default)]
+    cases += [PairwiseCase(direction, half, default) for direction in ("pack", "gradient")]
+    cases += [PairwiseCase("gradient", single, default, deterministic=True)]
+    cases += [PairwiseCase(direction, single, default, readout=True) for direction in ("logits", "gradient", "readout")]
     cases += [
-        PairwiseCase("backward", single, activation) for activation in (PolyReLU(15, 0.5, False), Power(16), ReLU())
+        PairwiseCase(direction, single, activation)
+        for direction in ("logits", "gradient")
+        for activation in (PolyReLU(15, 0.5, False), Power(16), ReLU())
     ]
     # rows that are aligned, that are not, and shorter ones than a tile
     for dtype in (single, half):

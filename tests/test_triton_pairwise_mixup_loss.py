@@ -1,8 +1,9 @@
-"""The Triton kernel of the all-pairs Mixup loss against the formulas in float64, called as the operator calls it.
+"""The Triton kernels of the all-pairs Mixup loss against the formulas in float64, called as the operator calls it.
 
 See triton_checks.
 """
 
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -13,18 +14,20 @@ from triton_checks import DEVICE, HALF, NAN, ordered_accesses, poisoned, running
 from mixfeat.activations import Identity, PolyReLU, Power, PowerReLU, ReLU
 
 
-def run(row, column, row_target, column_target, lam, weight, activation, need_grad=True):
-    """The loss and those gradients that there are, from the kernel."""
+def run(row, column, row_target, column_target, lam, weight, activation, need_grad=True, **options):
+    """The loss and those gradients that there are, from the kernels."""
     from mixfeat.kernels.triton.pairwise_mixup_loss import pairwise_mixup_loss
 
     with poisoned():
         results = pairwise_mixup_loss(
-            row, column, row_target, column_target, lam, weight, activation.polynomial, need_grad
+            row, column, row_target, column_target, lam, weight, activation.polynomial, need_grad, **options
         )
+    readout = options.get("readout")
     shapes = [
         row.shape[:1],
         row.shape if need_grad else None,
         column.shape if need_grad and column is not None else None,
+        (len(row), *readout.shape[1:]) if options.get("need_readout") else None,
     ]
     assert [None if result is None else result.shape for result in results] == shapes
     results = [result for result in results if result is not None]
@@ -67,11 +70,11 @@ def problem(shape, activation, lam=(0.5,), dtype=torch.float32):
     return row, column, row_target, column_target, lam, weight, activation
 
 
-def errors_of(arguments, truth, deterministic):
+def errors_of(arguments, truth, deterministic, **options):
     """Of what the kernels make of the arguments, with deterministic algorithms or without."""
     torch.use_deterministic_algorithms(deterministic)
     try:
-        return errors(run(*arguments), truth)
+        return errors(run(*arguments, **options), truth)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -87,8 +90,22 @@ def check_accuracy(shape, activation, lam=(0.5,), dtype=torch.float32, determini
     assert all(e <= t for e, t in zip(found, tolerances, strict=True)), f"errors {found} over {tolerances}"
 
 
+def check_options(columns, lam, deterministic, runs, **options):
+    """Labels of their own share, smoothed, pairs that do not count, and a second layer, of each run or of all."""
+    from mixfeat.ops import fallback
+
+    arguments = problem((2, 18, columns, 2, 3, 2), PolyReLU(8, 0.3), lam)
+    readout = torch.randn(runs, 3, 2, device=DEVICE)
+    doubles = (t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in arguments[:-1])
+    truth = fallback.pairwise_mixup_block(*doubles, arguments[-1].polynomial, True, **options, readout=readout.double())
+    found = errors_of(
+        arguments, [t for t in truth if t is not None], deterministic, **options, readout=readout, need_readout=True
+    )
+    assert max(found) <= 1e-5, found
+
+
 def check_repeats(shape, lam):
-    """Rounds of tiles that share no samples: the same bits in any order of programs, and those of the loss alone."""
+    """Without atomics: the same bits in any order of programs, and those of the loss alone."""
     arguments = problem(shape, PolyReLU(8, 0.3), lam)
     torch.use_deterministic_algorithms(True)
     try:
@@ -137,13 +154,10 @@ def check_not_finite(value, activation):
 
 
 def check_ordered_accesses(activation, columns, lam):
-    """The threads of a warp exchange logits, lists of features and gradients through memory, in several chunks."""
-    from mixfeat.kernels.triton import configs
-
-    config = configs.PairwiseConfig(block=16, chunk=8, strip=4)
+    """The softmax works in place, and gradients without atomics are added to those of other nodes."""
     torch.use_deterministic_algorithms(True)
     try:
-        with ordered_accesses(), mock.patch.object(configs, "pairwise_config", return_value=config):
+        with ordered_accesses():
             run(*problem((2, 20, columns, 1, 2, 2), activation, lam))
     finally:
         torch.use_deterministic_algorithms(False)
@@ -164,68 +178,6 @@ def check_far_from_zero(dtype):
         assert max(errors(*pooled)) <= 1e-5
 
 
-def alike(arguments):
-    """The same problem, but of each sample a third of the features are 0, a third on the line: by target, so that
-    blocks of one target's samples are alike.
-    """
-    row, column, row_target, column_target, *rest = arguments
-    num_classes = row.shape[3]
-
-    def shifted(s, target):
-        place = torch.arange(s[0, 0].numel(), device=DEVICE).view(s.shape[2:])
-        shift = torch.tensor([-4.0, 0.0, 4.0], device=DEVICE)[(place + target[:, None, None, None] % num_classes) % 3]
-        return (s + shift).to(s.dtype)
-
-    row, column = shifted(row, row_target), None if column is None else shifted(column, column_target)
-    return row, column, row_target, column_target, *rest
-
-
-def check_alike(shape, activation, lam, deterministic=False):
-    """Features that are left out, or that are on the line, in whole tiles."""
-    arguments = alike(problem(shape, activation, lam))
-    found = errors_of(arguments, expected(*arguments), deterministic)
-    assert max(found) <= 1e-5, found
-
-
-def check_sorting(activation, features):
-    """Each feature of a tile once, in the part of the list that its bounds say."""
-    import triton
-    import triton.language as tl
-
-    from mixfeat.kernels.triton import activation as device
-    from mixfeat.kernels.triton.pairwise_mixup_loss import _sort_features
-
-    polynomial = device.normal_form(activation.polynomial)
-    kind = torch.randint(4, (features,), device=DEVICE)  # zero, linear, and neither, from either side
-    t_min = torch.tensor([-3.0, 1.5, -0.5, 0.5], device=DEVICE)[kind]
-    t_max = torch.tensor([-1.0, 3.0, 0.5, 1.25], device=DEVICE)[kind]
-    rows = torch.rand(2, features, device=DEVICE)
-    columns = torch.stack([t_min, t_max]) - rows
-    is_zero = (kind == 0) if polynomial.lower else torch.zeros_like(kind, dtype=torch.bool)
-    if polynomial.degree == 1:
-        is_linear = ((kind == 1) | (kind == 3)) if polynomial.lower else ~is_zero
-    else:
-        is_linear = (kind == 1) & polynomial.upper
-
-    @triton.jit
-    def kernel(places, counts, rows, columns, nan_or_zero, F, sort: tl.constexpr, ACTIVATION: tl.constexpr):
-        num_active, num_linear = sort(places, rows, columns, nan_or_zero, F, ACTIVATION, 16, 32)
-        tl.store(counts, num_active)
-        tl.store(counts + 1, num_linear)
-
-    constants = (_sort_features, device.kind(polynomial))
-    for nan_or_zero in (0.0, NAN):
-        places = torch.full((features,), -1, dtype=torch.int32, device=DEVICE)
-        counts = torch.zeros(2, dtype=torch.int32, device=DEVICE)
-        kernel[1,](places, counts, rows, columns, nan_or_zero, features, *constants)
-        num_active, num_linear = counts.tolist()
-        every = torch.arange(features, device=DEVICE)
-        listed = [every[~(is_zero | is_linear)], every[is_linear]] if nan_or_zero == 0 else [every, every[:0]]
-        found = [places[:num_active], places[features - num_linear :]]
-        for one, truth in zip(found, listed, strict=True):
-            assert one.sort().values.tolist() == (16 * truth).tolist()
-
-
 def check_whole_tiles(columns):
     """Samples that need no padding, their pre-activations and targets in every layout."""
     for patches, filters in ((1, 1), (2, 1), (1, 2)):
@@ -240,48 +192,44 @@ def check_whole_tiles(columns):
             assert max(errors([result[r : r + 1] for result in results], truth)) <= 1e-5
 
 
-def check_tiles(sizes, columns, lam):
+def check_tiles(block, columns, lam):
     """Tiles of another size than so few samples get."""
     from mixfeat.kernels.triton import configs
 
-    with mock.patch.object(configs, "pairwise_config", return_value=configs.PairwiseConfig(*sizes)):
+    with mock.patch.object(configs, "pairwise_block", return_value=block):
         check_accuracy((1, 70, columns, 1, 2, 1), PolyReLU(8, 0.3), lam)
         check_accuracy((1, 50, columns, 1, 2, 1), PolyReLU(8, 0.3), lam, deterministic=True)
 
 
-def check_rounds(row_blocks, column_blocks):
-    """Each pair of blocks is visited once (those of one side with itself in one order), no block twice in a round."""
-    import triton
-    import triton.language as tl
+def check_bands(runs, rows, columns, limit):
+    """Each pair is in one band, whose logits fit the workspace unless they are one tile's."""
+    from mixfeat.kernels.triton.pairwise_mixup_loss import _bands
 
-    from mixfeat.kernels.triton.pairwise_mixup_loss import _rounds, _tile_of
+    for symmetric in (False, True) if rows == columns else (False,):
+        counts = torch.zeros(runs, rows, columns, dtype=torch.int64)
+        for band in _bands(runs, rows, columns, symmetric, 16, limit):
+            part = counts[band.runs, band.rows, band.columns]
+            part += torch.ones_like(part).triu() if band.symmetric else 1
+            padded = -(-part.shape[2] // 16) * 16
+            assert part.shape[0] * part.shape[1] * padded <= max(limit, 16**2)
+        expected = torch.ones_like(counts)
+        assert torch.equal(counts, expected.triu() if symmetric else expected)
 
-    symmetric = column_blocks is None
-    rounds = _rounds(row_blocks, column_blocks or row_blocks, symmetric)
-    tasks = rounds[-1][1]
-    size = triton.next_power_of_2(tasks)
 
-    @triton.jit
-    def kernel(tiles, row_blocks, column_blocks, SIZE: tl.constexpr, SYMMETRIC: tl.constexpr, tile_of: tl.constexpr):
-        task = tl.arange(0, SIZE)
-        row, column, exists = tile_of(task, row_blocks, column_blocks, SYMMETRIC)
-        tl.store(tiles + task, row)
-        tl.store(tiles + SIZE + task, column)
-        tl.store(tiles + 2 * SIZE + task, exists.to(tl.int32))
+def check_in_bands(columns, lam, limit, deterministic=False):
+    """Results do not depend on how many pairs are in work at once."""
+    from mixfeat.kernels.triton import configs
 
-    tiles = torch.zeros(3, size, dtype=torch.int32, device=DEVICE)
-    kernel[1,](tiles, row_blocks, column_blocks or row_blocks, size, symmetric, _tile_of)
-    tiles = [[(row, column) for row, column, exists in tiles.T[begin:end].tolist() if exists] for begin, end in rounds]
-    for one in tiles:
-        blocks = [sorted({row, column}) if symmetric else [("row", row), ("column", column)] for row, column in one]
-        assert len({block for pair in blocks for block in pair}) == sum(map(len, blocks))
-    other = range(column_blocks or row_blocks)
-    pairs = [(i, j) for i in range(row_blocks) for j in other if not symmetric or i <= j]
-    assert sorted(pair for one in tiles for pair in one) == pairs
+    config = replace(configs.PAIRWISE_CONFIG, workspace_bytes=limit * 4 * 2)
+    with (
+        mock.patch.object(configs, "PAIRWISE_CONFIG", config),
+        mock.patch.object(configs, "pairwise_block", return_value=16),
+    ):
+        check_accuracy((2, 40, columns, 1, 2, 2), PolyReLU(8, 0.3), lam, deterministic=deterministic)
 
 
 def check_workspace(runs, classes):
-    """However many networks and classes, the logits of the tiles in work take no more than the configuration allows."""
+    """However many networks and classes, the logits in work take no more than the configuration allows."""
     from mixfeat.kernels.triton import configs, launch
     from mixfeat.kernels.triton.pairwise_mixup_loss import pairwise_mixup_loss
 
@@ -290,9 +238,10 @@ def check_workspace(runs, classes):
     multiprocessors = mock.patch.object(launch, "multiprocessors", return_value=132)
     with launch.record() as launches, multiprocessors:
         pairwise_mixup_loss(row, None, target, None, (0.5,), (1.0,), PolyReLU().polynomial, True)
-    one = launches[1]  # after packing, before unpacking
-    workspace = one.arguments[one.kernel.arg_names.index("workspace")]
-    assert workspace.numel() * 4 <= configs.pairwise_config(4096, classes).workspace_bytes
+    kernels = [one for one in launches if "logits" in one.kernel.arg_names]
+    for one in kernels:
+        logits = one.arguments[one.kernel.arg_names.index("logits")]
+        assert logits.numel() * 4 <= configs.PAIRWISE_CONFIG.workspace_bytes
 
 
 ACTIVATIONS = [
@@ -348,30 +297,32 @@ CHECKS = {
         for a in (PolyReLU(8, 0.3), PolyReLU(3, 0.3, clamp=False), Power(2))
     },
     **{f"far-from-zero-{d}": partial(check_far_from_zero, d) for d in (torch.float32, *HALF)},
-    **{
-        f"alike-{a}-{columns}-{lam}": partial(check_alike, (2, 70, columns, 2, 3, 3), a, lam, deterministic)
-        for a, columns, lam, deterministic in (
-            (PolyReLU(8, 0.3), None, (0.5,), False),
-            (PolyReLU(8, 0.3), None, (0.5, 0.3), True),
-            (PolyReLU(3, 0.3), 40, (0.5,), False),
-            (PolyReLU(1, 0.3), None, (0.3,), False),
-            (ReLU(), 33, (0.3,), True),
-            (PowerReLU(2), None, (0.5,), False),
-            (Identity(), None, (0.5,), False),
-        )
-    },
-    **{
-        f"sorting-{a}-{features}": partial(check_sorting, a, features)
-        for a in (PolyReLU(8, 0.3), PolyReLU(8, 0.3, clamp=False), PowerReLU(3), ReLU(), Power(2), Identity())
-        for features in (1, 32, 70)
-    },
     **{f"whole-tiles-{columns}": partial(check_whole_tiles, columns) for columns in (None, 16)},
     **{
-        f"tiles-{sizes}-{columns}": partial(check_tiles, sizes, columns, lam)
-        for sizes, columns, lam in (((64, 32), None, (0.5, 0.3)), ((16, 8), 40, (0.3,)), ((16, 8), None, (0.5,)))
+        f"tiles-{block}-{columns}": partial(check_tiles, block, columns, lam)
+        for block, columns, lam in ((64, None, (0.5, 0.3)), (32, 40, (0.3,)), (16, None, (0.5,)))
     },
-    **{f"rounds-{n}-{m}": partial(check_rounds, n, m) for n in (1, 2, 3, 4, 7, 8) for m in (None, 1, 3, 8)},
-    **{f"workspace-{r}-{c}": partial(check_workspace, r, c) for r in (1, 3, 128) for c in (10, 100, 4096)},
+    **{
+        f"bands-{runs}-{rows}-{columns}-{limit}": partial(check_bands, runs, rows, columns, limit)
+        for runs, rows, columns, limit in (
+            (3, 50, 50, 2000), (2, 50, 50, 1200), (2, 40, 70, 1300), (1, 33, 33, 300), (1, 5, 70, 100), (9, 8, 8, 500),
+        )
+    },
+    "in-bands-of-runs": partial(check_in_bands, None, (0.5,), 40 * 48),
+    "in-bands-of-rows": partial(check_in_bands, None, (0.5, 0.3), 20 * 48),
+    "in-bands-of-tiles": partial(check_in_bands, None, (0.5,), 16**2, deterministic=True),
+    "in-bands-of-columns": partial(check_in_bands, 50, (0.3,), 16 * 32),
+    **{
+        f"options-{pairs}": partial(
+            check_options, columns, lam, deterministic, runs, label_lam=label_lam, label_smoothing=smoothing,
+            pairs=pairs,
+        )
+        for columns, lam, label_lam, smoothing, pairs, deterministic, runs in (
+            (None, (0.5,), (0.3,), 0.1, "all", False, 2),
+            (None, (0.5, 0.2), (0.5, 0.7), 0.0, "distinct", True, 1),
+            (17, (0.3,), None, 0.2, "different_class", False, 1),
+        )
+    },
 }  # fmt: skip
 
 

@@ -10,9 +10,10 @@ import torch
 
 __all__ = [
     "BINARY_CROSS_ENTROPY_CONFIG", "CROSS_ENTROPY_CONFIGS", "CUTMIX_CONFIG", "INVERSE_BLOCK", "INVERSE_CHUNK",
-    "INVERSE_SAMPLES", "MEAN_LOGITS", "MEAN_ROWS", "MIXUP_CONFIG", "PAIRWISE_CONFIGS", "PATCH_CONV_TILES",
-    "CrossEntropyConfig", "Direction", "MixupConfig", "PairwiseConfig", "PatchConvConfig", "PatchConvTiles", "Split",
-    "cross_entropy_config", "keeps_slopes", "pairwise_config", "patch_conv_tiles", "split", "tile_rows", "vector_size",
+    "INVERSE_SAMPLES", "MEAN_LOGITS", "MEAN_ROWS", "MIXUP_CONFIG", "PAIRWISE_CONFIG", "PATCH_CONV_TILES",
+    "CrossEntropyConfig", "Direction", "MixupConfig", "PairwiseConfig", "PatchConvConfig", "PatchConvTiles",
+    "Split", "cross_entropy_config", "keeps_slopes", "pairwise_block", "pairwise_features", "pairwise_length",
+    "pairwise_warps", "patch_conv_tiles", "split", "tile_rows", "vector_size",
 ]  # fmt: skip
 
 Direction = Literal["forward", "backward_input", "backward_weight", "kept_input", "kept_weight"]
@@ -266,27 +267,62 @@ class PairwiseConfig:
     """Tile sizes of the all-pairs Mixup loss.
 
     Attributes:
-        block: samples on each side of a tile. A warp's threads lie along one side.
-        chunk: samples of the other side that a thread works on at once, each with a register per sample along it.
-        strip: the same in the softmax, which holds several numbers per pair.
-        programs_per_multiprocessor: warps that share the tiles; more only add workspace.
-        workspace_bytes: the most that the logits of the tiles in work may take; a smaller tile lets more be in work.
+        blocks: samples on each side of a tile of logits, by the warps of its program.
+        logits_registers: cap per thread (NVIDIA) for them, so that a multiprocessor has 16 warps.
+        own: samples whose gradients a program adds up in registers.
+        features: how many features a program of the gradients has at most, one a thread.
+        pairs: how many pairs a program of the softmax has, and
+        classes: how many of their logits at a time.
+        pack_width: values that a program packs at a time, and
+        pack_chunks: how many programs pack a block of samples at most.
+        workspace_bytes: the most that logits take.
     """
 
-    block: int
-    chunk: int
-    strip: int = 8
-    programs_per_multiprocessor: int = 16
+    blocks: tuple[tuple[int, int], ...] = ((64, 4), (32, 2), (16, 1))
+    logits_registers: int = 128
+    own: int = 32
+    features: int = 128
+    pairs: int = 256
+    classes: int = 8
+    pack_width: int = 64
+    pack_chunks: int = 16
     workspace_bytes: int = 512 << 20
 
 
-# A thread with two rows has half the loads per evaluation of one with one row; but few samples would mostly be padding.
-PAIRWISE_CONFIGS = {"small": PairwiseConfig(block=32, chunk=32), "large": PairwiseConfig(block=64, chunk=32)}
+PAIRWISE_CONFIG = PairwiseConfig()
 
 
-def pairwise_config(num_samples: int, num_classes: int) -> PairwiseConfig:
-    """Return the configuration for so many samples on the longer side."""
-    return PAIRWISE_CONFIGS["small" if num_samples <= 512 or num_classes > 16 else "large"]
+def pairwise_block(layers: int, rows: int, columns: int, symmetric: bool, multiprocessors: int) -> int:
+    """Return how many samples are on each side of a tile; ``layers`` is the number of runs times that of classes.
+
+    Large tiles load less for each pair. Small ones make more programs, and have less to pad where samples are few.
+    """
+
+    def cost(block: int) -> float:
+        row_blocks, column_blocks = math.ceil(rows / block), math.ceil(columns / block)
+        tiles = row_blocks * (row_blocks + 1) // 2 if symmetric else row_blocks * column_blocks
+        warps = pairwise_warps(block)  # of which each of the four schedulers of a multiprocessor takes one at a time
+        instructions = 7 + 24 / block  # of an evaluation, loads included
+        return math.ceil(layers * tiles * warps / (4 * multiprocessors)) * block**2 / warps * instructions
+
+    return min((block for block, _ in PAIRWISE_CONFIG.blocks), key=cost)
+
+
+def pairwise_warps(block: int) -> int:
+    """Return the warps of a program with such a tile. With more threads than samples on a side nothing is exchanged."""
+    return dict(PAIRWISE_CONFIG.blocks)[block]
+
+
+def pairwise_features(features: int) -> int:
+    """Return how many features a program of the gradients has: the most of those that pad the fewest."""
+    widths = (width for width in (128, 64, 32) if width <= PAIRWISE_CONFIG.features)
+    return min(widths, key=lambda width: (math.ceil(features / width) * width, -width))
+
+
+def pairwise_length(others: int, tiles: int, multiprocessors: int) -> int:
+    """Return how many samples of the other side a program goes through, where ``tiles`` programs would have all."""
+    parts = math.ceil(8 * multiprocessors / tiles)
+    return max(math.ceil(others / parts), 16)
 
 
 @dataclass(frozen=True)

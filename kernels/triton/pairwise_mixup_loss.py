@@ -1,28 +1,32 @@
 """All-pairs Mixup loss and its gradients, from pre-activations, in Triton.
 
-    t[i,j,c,f] = a[i,c,f] + b[j,c,f]                       a = lam row / threshold, b = (1 - lam) column / threshold
-    g[i,j,c]   = sum_f phi(t[i,j,c,f])                     f = (patch, filter)
-    loss       = sum_{i,j} weight [lam CE(g[i,j], y_i) + (1 - lam) CE(g[i,j], y_j)]
-    D[i,j,c]   = weight (softmax(g[i,j])_c - lam [c = y_i] - (1 - lam) [c = y_j])
-    dloss/drow[i,c,f]    = lam sum_j D[i,j,c] phi'(t[i,j,c,f])
-    dloss/dcolumn[j,c,f] = (1 - lam) sum_i D[i,j,c] phi'(t[i,j,c,f])
+    t[i,j,c,p,m] = a[i,c,p,m] + b[j,c,p,m]                 a = lam row / threshold, b = (1 - lam) column / threshold
+    h[i,j,c,m]   = sum_p phi(t[i,j,c,p,m])
+    g[i,j,c]     = sum_m readout[c,m] h[i,j,c,m]           readout = 1 where there is none
+    q[i,j,c]     = (1 - smoothing) (l [c = y_i] + (1 - l) [c = y_j]) + smoothing / C        l = label_lam
+    loss         = sum_{i,j} weight [lse_c(g[i,j]) - sum_c q[i,j,c] g[i,j,c]]
+    D[i,j,c]     = weight (softmax(g[i,j])_c - q[i,j,c])
+    dloss/drow[i,c,p,m]    = lam readout[c,m] sum_j D[i,j,c] phi'(t[i,j,c,p,m])
+    dloss/dcolumn[j,c,p,m] = (1 - lam) readout[c,m] sum_i D[i,j,c] phi'(t[i,j,c,p,m])
+    dloss/dreadout[c,m]    = sum_{i,j} D[i,j,c] h[i,j,c,m]
 
-A program is one warp, and owns one tile of pairs at a time. Its threads lie along one side of the tile: rows for the
-logits and the rows' gradient, columns for the columns' gradient. So the slope is evaluated twice, which costs less than
-adding across threads. Only the logits of the tiles in work are stored, in a workspace of each program.
+One kernel forms the logits, the next replaces them by D, the last adds up the gradients. Logits and D go through
+memory, for as many pairs at a time as a bounded workspace holds. Where rows are the columns and lam = 1/2, each
+unordered pair is computed once.
 
-A feature is left out of a tile where phi is 0 for all its t. Where phi is linear for all of them, the rows' terms and
-the columns' terms are added up separately. Packing finds the smallest and the largest a and b of each block of samples,
-by which a program sorts the features, tile by tile and class by class. Samples are ordered by target, so that the
-samples of a block are alike.
+A program of the logits owns a tile of pairs of one class, and its threads lie along samples. A program of the gradients
+owns some samples and features of one class, and its threads lie along features. So it adds up its own samples' gradient
+in registers, and each slope also serves the other samples, whose sums over its own samples are added by atomics. With
+deterministic algorithms there are none: rows and columns are owned in turn, and slopes are computed twice.
 
-A sample with a value that is not finite, or a target out of range, has NaN as its nan_mask, which multiplies the weight
-of all its pairs; other samples have 1.
+A sample with a value that is not finite, or with a target out of range, has NaN as its ``nan_mask``, which is added to
+the logits of all its pairs; other samples have 0.
 """
 
+import functools
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,324 +35,423 @@ from torch import Tensor
 
 from ..polynomial import Polynomial
 from . import configs, launch
-from .activation import add_phi_of_sum, kind, mul_slope_of_sum, normal_form, regions
+from .activation import Kind, add_phi_of_sum, kind, mul_slope_of_sum, normal_form
 
 __all__ = ["pairwise_mixup_loss"]
 
 # Integers that must not cost a compilation per problem size.
 _SIZES = [
-    "N", "columns", "C", "F", "M", "runs", "first_task", "last_task", "num_tasks", "blocks", "row_blocks",
-    "column_blocks", "run_stride", "sample_stride", "patch_stride", "class_stride", "target_run_stride",
-    "target_stride", "order_run_stride",
+    "N", "rows", "columns", "owns", "others", "P", "C", "M", "blocks", "row_blocks", "column_blocks", "chunks",
+    "length", "first_row", "target_run_stride", "target_stride", "readout_run_stride",
 ]  # fmt: skip
-_PACK_WIDTH = 32  # features that a program packs at once: enough loads in flight, few enough registers
+
+
+class Softmax(NamedTuple):
+    """What the softmax kernel is compiled for: which pairs there are, which of them count, whether D is wanted."""
+
+    symmetric: bool
+    pairs: str
+    grad: bool
+
+
+class Gradient(NamedTuple):
+    """What the gradient kernel is compiled for.
+
+    Attributes:
+        activation: the polynomial's kind.
+        symmetric: whether rows are the first columns, so that only pairs of a row and a later column exist.
+        owns_rows: whether a program owns rows, not columns.
+        atomic: whether it adds to the other side's gradient too.
+        readout: whether there is one.
+    """
+
+    activation: Kind
+    symmetric: bool
+    owns_rows: bool
+    atomic: bool
+    readout: bool
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def pairwise_mixup_loss_pack_kernel(
-    s, target, order, t, bounds, packed_target, nan_mask, factor, run_stride, sample_stride, patch_stride, class_stride,
-    filter_stride, target_run_stride, target_stride, order_run_stride, N, C, F, M, blocks,
+    s, target, t, label, nan_mask, factor, target_run_stride, target_stride, N, P, C, M, blocks, chunks,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Pack a block of samples of a run: s (R,N,P,C,M) and target (R,N) as a _Side, in ``order`` (R,N).
+    """Pack a block of samples of a run, s (R,N,P,C,M), times factor, as the samples of a _Side.
 
-    Copies of the last sample pad its block.
+    A program packs every ``chunks``-th chunk of WIDTH values. Copies of the last sample pad its block.
     """
-    run = tl.program_id(0).to(tl.int64) // blocks
-    block = tl.program_id(0) % blocks
+    chunk = tl.program_id(0) % chunks
+    block = tl.program_id(0) // chunks % blocks
+    run = (tl.program_id(0) // chunks // blocks).to(tl.int64)
     along = tl.arange(0, BLOCK)
-    place = block * BLOCK + along
-    sample = tl.load(order + run * order_run_stride + tl.minimum(place, N - 1))
-    nan_or_zero = tl.zeros((BLOCK,), tl.float32)  # NaN for a sample with a value that is not finite
-    for first in range(0, C * F, WIDTH):
+    sample = tl.minimum(block * BLOCK + along, N - 1)
+    size = P * C * M
+    nan_or_zero = tl.zeros((BLOCK,), tl.float32)
+    for first in range(chunk * WIDTH, size, chunks * WIDTH):
         q = first + tl.arange(0, WIDTH)
-        mask = q < C * F
-        c, f = (q // F).to(tl.int64), q % F
-        offset = run * run_stride + c * class_stride + (f // M).to(tl.int64) * patch_stride + f % M * filter_stride
-        pointers = s + offset[:, None] + (sample * sample_stride)[None, :]
-        z = tl.load(pointers, mask=mask[:, None], other=0.0).to(tl.float32) * factor
-        nan_or_zero += tl.sum(z * 0.0, 0)
-        tile = (run * C + c) * blocks + block
-        tl.store(t + ((tile * F + f) * BLOCK)[:, None] + along[None, :], z, mask=mask[:, None])
-        tl.store(bounds + tile * 2 * F + f, tl.min(z, 1), mask=mask)
-        tl.store(bounds + (tile * 2 + 1) * F + f, tl.max(z, 1), mask=mask)
-    y = tl.load(target + run * target_run_stride + sample * target_stride)
-    tl.store(packed_target + run * blocks * BLOCK + place, y)
-    tl.store(nan_mask + run * blocks * BLOCK + place, tl.where((y >= 0) & (y < C), 1.0 + nan_or_zero, float("nan")))
+        mask = (q < size)[None, :]
+        p, c, m = q // (C * M), q // M % C, q % M
+        z = tl.load(s + (run * N + sample)[:, None] * size + q[None, :], mask=mask, other=0.0).to(tl.float32) * factor
+        place = (((run * C + c) * blocks + block) * M + m) * P + p
+        tl.store(t + place[None, :] * BLOCK + along[:, None], z, mask=mask)
+        nan_or_zero += tl.sum(tl.where(z * 0.0 == 0.0, 0.0, float("nan")), 1)
+    place = run * blocks * BLOCK + block * BLOCK + along
+    if chunk == 0:
+        y = tl.load(target + run * target_run_stride + sample * target_stride)
+        nan_or_zero = tl.where((y >= 0) & (y < C), nan_or_zero, float("nan"))
+        tl.store(label + place, y.to(tl.int32))
+    tl.store(nan_mask + (run * (chunks - 1) + chunk) * blocks * BLOCK + place, nan_or_zero)
+
+
+@triton.jit
+def _sum_phi(a, b, features, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the sum of ``degree / scale * phi(a + b)`` over features, of each row and column of a tile."""
+    accum = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for f in tl.range(0, features, loop_unroll_factor=4):
+        a_f, b_f = tl.load(a + f * BLOCK), tl.load(b + f * BLOCK)
+        accum = add_phi_of_sum(accum, b_f[None, :], a_f[:, None], ACTIVATION)
+    return accum
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def pairwise_mixup_loss_unpack_kernel(
-    packed, order, grad, factor, order_run_stride, N, C, F, M, blocks, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Unpack a block of samples of a run: packed (R,C,blocks,F,BLOCK), times factor, to grad (R,N,P,C,M)."""
-    run = tl.program_id(0).to(tl.int64) // blocks
-    block = tl.program_id(0) % blocks
-    along = tl.arange(0, BLOCK)
-    place = block * BLOCK + along
-    sample = tl.load(order + run * order_run_stride + tl.minimum(place, N - 1))
-    for first in range(0, C * F, WIDTH):
-        q = first + tl.arange(0, WIDTH)
-        mask = (q < C * F)[:, None] & (place < N)[None, :]
-        c, f = q // F, q % F
-        tile = (run * C + c) * blocks + block
-        g = tl.load(packed + ((tile * F + f) * BLOCK)[:, None] + along[None, :], mask=mask)
-        offset = (f // M * C + c) * M + f % M
-        tl.store(grad + ((run * N + sample) * C * F)[None, :] + offset[:, None], factor * g, mask=mask)
-
-
-@triton.jit
-def _tile_of(task, row_blocks, column_blocks, SYMMETRIC: tl.constexpr):
-    """Return the row block and the column block of a task, and whether they exist. A round's tasks share no block.
-
-    SYMMETRIC, where rows are the columns, visits each unordered pair once: first every block with itself, then the
-    others by the circle method, in which one block stays and the others go round.
-    """
-    if SYMMETRIC:
-        half = (row_blocks + 1) // 2
-        circle = 2 * half - 1
-        turn = (task - row_blocks) // half
-        place = (task - row_blocks) % half
-        one = tl.where(place == 0, circle, (turn + place) % circle)
-        other = (turn - place + circle) % circle
-        row = tl.where(task < row_blocks, task, tl.minimum(one, other))
-        column = tl.where(task < row_blocks, task, tl.maximum(one, other))
-    else:
-        row = task % row_blocks
-        column = (row + task // row_blocks) % tl.maximum(row_blocks, column_blocks)
-    return row, column, column < column_blocks
-
-
-@triton.jit
-def _sort_features(
-    places, row_bounds, column_bounds, nan_or_zero, F,
-    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+def pairwise_mixup_loss_logits_kernel(
+    a, b, readout, row_nan_mask, column_nan_mask, logits, scale, readout_run_stride, rows, P, C, M, row_blocks,
+    column_blocks, chunks,
+    ACTIVATION: tl.constexpr, SYMMETRIC: tl.constexpr, READOUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """List where in a tile a class's features begin: those to evaluate from the left, linear ones from the right.
+    """Compute a tile of the logits (R,C,rows,padded columns) of a class, NaN in class 0 where a sample is.
 
-    ``places`` (F,) is the list; ``row_bounds`` and ``column_bounds`` (2,F) are those of the tile's blocks and the
-    class. ``nan_or_zero`` is NaN to have all features evaluated, else 0. Returns how many features are to be evaluated
-    and how many are linear.
+    a, b and nan_masks are those of a _Side each. SYMMETRIC leaves out the tiles below the diagonal.
     """
-    tl.debug_barrier()
-    num_active = 0
-    num_linear = 0
-    for first in range(0, F, WIDTH):
-        f = first + tl.arange(0, WIDTH)
-        mask = f < F
-        t_min = tl.load(row_bounds + f, mask=mask) + tl.load(column_bounds + f, mask=mask) + nan_or_zero
-        t_max = tl.load(row_bounds + F + f, mask=mask) + tl.load(column_bounds + F + f, mask=mask) + nan_or_zero
-        is_zero, is_linear = regions(t_min, t_max, ACTIVATION)
-        is_active = (mask & ~(is_zero | is_linear)).to(tl.int32)
-        is_linear = (mask & is_linear).to(tl.int32)
-        tl.store(places + num_active + tl.cumsum(is_active, 0) - 1, f * BLOCK, mask=is_active > 0)
-        tl.store(places + F - num_linear - tl.cumsum(is_linear, 0), f * BLOCK, mask=is_linear > 0)
-        num_active += tl.sum(is_active, 0)
-        num_linear += tl.sum(is_linear, 0)
-    tl.debug_barrier()
-    return num_active, num_linear
-
-
-@triton.jit
-def _label(c, y_i, y_j, lam):
-    """Return the share of class c in the labels of a tile (j, i)."""
-    return tl.where(y_i == c, lam, 0.0)[None, :] + tl.where(y_j == c, 1.0 - lam, 0.0)[:, None]
-
-
-@triton.jit
-def _add(pointers, values, ATOMIC: tl.constexpr):
-    if ATOMIC:
-        tl.atomic_add(pointers, values, sem="relaxed")
-    else:
-        tl.store(pointers, tl.load(pointers) + values)
+    column_block = tl.program_id(0) % column_blocks
+    row_block = tl.program_id(0) // column_blocks % row_blocks
+    run_class = (tl.program_id(0) // column_blocks // row_blocks).to(tl.int64)
+    along = tl.arange(0, BLOCK)
+    if not SYMMETRIC or row_block <= column_block:
+        a_tile = a + (run_class * row_blocks + row_block) * P * M * BLOCK + along
+        b_tile = b + (run_class * column_blocks + column_block) * P * M * BLOCK + along
+        if READOUT:
+            second_layer = readout + run_class // C * readout_run_stride + run_class % C * M
+            accum = tl.zeros((BLOCK, BLOCK), tl.float32)
+            for m in range(M):
+                h = _sum_phi(a_tile + m * P * BLOCK, b_tile + m * P * BLOCK, P, ACTIVATION, BLOCK)
+                accum += tl.load(second_layer + m) * h
+        else:
+            accum = _sum_phi(a_tile, b_tile, P * M, ACTIVATION, BLOCK)
+        if run_class % C == 0:
+            row_place = (run_class // C * chunks * row_blocks + row_block) * BLOCK + along
+            column_place = (run_class // C * chunks * column_blocks + column_block) * BLOCK + along
+            for chunk in range(chunks):
+                accum += tl.load(row_nan_mask + row_place + chunk * row_blocks * BLOCK)[:, None]
+                accum += tl.load(column_nan_mask + column_place + chunk * column_blocks * BLOCK)[None, :]
+        i = row_block * BLOCK + along
+        tile = (
+            logits + (run_class * rows + i)[:, None] * (column_blocks * BLOCK) + column_block * BLOCK + along[None, :]
+        )
+        tl.store(tile, scale * accum, mask=(i < rows)[:, None])
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def pairwise_mixup_loss_forward_kernel(
-    a, b, row_bounds, column_bounds, row_target, column_target, row_nan_mask, column_nan_mask, row_grad, column_grad,
-    workspace, places, loss, lam, weight, scale, N, columns, C, F, runs, first_task, last_task, num_tasks,
-    row_blocks, column_blocks,
-    ACTIVATION: tl.constexpr, SYMMETRIC: tl.constexpr, GRAD: tl.constexpr,
-    ATOMIC: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, STRIP: tl.constexpr,
+def pairwise_mixup_loss_softmax_kernel(
+    logits, row_label, column_label, loss, label_lam, label_smoothing, weight, factor, first_row, rows, columns, C,
+    SETTINGS: tl.constexpr, BLOCK: tl.constexpr, CLASSES: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Add up the loss, and with GRAD its gradients, over tasks first_task to last_task - 1 of each run.
+    """Store the loss of PAIRS pairs, and in place of their logits factor D, 0 for pairs that do not count.
 
-    a, row_bounds, row_target and row_nan_mask are a _Side, b and those of the columns another; row_grad like a and
-    column_grad like b are added to; workspace (programs,2 (1 without GRAD),C,BLOCK,BLOCK); places (programs,F) int32;
-    loss (R,num_tasks). Lanes of the warp exchange data through memory, so a barrier separates stores from later loads.
+    loss (R,programs of a run). Row i is the sample of column first_row + i, where rows and columns are of one side.
     """
-    tile_size = C.to(tl.int64) * BLOCK * BLOCK
-    logits = workspace + tl.program_id(0).to(tl.int64) * (2 if GRAD else 1) * tile_size  # (C, j, i); then D
-    transposed = logits + tile_size  # D as (C, i, j)
-    places += tl.program_id(0).to(tl.int64) * F
+    columns_padded = (columns + BLOCK - 1) // BLOCK * BLOCK
+    class_stride = rows * columns_padded.to(tl.int64)
+    parts = (class_stride + PAIRS - 1) // PAIRS
+    run = tl.program_id(0) // parts
+    place = tl.program_id(0) % parts * PAIRS + tl.arange(0, PAIRS)
+    in_layer = place < class_stride
+    i, j = (place // columns_padded).to(tl.int32), (place % columns_padded).to(tl.int32)
+    mask = in_layer & (j < columns)
+    if SETTINGS.symmetric:
+        mask &= i <= j
+    y_i = tl.load(row_label + run * ((rows + BLOCK - 1) // BLOCK * BLOCK) + i, mask=mask, other=0)
+    y_j = tl.load(column_label + run * columns_padded + j, mask=mask, other=0)
+    counts = mask
+    if SETTINGS.pairs == "distinct":
+        counts &= i + first_row != j
+    elif SETTINGS.pairs == "different_class":
+        counts &= y_i != y_j
+    w = tl.where(counts, weight, 0.0)
+    if SETTINGS.symmetric:
+        w = tl.where(i < j, 2.0 * w, w)
+    own = (1.0 - label_smoothing) * label_lam
+    other = (1.0 - label_smoothing) * (1.0 - label_lam)
+
+    logits += run * C * class_stride + place
+    row_max = tl.full((PAIRS,), float("-inf"), tl.float32)
+    accum = tl.zeros((PAIRS,), tl.float32)
+    target = tl.zeros((PAIRS,), tl.float32)
+    for first in range(0, C, CLASSES):
+        c = (first + tl.arange(0, CLASSES))[:, None]
+        g = tl.load(logits[None, :] + c * class_stride, mask=(c < C) & mask[None, :], other=0.0)
+        label = tl.where(y_i[None, :] == c, own, 0.0) + tl.where(y_j[None, :] == c, other, 0.0) + label_smoothing / C
+        target += tl.sum(tl.where(c < C, label * g, 0.0), 0)  # no product is fused into an exchange
+        g = tl.where(c < C, g, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(g, 0))
+        accum = accum * tl.exp(row_max - new_max) + tl.sum(tl.exp(g - new_max[None, :]), 0)
+        row_max = new_max
+    lse = row_max + tl.log(accum)
+    tl.store(loss + tl.program_id(0), tl.sum(tl.where(counts, w * (lse - target), 0.0), 0))
+    if SETTINGS.grad:
+        w *= factor
+        for first in range(0, C, CLASSES):
+            c = (first + tl.arange(0, CLASSES))[:, None]
+            g = tl.load(logits[None, :] + c * class_stride, mask=(c < C) & mask[None, :], other=0.0)
+            label = (
+                tl.where(y_i[None, :] == c, own, 0.0) + tl.where(y_j[None, :] == c, other, 0.0) + label_smoothing / C
+            )
+            d = tl.where(counts[None, :], w[None, :] * (tl.exp(g - lse[None, :]) - label), 0.0)
+            tl.store(logits[None, :] + c * class_stride, d, mask=(c < C) & in_layer[None, :])
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def pairwise_mixup_loss_gradient_kernel(
+    own, other, d, readout, own_grad, other_grad, own_factor, other_factor, readout_run_stride, owns, others, P, C, M,
+    column_blocks, length, SETTINGS: tl.constexpr, BLOCK: tl.constexpr, OWN: tl.constexpr, FEATURES: tl.constexpr,
+):  # fmt: skip
+    """Add the gradients of OWN samples of one side with ``length`` of the other, of FEATURES of a class.
+
+    own (R,owns,P,C,M) and other (R,others,P,C,M) are pre-activations, own_grad and other_grad their gradients; d
+    (R,C,rows,padded columns) has D times phi's scale, and own_factor and other_factor are their shares of t.
+    """
+    parts = (others + length - 1) // length
+    feature_tiles = (P * M + FEATURES - 1) // FEATURES
+    own_blocks = (owns + OWN - 1) // OWN
+    tile = tl.program_id(0) % feature_tiles
+    part = tl.program_id(0) // feature_tiles % parts
+    first_own = tl.program_id(0) // feature_tiles // parts % own_blocks * OWN
+    run_class = (tl.program_id(0) // feature_tiles // parts // own_blocks).to(tl.int64)
+    run, c = run_class // C, run_class % C
+    begin = part * length
+    end = tl.minimum(begin + length, others)
+    if SETTINGS.symmetric:  # rows up to the last of own columns, columns from the first of own rows
+        if SETTINGS.owns_rows:
+            begin = tl.maximum(begin, first_own)
+        else:
+            end = tl.minimum(end, first_own + OWN)
+    if begin < end:
+        f = tile * FEATURES + tl.arange(0, FEATURES)
+        mask = f < P * M
+        f = tl.minimum(f, P * M - 1)
+        m = f % M
+        q = (f // M * C + c) * M + m
+        n = first_own + tl.arange(0, OWN)
+        sample = tl.minimum(n, owns - 1)
+        size = P * C * M
+        own_places = (run * owns + sample)[:, None] * size + q[None, :]
+        own_t = tl.load(own + own_places).to(tl.float32) * own_factor
+        own_factors = tl.zeros((FEATURES,), tl.float32) + own_factor
+        other_factors = tl.zeros((FEATURES,), tl.float32) + other_factor
+        if SETTINGS.readout:
+            a = tl.load(readout + run * readout_run_stride + c * M + m)
+            own_factors *= a
+            other_factors *= a
+        if SETTINGS.owns_rows:  # the last row again in place of those that are not there
+            d_start = d + (run_class * owns + first_own) * (column_blocks * BLOCK) + begin
+            d_places, d_stride = (sample - first_own) * (column_blocks * BLOCK), 1
+        else:
+            d_start = d + (run_class * others + begin) * (column_blocks * BLOCK) + first_own
+            d_places, d_stride = tl.arange(0, OWN), column_blocks * BLOCK
+        other_places = (run * others + begin) * size + q
+        accum = tl.zeros((OWN, FEATURES), tl.float32)
+        for _ in range(begin, end):
+            other_t = tl.load(other + other_places).to(tl.float32) * other_factor
+            e = mul_slope_of_sum(tl.load(d_start + d_places)[:, None], other_t[None, :], own_t, SETTINGS.activation)
+            accum += e
+            if SETTINGS.atomic:
+                tl.atomic_add(other_grad + other_places, tl.sum(e, 0) * other_factors, mask=mask, sem="relaxed")
+            other_places += size
+            d_start += d_stride
+        accum *= own_factors[None, :]
+        own_mask = (n < owns)[:, None] & mask[None, :]
+        if SETTINGS.atomic:
+            tl.atomic_add(own_grad + own_places, accum, mask=own_mask, sem="relaxed")
+        else:
+            tl.store(own_grad + own_places, tl.load(own_grad + own_places, mask=own_mask) + accum, mask=own_mask)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def pairwise_mixup_loss_readout_kernel(
+    a, b, d, grad, rows, P, C, M, row_blocks, column_blocks,
+    ACTIVATION: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store a tile's part of degree dloss/dreadout of a class, grad (R,C,tiles,M); a, b and d as elsewhere."""
+    column_block = tl.program_id(0) % column_blocks
+    row_block = tl.program_id(0) // column_blocks % row_blocks
+    run_class = (tl.program_id(0) // column_blocks // row_blocks).to(tl.int64)
     along = tl.arange(0, BLOCK)
-    across = tl.arange(0, CHUNK)
-    strip = tl.arange(0, STRIP)
-    tasks = last_task - first_task
-    for item in range(tl.program_id(0).to(tl.int64), tasks.to(tl.int64) * runs, tl.num_programs(0)):
-        run = item // tasks
-        task = first_task + (item % tasks).to(tl.int32)
-        row_block, column_block, exists = _tile_of(task, row_blocks, column_blocks, SYMMETRIC)
-        if exists:
-            i = row_block * BLOCK + along
-            rows_padded, columns_padded = row_blocks * BLOCK, column_blocks * BLOCK
-            y_i = tl.load(row_target + run * rows_padded + i)
-            nan_mask_i = tl.load(row_nan_mask + run * rows_padded + i)
-            nan_masks_j = tl.load(column_nan_mask + run * columns_padded + column_block * BLOCK + along)
-            nan_or_zero = 0.0 * tl.sum(nan_mask_i + nan_masks_j, 0)
-            for c in range(C):
-                row_tile = (run * C + c) * row_blocks + row_block
-                column_tile = (run * C + c) * column_blocks + column_block
-                num_active, num_linear = _sort_features(
-                    places, row_bounds + row_tile * 2 * F, column_bounds + column_tile * 2 * F, nan_or_zero, F,
-                    ACTIVATION, BLOCK, CHUNK,
-                )  # fmt: skip
-                for first in range(0, BLOCK, CHUNK):
-                    a_c = a + row_tile * F * BLOCK + along
-                    b_c = b + column_tile * F * BLOCK + first + across
-                    g = tl.zeros((CHUNK, BLOCK), tl.float32)
-                    for k in range(num_active):
-                        place = tl.load(places + k)
-                        a_f, b_f = tl.load(a_c + place), tl.load(b_c + place)
-                        g = add_phi_of_sum(g, a_f[None, :], b_f[:, None], ACTIVATION)
-                    row_linear = tl.zeros((BLOCK,), tl.float32)
-                    column_linear = tl.zeros((CHUNK,), tl.float32)
-                    for k in range(F - num_linear, F):
-                        place = tl.load(places + k)
-                        row_linear += tl.load(a_c + place)
-                        column_linear += tl.load(b_c + place)
-                    row_linear = ACTIVATION.degree * row_linear - (ACTIVATION.degree - 1) * num_linear
-                    g += row_linear[None, :] + (ACTIVATION.degree * column_linear)[:, None]
-                    tile = logits + c * BLOCK * BLOCK + (first + across)[:, None] * BLOCK + along[None, :]
-                    tl.store(tile, scale * g)
-            tl.debug_barrier()
+    grad += tl.program_id(0).to(tl.int64) * M
+    if not SYMMETRIC or row_block <= column_block:
+        a_tile = a + (run_class * row_blocks + row_block) * P * M * BLOCK + along
+        b_tile = b + (run_class * column_blocks + column_block) * P * M * BLOCK + along
+        i = row_block * BLOCK + along
+        tile = d + (run_class * rows + i)[:, None] * (column_blocks * BLOCK) + column_block * BLOCK + along[None, :]
+        mask = (i < rows)[:, None]
+        d_tile = tl.load(tile, mask=mask, other=0.0)
+        for m in range(M):
+            h = _sum_phi(a_tile + m * P * BLOCK, b_tile + m * P * BLOCK, P, ACTIVATION, BLOCK)
+            tl.store(grad + m, tl.sum(tl.sum(tl.where(mask, d_tile * h, 0.0), 1), 0))
+    else:
+        for m in range(M):
+            tl.store(grad + m, 0.0)
 
-            tile_loss = tl.zeros((BLOCK,), tl.float32)
-            for first in range(0, BLOCK, STRIP):
-                j_strip = column_block * BLOCK + first + strip
-                y_j = tl.load(column_target + run * columns_padded + j_strip)
-                nan_mask_j = tl.load(column_nan_mask + run * columns_padded + j_strip)
-                tile = logits + (first + strip)[:, None] * BLOCK + along[None, :]
-                transposed_tile = transposed + along[None, :] * BLOCK + (first + strip)[:, None]
-                row_max = tl.full((STRIP, BLOCK), float("-inf"), tl.float32)
-                accum = tl.zeros((STRIP, BLOCK), tl.float32)
-                target = tl.zeros((STRIP, BLOCK), tl.float32)
-                for c in range(C):
-                    g = tl.load(tile + c * BLOCK * BLOCK)
-                    new_max = tl.maximum(row_max, g)
-                    accum = accum * tl.exp(row_max - new_max) + tl.exp(g - new_max)
-                    row_max = new_max
-                    target += _label(c, y_i, y_j, lam) * g
-                lse = row_max + tl.log(accum)
-                mask = (i < N)[None, :] & (j_strip < columns)[:, None]
-                w = tl.full((STRIP, BLOCK), 0.0, tl.float32) + weight
-                if SYMMETRIC:
-                    mask = mask & (i[None, :] <= j_strip[:, None])
-                    w = tl.where(i[None, :] < j_strip[:, None], 2.0 * w, w)
-                w = tl.where(mask, w * (nan_mask_i[None, :] * nan_mask_j[:, None]), 0.0)
-                tile_loss += tl.sum(tl.where(mask, w * (lse - target), 0.0), 0)  # no product across lanes
-                if GRAD:
-                    for c in range(C):
-                        g = tl.load(tile + c * BLOCK * BLOCK)
-                        d = w * (tl.exp(g - lse) - _label(c, y_i, y_j, lam))
-                        tl.store(tile + c * BLOCK * BLOCK, d)
-                        tl.store(transposed_tile + c * BLOCK * BLOCK, d)
-            tl.store(loss + run * num_tasks + task, tl.sum(tile_loss, 0))
 
-            if GRAD:
-                tl.debug_barrier()
-                for c in range(C):
-                    row_tile = (run * C + c) * row_blocks + row_block
-                    column_tile = (run * C + c) * column_blocks + column_block
-                    num_active, num_linear = _sort_features(
-                        places, row_bounds + row_tile * 2 * F, column_bounds + column_tile * 2 * F, nan_or_zero, F,
-                        ACTIVATION, BLOCK, CHUNK,
-                    )  # fmt: skip
-                    for first in range(0, BLOCK, CHUNK):
-                        d = tl.load(logits + c * BLOCK * BLOCK + (first + across)[:, None] * BLOCK + along[None, :])
-                        a_c = a + row_tile * F * BLOCK + along
-                        b_c = b + column_tile * F * BLOCK + first + across
-                        grad_c = row_grad + row_tile * F * BLOCK + along
-                        for k in range(num_active):
-                            place = tl.load(places + k)
-                            a_f, b_f = tl.load(a_c + place), tl.load(b_c + place)
-                            e = mul_slope_of_sum(d, a_f[None, :], b_f[:, None], ACTIVATION)
-                            _add(grad_c + place, lam * tl.sum(e, 0), ATOMIC)
-                        d_sum = lam * tl.sum(d, 0)
-                        for k in range(F - num_linear, F):
-                            _add(grad_c + tl.load(places + k), d_sum, ATOMIC)
-                        tl.debug_barrier()
-                    for first in range(0, BLOCK, CHUNK):
-                        d = tl.load(transposed + c * BLOCK * BLOCK + (first + across)[:, None] * BLOCK + along[None, :])
-                        a_c = a + row_tile * F * BLOCK + first + across
-                        b_c = b + column_tile * F * BLOCK + along
-                        grad_c = column_grad + column_tile * F * BLOCK + along
-                        for k in range(num_active):
-                            place = tl.load(places + k)
-                            a_f, b_f = tl.load(a_c + place), tl.load(b_c + place)
-                            e = mul_slope_of_sum(d, b_f[None, :], a_f[:, None], ACTIVATION)
-                            _add(grad_c + place, (1.0 - lam) * tl.sum(e, 0), ATOMIC)
-                        d_sum = (1.0 - lam) * tl.sum(d, 0)
-                        for k in range(F - num_linear, F):
-                            _add(grad_c + tl.load(places + k), d_sum, ATOMIC)
-                        tl.debug_barrier()
+class _Samples(NamedTuple):
+    """One side of the pairs."""
+
+    s: Tensor  # (R,N,P,C,M), contiguous
+    target: Tensor  # (R,N)
+    grad: Tensor | None  # like s, float32, added to
+
+    def part(self, runs: slice, samples: slice) -> "_Samples":
+        """Return some samples of one run, or all samples of some."""
+        grad = None if self.grad is None else self.grad[runs, samples]
+        return _Samples(self.s[runs, samples], self.target[runs, samples], grad)
 
 
 class _Side(NamedTuple):
-    """Packed samples of one side of the pairs, for one node lam."""
+    """Samples packed for one node lam."""
 
-    t: Tensor  # (R,C,blocks,F,block): lam s / threshold, or (1 - lam) s / threshold; samples padded to whole blocks
-    bounds: Tensor  # (R,C,blocks,2,F): smallest and largest t of each block of samples
-    target: Tensor  # (R,padded samples)
-    nan_mask: Tensor  # (R,padded samples): NaN for samples whose loss is NaN, else 1
-
-
-def _order(target: Tensor, num_runs: int) -> Tensor:
-    """Return each run's samples in the order of their targets, (R,N), so that those of a block are alike."""
-    return torch.atleast_2d(target).argsort(stable=True).contiguous().expand(num_runs, -1)
+    t: Tensor  # (R,C,blocks,M,P,block): lam s / threshold, or (1 - lam) s / threshold
+    label: Tensor  # (R,padded samples), int32
+    nan_mask: Tensor  # (R,chunks,padded samples): NaN for a sample whose loss is NaN, else 0
 
 
-def _pack(s: Tensor, target: Tensor, order: Tensor, factor: float, block: int) -> _Side:
+class _Band(NamedTuple):
+    """Pairs that are in work at once: those of some rows and columns of some runs.
+
+    If ``symmetric``, rows are the first columns, and only pairs of a row and a column that is not before it are meant.
+    """
+
+    runs: slice
+    rows: slice
+    columns: slice
+    symmetric: bool
+
+
+class _Objective(NamedTuple):
+    """Weight and label of the pairs of one node lam, and which of them count."""
+
+    node: float
+    weight: float
+    label_lam: float
+    label_smoothing: float
+    pairs: str
+
+
+def _bands(num_runs: int, num_rows: int, num_columns: int, symmetric: bool, block: int, limit: int) -> Iterator[_Band]:
+    """Divide all pairs, or the unordered ones, into bands of at most ``limit`` pairs, or of one tile."""
+    padded = triton.cdiv(num_columns, block) * block
+    if num_rows * padded <= limit:
+        step = limit // (num_rows * padded)
+        for run in range(0, num_runs, step):
+            yield _Band(slice(run, run + step), slice(0, num_rows), slice(0, num_columns), symmetric)
+        return
+    rows = max(limit // padded // block, 1) * block
+    columns = max(limit // rows // block, 1) * block
+    for run, row in itertools.product(range(num_runs), range(0, num_rows, rows)):
+        diagonal = row if symmetric else 0
+        for column in range(diagonal, num_columns, columns):
+            sides = slice(row, row + rows), slice(column, column + columns)
+            yield _Band(slice(run, run + 1), *sides, symmetric and column == diagonal)
+
+
+def _pack(samples: _Samples, factor: float, block: int) -> _Side:
+    s, target, _ = samples
     num_runs, num_samples, num_patches, num_classes, filters = s.shape
-    blocks, features = triton.cdiv(num_samples, block), num_patches * filters
+    blocks = triton.cdiv(num_samples, block)
+    width = configs.PAIRWISE_CONFIG.pack_width
+    chunks = max(1, min(triton.cdiv(s[0, 0].numel(), width), configs.PAIRWISE_CONFIG.pack_chunks))
+    new = functools.partial(torch.empty, dtype=torch.float32, device=s.device)
     side = _Side(
-        torch.empty(num_runs, num_classes, blocks, features, block, dtype=torch.float32, device=s.device),
-        torch.empty(num_runs, num_classes, blocks, 2, features, dtype=torch.float32, device=s.device),
-        torch.empty(num_runs, blocks * block, dtype=target.dtype, device=s.device),
-        torch.empty(num_runs, blocks * block, dtype=torch.float32, device=s.device),
+        new(num_runs, num_classes, blocks, filters, num_patches, block),
+        new(num_runs, blocks * block, dtype=torch.int32),
+        new(num_runs, chunks, blocks * block),
     )
-    s = launch.interpretable(s)
-    run_stride, sample_stride, patch_stride, class_stride, filter_stride = s.stride()
-    target = target.expand(num_runs, num_samples)
-    arguments = (
-        s, target, order, *side, factor, run_stride, sample_stride, patch_stride, class_stride, filter_stride,
-        *target.stride(), order.stride(0), num_samples, num_classes, features, filters, blocks,
-    )  # fmt: skip
-    constants = {"WIDTH": _PACK_WIDTH, "BLOCK": block}
-    launch.run(launch.Launch(pairwise_mixup_loss_pack_kernel, num_runs * blocks, arguments, constants))
+    sizes = (num_samples, num_patches, num_classes, filters, blocks, chunks)
+    arguments = (s, target, *side, factor, *target.stride(), *sizes)
+    constants = {"WIDTH": width, "BLOCK": block}
+    launch.run(launch.Launch(pairwise_mixup_loss_pack_kernel, num_runs * blocks * chunks, arguments, constants))
     return side
 
 
-def _unpack(packed: Tensor, shape: torch.Size, order: Tensor, factor: float, block: int) -> Tensor:
-    """Return the gradient of this shape (R,N,P,C,M), times factor, from (R,C,blocks,F,block)."""
-    num_runs, num_samples, num_patches, num_classes, filters = shape
-    blocks, features = triton.cdiv(num_samples, block), num_patches * filters
-    grad = torch.empty(shape, dtype=torch.float32, device=packed.device)
-    if grad.numel():
-        sizes = (order.stride(0), num_samples, num_classes, features, filters, blocks)
-        arguments = (packed, order, grad, factor, *sizes)
-        constants = {"WIDTH": _PACK_WIDTH, "BLOCK": block}
-        launch.run(launch.Launch(pairwise_mixup_loss_unpack_kernel, num_runs * blocks, arguments, constants))
-    return grad
+def _add_band(
+    rows: _Samples, columns: _Samples, readout: Tensor | None, readout_grad: Tensor | None, objective: _Objective,
+    activation: Polynomial, symmetric: bool, first_row: int, block: int,
+) -> Tensor:  # fmt: skip
+    """Return the loss of all pairs of a row and a column in parts (R,parts), and add its gradients."""
+    config = configs.PAIRWISE_CONFIG
+    num_runs, num_rows, num_patches, num_classes, filters = rows.s.shape
+    num_columns, features = columns.s.shape[1], num_patches * filters
+    row_factor, column_factor = (lam / activation.threshold for lam in (objective.node, 1 - objective.node))
+    a = b = _pack(rows, row_factor, block)
+    if not symmetric or num_rows != num_columns:
+        b = _pack(columns, column_factor, block)
+    row_blocks, column_blocks = (triton.cdiv(n, block) for n in (num_rows, num_columns))
+    new = functools.partial(torch.empty, dtype=torch.float32, device=rows.s.device)
+    logits = new(num_runs, num_classes, num_rows, column_blocks * block)
+    second_layer, run_stride = (rows.s, 0) if readout is None else (readout, readout.stride(0))
+    tiles, num_warps = row_blocks * column_blocks, configs.pairwise_warps(block)
+    sizes = (num_patches, num_classes, filters)
+    constants: dict[str, Any] = {"ACTIVATION": kind(activation), "SYMMETRIC": symmetric, "BLOCK": block}
+    arguments: tuple[Any, ...] = (
+        a.t, b.t, second_layer, a.nan_mask, b.nan_mask, logits, activation.scale / activation.degree, run_stride,
+        num_rows, *sizes, row_blocks, column_blocks, a.nan_mask.shape[1],
+    )  # fmt: skip
+    kernel, programs = pairwise_mixup_loss_logits_kernel, num_runs * num_classes * tiles
+    with_readout = constants | {"READOUT": readout is not None}
+    registers = config.logits_registers
+    launch.run(launch.Launch(kernel, programs, arguments, with_readout, num_warps, max_registers=registers))
 
+    parts = triton.cdiv(logits[0, 0].numel(), config.pairs)
+    loss = new(num_runs, parts)
+    arguments = (
+        logits, a.label, b.label, loss, *objective[2:4], objective.weight, activation.scale, first_row, num_rows,
+        num_columns, num_classes,
+    )  # fmt: skip
+    need_grad = rows.grad is not None
+    settings = Softmax(symmetric, objective.pairs, need_grad or readout_grad is not None)
+    softmax = {"SETTINGS": settings, "BLOCK": block, "CLASSES": config.classes, "PAIRS": config.pairs}
+    kernel, programs = pairwise_mixup_loss_softmax_kernel, num_runs * parts
+    launch.run(launch.Launch(kernel, programs, arguments, softmax))
 
-def _rounds(row_blocks: int, column_blocks: int, symmetric: bool) -> list[tuple[int, int]]:
-    """Return the first and the last + 1 task of each round, as _tile_of counts them."""
-    if not symmetric:
-        return [(k * row_blocks, (k + 1) * row_blocks) for k in range(max(row_blocks, column_blocks))]
-    half = (row_blocks + 1) // 2
-    starts = [row_blocks + k * half for k in range(2 * half)]
-    return [(0, row_blocks), *itertools.pairwise(starts)]
+    if readout_grad is not None:
+        grads = new(num_runs, num_classes, tiles, filters)
+        arguments = (a.t, b.t, logits, grads, num_rows, *sizes, row_blocks, column_blocks)
+        kernel, programs = pairwise_mixup_loss_readout_kernel, num_runs * num_classes * tiles
+        launch.run(launch.Launch(kernel, programs, arguments, constants, num_warps=num_warps))
+        readout_grad += grads.sum(2) / activation.degree
+    if not features or not need_grad:
+        return loss
+
+    width, own_block = configs.pairwise_features(features), min(config.own, block)  # d has whole tiles
+    tiles = num_runs * num_classes * triton.cdiv(features, width)
+    atomic = not torch.are_deterministic_algorithms_enabled()
+    sides = [((columns, column_factor), (rows, row_factor))]
+    if not atomic:
+        sides.append(sides[0][::-1])
+    for owns_rows, ((own, own_factor), (other, other_factor)) in enumerate(sides):
+        owns, others = own.s.shape[1], other.s.shape[1]
+        tiles_of_own = tiles * triton.cdiv(owns, own_block)
+        length = others
+        if atomic:
+            length = configs.pairwise_length(others, tiles_of_own, launch.multiprocessors(rows.s))
+        arguments = (
+            own.s, other.s, logits, second_layer, own.grad, other.grad, own_factor, other_factor, run_stride, owns,
+            others, *sizes, column_blocks, length,
+        )  # fmt: skip
+        side = Gradient(kind(activation), symmetric, bool(owns_rows), atomic, readout is not None)
+        constants = {"SETTINGS": side, "BLOCK": block, "OWN": own_block, "FEATURES": width}
+        kernel, programs = pairwise_mixup_loss_gradient_kernel, tiles_of_own * triton.cdiv(others, length)
+        launch.run(launch.Launch(kernel, programs, arguments, constants, num_warps=width // 32))
+    return loss
 
 
 def pairwise_mixup_loss(
@@ -360,74 +463,57 @@ def pairwise_mixup_loss(
     lam_weight: Sequence[float],
     polynomial: Polynomial,
     need_grad: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    label_lam: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+    pairs: str = "all",
+    readout: Tensor | None = None,
+    need_readout: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Return the loss (R,) of all pairs of a row and a column sample, and its gradients, float32.
 
     ``row`` (R,N,P,C,M) and ``column`` (R,N',P,C,M), pre-activations of any strides, ``column`` None for row itself;
-    targets (N,) or (R,N). A target out of range, or a value that is not finite, makes the loss NaN.
+    targets (N,) or (R,N); ``readout`` (R or 1,C,M). ``pairs`` is "all", "distinct" or "different_class". A target out
+    of range, or a value that is not finite, makes the loss NaN. The gradients are to row, column and readout.
     """
     activation = normal_form(polynomial)
-    num_runs, num_samples, num_patches, num_classes, filters = row.shape
-    num_columns = num_samples if column is None else column.shape[1]
-    loss = torch.zeros(num_runs, dtype=torch.float64, device=row.device)
-    sizes = (num_classes, num_patches * filters)
+    num_runs, num_rows, _, num_classes, filters = row.shape
 
-    def zeros(blocks: int) -> Tensor:
-        blocks = blocks if need_grad else 0
-        return torch.zeros(
-            num_runs, num_classes, blocks, sizes[1], config.block, dtype=torch.float32, device=row.device
-        )
+    def samples(s: Tensor, target: Tensor) -> _Samples:
+        grad = torch.zeros(s.shape, dtype=torch.float32, device=s.device) if need_grad else None
+        return _Samples(launch.interpretable(s.contiguous()), target.expand(s.shape[:2]), grad)
 
-    config = configs.pairwise_config(max(num_samples, num_columns), num_classes)
-    row_blocks, column_blocks = (triton.cdiv(n, config.block) for n in (num_samples, num_columns))
-    row_grad = zeros(row_blocks)
-    # One gradient serves rows and columns of one problem, if the tasks of a round share no block of samples.
-    one_side = column is None and all(node == 0.5 for node in lam)
-    column_grad = row_grad if one_side else zeros(column_blocks)
-    row_side = row, row_target, _order(row_target, num_runs)
-    column_side = row_side
+    rows = columns = samples(row, row_target)
     if column is not None and column_target is not None:
-        column_side = column, column_target, _order(column_target, num_runs)
-    rounds_alone = torch.are_deterministic_algorithms_enabled()
-    for node, weight in zip(lam, lam_weight, strict=True) if num_runs * num_samples * num_columns else ():
+        columns = samples(column, column_target)
+    num_columns = columns.s.shape[1]
+    readout_grad = None
+    if readout is not None:
+        readout = readout.float().contiguous().expand(num_runs, -1, -1)
+        readout_grad = readout.new_zeros(num_runs, num_classes, filters) if need_readout else None
+    losses = []
+    labels = lam if label_lam is None else label_lam
+    for node, weight, share in zip(lam, lam_weight, labels, strict=True) if num_runs * num_rows * num_columns else ():
         symmetric = column is None and node == 0.5
-        rows = columns = _pack(*row_side, node / activation.threshold, config.block)
-        if not symmetric:
-            columns = _pack(*column_side, (1 - node) / activation.threshold, config.block)
-        rounds = _rounds(row_blocks, column_blocks, symmetric)
-        num_tasks = rounds[-1][1]
-        parts = torch.zeros(num_runs, num_tasks, dtype=torch.float32, device=row.device)
-        for first, last in rounds if rounds_alone else [(0, num_tasks)]:
-            wanted = config.programs_per_multiprocessor * launch.multiprocessors(row)
-            slot = (2 if need_grad else 1) * num_classes * config.block**2
-            programs = max(1, min(num_runs * (last - first), wanted, config.workspace_bytes // (4 * slot)))
-            workspace = torch.empty(programs * slot, dtype=torch.float32, device=row.device)
-            places = torch.empty(programs * sizes[1], dtype=torch.int32, device=row.device)
-            arguments = (
-                rows.t, columns.t, rows.bounds, columns.bounds, rows.target, columns.target,
-                rows.nan_mask, columns.nan_mask, row_grad, column_grad, workspace, places, parts,
-                node, weight, activation.scale / activation.degree,
-                num_samples, num_columns, *sizes, num_runs, first, last, num_tasks, row_blocks, column_blocks,
+        block = configs.pairwise_block(
+            num_runs * num_classes, num_rows, num_columns, symmetric, launch.multiprocessors(row)
+        )
+        limit = configs.PAIRWISE_CONFIG.workspace_bytes // (4 * num_classes)
+        for band in _bands(num_runs, num_rows, num_columns, symmetric, block, limit):
+            both_orders = symmetric and not band.symmetric  # elsewhere kernels see to it
+            objective = _Objective(
+                node, 2 * weight if both_orders else weight, 0.5 if symmetric else share, label_smoothing, pairs
+            )
+            loss = _add_band(
+                rows.part(band.runs, band.rows), columns.part(band.runs, band.columns),
+                None if readout is None else readout[band.runs],
+                None if readout_grad is None else readout_grad[band.runs],
+                objective, activation, band.symmetric, band.rows.start - band.columns.start, block,
             )  # fmt: skip
-            constants = {
-                "ACTIVATION": kind(activation),
-                "SYMMETRIC": symmetric,
-                "GRAD": need_grad,
-                "ATOMIC": not rounds_alone and num_tasks > 1,
-                "BLOCK": config.block,
-                "CHUNK": config.chunk,
-                "STRIP": config.strip,
-            }
-            launch.run(launch.Launch(pairwise_mixup_loss_forward_kernel, programs, arguments, constants, num_warps=1))
-        loss += parts.sum(1, dtype=torch.float64)
-    if not need_grad:
-        return loss.float(), None, None
-    if column is None and not one_side:
-        row_grad += column_grad
-
-    factor = activation.scale / activation.threshold
-    gradients = [
-        _unpack(grad, side[0].shape, side[2], factor, config.block)
-        for grad, side in ((row_grad, row_side), (column_grad, column_side))[: 1 if column is None else 2]
-    ]
-    return loss.float(), gradients[0], None if column is None else gradients[1]
+            losses.append((band.runs, loss.sum(1, dtype=torch.float64)))
+    if len(losses) == 1:
+        total = losses[0][1]
+    else:
+        total = torch.zeros(num_runs, dtype=torch.float64, device=row.device)
+        for runs, loss in losses:
+            total[runs] += loss
+    return total.float(), rows.grad, None if column is None else columns.grad, readout_grad

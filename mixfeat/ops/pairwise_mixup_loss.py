@@ -113,10 +113,10 @@ def _block(
     """Compute the same for any objective and ``readout`` (R or 1,C,M); return the gradient to it (R,C,M) too."""
     name = backends.serving_network(row.device.type, row.dtype, polynomial)
     arguments = (row, column, row_target, column_target, lam, lam_weight, polynomial, need_grad)
-    if name == "triton" and objective == Objective() and readout is None:
+    if name == "triton":
         from mixfeat.kernels.triton.pairwise_mixup_loss import pairwise_mixup_loss as launch
 
-        return *launch(*arguments), None
+        return launch(*arguments, *objective, readout, need_grad and readout is not None)
     if name != "cpu":
         return fallback.pairwise_mixup_block(*arguments, *objective, readout)
     dtype = _checks.accumulation(row.dtype)
