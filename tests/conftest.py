@@ -102,7 +102,7 @@ def compiler(backend: str) -> str:
 
 def skip_what_others_run_on(capability: str) -> None:
     """Skip the processor's best instruction set, on which all other tests run, and those that it lacks."""
-    sets = ("generic", "avx2", "avx512")
+    sets = ("generic", "avx2", "avx512", "avx512_bf16")
     if sets.index(capability) >= sets.index(cpu.capability()):
         pytest.skip(f"{cpu.capability()} is what all other tests run on")
 

@@ -95,12 +95,12 @@ def test_triton_refuses_float64(operator):
         entry.function(**arguments)
 
 
-def check_instruction_set():
-    """Hold every operator on the CPU, in any dtype."""
+def check_instruction_set(operators=OPERATORS):
+    """Hold operators on the CPU, in any dtype."""
     for problem in (
-        *problems("quick", DTYPES, ["cpu"], seed=SEED),
-        *problems("wide", ("float32", "float64"), ["cpu"], seed=SEED),
-        *problems("variants degrees", backends=["cpu"], seed=SEED),
+        *problems("quick", DTYPES, ["cpu"], operators=operators, seed=SEED),
+        *problems("wide", ("float32", "float64"), ["cpu"], operators=operators, seed=SEED),
+        *problems("variants degrees", backends=["cpu"], operators=operators, seed=SEED),
     ):
         try:
             problem.hold(problem.draws())
@@ -118,4 +118,15 @@ def test_accuracy_of_each_instruction_set(capability, run_python):
         "import test_accuracy, test_mixup, test_pairwise_mixup_loss\n"
         "for module in (test_accuracy, test_mixup, test_pairwise_mixup_loss): module.check_instruction_set()\n",
         MIXFEAT_CPU_CAPABILITY=capability,
+    )
+
+
+def test_accuracy_of_products_in_float32(run_python):
+    """AVX-512 where the processor multiplies bfloat16: the one operator that differs."""
+    skip_what_others_run_on("avx512")
+    run_python(
+        "import sys; sys.path.insert(0, 'tests'); from mixfeat.kernels import cpu\n"
+        "assert cpu.capability() == 'avx512', cpu.capability()\n"
+        "import test_accuracy; test_accuracy.check_instruction_set(['patch_conv'])\n",
+        MIXFEAT_CPU_CAPABILITY="avx512",
     )

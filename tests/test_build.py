@@ -18,7 +18,14 @@ from conftest import ROOT
 import mixfeat as mf
 from mixfeat.kernels import cpu
 from mixfeat.kernels.cpu import build
-from mixfeat.kernels.cpu.build import SOURCE, BuildError, compiler, instruction_sets, kernel_flags
+from mixfeat.kernels.cpu.build import (
+    SOURCE,
+    BuildError,
+    compiler,
+    instruction_sets,
+    kernel_flags,
+    kernel_sources,
+)
 
 CALL = (
     "import torch, mixfeat as mf; print(mf.patch_conv(torch.ones(2, 3, 4), torch.ones(2, 2, 4), mf.PolyReLU()).sum())"
@@ -49,7 +56,7 @@ def shared_symbols(instruction_set, folder, sources):
 @pytest.mark.parametrize("instruction_set", instruction_sets())
 def test_kernels_share_no_code(tmp_path, instruction_set):
     """A processor without AVX-512 must not run the AVX-512 copy of, for instance, std::min."""
-    sources = sorted(SOURCE.glob("isa/*.cpp"))
+    sources = kernel_sources(instruction_set)
     assert sources
     assert shared_symbols(instruction_set, tmp_path, sources) == []
 
@@ -288,7 +295,7 @@ def test_capability_typo_is_refused(tmp_path, run_python, built):
     code = "import mixfeat as mf; print(mf.backends.available(), mf.backends.describe()['backends']['cpu'])\n" + CALL
     environment = {} if built else {"CXX": "no-such-compiler", "MIXFEAT_CACHE": str(tmp_path)}
     output = run_python(("" if built else HIDE) + code, check=False, MIXFEAT_CPU_CAPABILITY="avx-512", **environment)
-    error = "MIXFEAT_CPU_CAPABILITY must be one of generic, avx2, avx512, got 'avx-512'"
+    error = "MIXFEAT_CPU_CAPABILITY must be one of generic, avx2, avx512, avx512_bf16, got 'avx-512'"
     assert f"('reference',) {error}" in output
     assert f"ValueError: {error}" in output.splitlines()[-1]
     assert "tensor(" not in output
@@ -299,7 +306,7 @@ def test_capability(run_python):
     assert run_python(code, MIXFEAT_CPU_CAPABILITY="generic") == "generic\n"
     best = run_python(code, MIXFEAT_CPU_CAPABILITY=None)
     assert run_python(code, MIXFEAT_CPU_CAPABILITY="") == best
-    assert run_python(code, MIXFEAT_CPU_CAPABILITY="avx512") == best  # a lesser one where the processor has no AVX-512
+    assert run_python(code, MIXFEAT_CPU_CAPABILITY="avx512_bf16") == best  # a lesser one where the processor lacks it
 
 
 @pytest.mark.skipif(not shutil.which("objdump") or sys.platform != "linux", reason="needs objdump, on Linux")

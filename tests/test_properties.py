@@ -226,20 +226,25 @@ def summed(bound, like):
 
 
 def patch_conv_bounds(x, w, activation, grad, index, lam, unit, sums):
-    """Of logits and gradients."""
+    """Of logits and gradients. What kernels multiply is in bfloat16 if the input is, float32 sums notwithstanding."""
+
+    def stored(numbers):
+        return numbers.rounded(x.dtype) if x.dtype == torch.bfloat16 else numbers
+
     many_x, many_w = (Approximate(t, unit, sums) for t in with_runs(x, w))
     z = many_x
     if index is not None:
         lam = lam.view(-1, 1, 1)
-        z = z * lam + z.moved(lambda t: t.index_select(1, index)) * (1 - lam)
+        z = stored(z * lam + z.moved(lambda t: t.index_select(1, index)) * (1 - lam))
     s = z.einsum("rnpd,rcmd->rnpcm", many_w)
     degree = activation.polynomial.degree
     logits = s.through(phi(activation), 4 + degree).sum(2, 4)
     g = grad.double().expand(logits.value.shape)
-    e = s.through(slope(activation), 4 + degree) * g[:, :, None, :, None]
+    e = stored(stored(s.through(slope(activation), 4 + degree)) * g[:, :, None, :, None])
     w_grad = e.einsum("rnpcm,rnpd->rcmd", z)
     x_grad = e.einsum("rnpcm,rcmd->rnpd", many_w)
     if index is not None:
+        x_grad = stored(x_grad)
         own, others = x_grad * lam, x_grad * (1 - lam)
         size = own.value.abs().index_add(1, index, others.value.abs())
         error = own.error.index_add(1, index, others.error) + (len(index) * sums + 2 * unit) * size

@@ -125,7 +125,7 @@ def load() -> None:
 
 
 def capability() -> str:
-    """Return the instruction set in use: ``"avx512"``, ``"avx2"`` or ``"generic"``.
+    """Return the instruction set in use: ``"avx512_bf16"``, ``"avx512"``, ``"avx2"`` or ``"generic"``.
 
     The processor's best, unless the environment variable ``MIXFEAT_CPU_CAPABILITY`` names a lesser one.
     """

@@ -20,10 +20,12 @@ SOURCE = Path(__file__).resolve().parent
 TORCH_TARGET = "0x020a000000000000"
 
 # Flags of each instruction set. GCC and clang agree on all of them.
+_AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 X86 = {
     "generic": [],
     "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+    "avx512": _AVX512,
+    "avx512_bf16": [*_AVX512, "-mavx512bf16"],
 }
 
 _COMMON = ["-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast", "-include", str(SOURCE / "glibc.h")]
@@ -131,6 +133,12 @@ def instruction_sets() -> list[str]:
     return list(X86) if platform.machine().lower() in ("x86_64", "amd64") else ["generic"]
 
 
+def kernel_sources(instruction_set: str) -> list[Path]:
+    """Return the files of ``isa/`` that are compiled for an instruction set: all, or those that gain by it."""
+    files = sorted(SOURCE.glob("isa/*.cpp"))
+    return [f for f in files if instruction_set != "avx512_bf16" or f.stem in ("kernels", "patch_conv")]
+
+
 def kernel_flags(instruction_set: str) -> list[str]:
     """Return what the compiler needs, beside an optimisation level, for a file of ``isa/`` and one instruction set."""
     return ["-std=c++17", *_COMMON, *X86[instruction_set], f"-DMIXFEAT_ISA={instruction_set}"]
@@ -147,8 +155,8 @@ def build(directory: Path, torch_directory: Path) -> Path:
     operator_flags += ["-isystem", str(torch_directory / "include"), *(["-DMIXFEAT_X86"] if "avx2" in sets else [])]
     commands = {
         f"{source.stem}.{name}.o": ["-O3", *kernel_flags(name), "-c", str(source)]
-        for source in sorted(SOURCE.glob("isa/*.cpp"))
         for name in sets
+        for source in kernel_sources(name)
     }
     commands |= {
         f"{source.stem}.o": ["-O3", *operator_flags, "-c", str(source)] for source in sorted(SOURCE.glob("*.cpp"))

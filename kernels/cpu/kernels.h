@@ -13,6 +13,25 @@ static constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 
 // How a tensor stores its elements. Kernels compute in float, or in double for double.
 enum class Element { kFloat, kDouble, kBFloat16, kHalf, kByte };
 
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// The type that is computed in, by the type of an element.
+template <typename E>
+struct ComputeOf {
+  using type = E;
+};
+template <>
+struct ComputeOf<BFloat16> {
+  using type = float;
+};
+template <typename E>
+using Compute = typename ComputeOf<E>::type;
+
 // The activation: see kernels/polynomial.py.
 struct Polynomial {
   int64_t degree;  // 1 to kMaxDegree
@@ -66,39 +85,41 @@ using BinaryCrossEntropy = double (*)(const void* logits, int64_t classes, const
 
 // ---- patch_conv
 
-// R networks on the same data. Each patch of `input` is contiguous.
-template <typename T>
+// R networks on the same data, of elements float, double or BFloat16. Each patch of `input` is contiguous.
+template <typename E>
 struct PatchConv {
   int64_t samples, patches, patch_dim, runs, classes, filters;  // N, P, D, R, C, M
   int64_t columns;                                              // R*C*M
-  const T* input;                                               // (N, P, D)
+  const E* input;                                               // (N, P, D)
   int64_t sample_stride, patch_stride;
-  const int64_t* index;  // (N,), or null: nothing is mixed
-  const T* lam;          // () or (N,)
+  const int64_t* index;   // (N,), or null: nothing is mixed
+  const Compute<E>* lam;  // () or (N,)
   int64_t lam_stride;
   Polynomial activation;
 };
 
 // `forward` and `backward` work on a range of samples. Results depend on the range that a call is given, so callers split the
 // samples by shape alone, never by the number of threads.
-template <typename T>
+template <typename E>
 struct PatchConvKernels {
-  // weight (R*C*M, D) divided by the threshold and transposed into panels: the right factor of the forward product
-  int64_t (*panels_size)(const PatchConv<T>&);
-  void (*pack_panels)(const PatchConv<T>&, const T* weight, T* panels);
+  using T = Compute<E>;
+  // weight (R*C*M, D) transposed into panels: the right factor of the forward product
+  int64_t (*panels_bytes)(const PatchConv<E>&);
+  void (*pack_panels)(const PatchConv<E>&, const E* weight, void* panels);
   // weight with its rows padded to row_length: the right factor of the input's gradient
-  int64_t (*row_length)(const PatchConv<T>&);
-  int64_t (*rows_size)(const PatchConv<T>&);
-  void (*pack_rows)(const PatchConv<T>&, const T* weight, T* rows);
-  int64_t (*scratch_bytes)(const PatchConv<T>&);
+  int64_t (*rows_bytes)(const PatchConv<E>&);
+  void (*pack_rows)(const PatchConv<E>&, const E* weight, void* rows);
+  int64_t (*row_length)(const PatchConv<E>&);
+  int64_t (*weight_grad_size)(const PatchConv<E>&);
+  int64_t (*scratch_bytes)(const PatchConv<E>&);
 
   // logits (R, N, C); slope (saved, P, R*C*M): phi' at the pre-activations of the first `saved` samples
-  void (*forward)(const PatchConv<T>&, const T* panels, int64_t begin, int64_t end, T* logits, T* slope, int64_t saved,
+  void (*forward)(const PatchConv<E>&, const void* panels, int64_t begin, int64_t end, T* logits, E* slope, int64_t saved,
                   void* scratch);
   // grad (R, N, C) -> weight_grad (R*C*M, row_length), overwritten; mixed_grad (N, P, D): gradient of the mixed input.
   // Either may be null. panels is not read when every slope is saved, nor rows when mixed_grad is null.
-  void (*backward)(const PatchConv<T>&, const T* panels, const T* rows, int64_t begin, int64_t end, const T* grad, const T* slope,
-                   int64_t saved, T* weight_grad, T* mixed_grad, void* scratch);
+  void (*backward)(const PatchConv<E>&, const void* panels, const void* rows, int64_t begin, int64_t end, const T* grad,
+                   const E* slope, int64_t saved, T* weight_grad, E* mixed_grad, void* scratch);
 };
 
 // ---- pairwise_mixup_loss
@@ -194,6 +215,7 @@ struct TypedKernels {
 struct Kernels {
   TypedKernels<float> float32;
   TypedKernels<double> float64;
+  PatchConvKernels<BFloat16> patch_conv_bfloat16;
   WeightedSum (*weighted_sum)(Element input, Element output);     // null if there is no kernel for these elements
   CrossEntropy (*cross_entropy)(Element logits, Element target);  // likewise; kByte: no dense target
   BinaryCrossEntropy (*binary_cross_entropy)(Element logits);     // likewise
@@ -207,6 +229,9 @@ namespace avx2 {
 Kernels kernels();
 }
 namespace avx512 {
+Kernels kernels();
+}
+namespace avx512_bf16 {
 Kernels kernels();
 }
 

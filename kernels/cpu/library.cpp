@@ -32,6 +32,7 @@ InstructionSet choose() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl")) {
       available.push_back({"avx512", avx512::kernels});
+      if (__builtin_cpu_supports("avx512bf16")) available.push_back({"avx512_bf16", avx512_bf16::kernels});
     }
   }
 #endif

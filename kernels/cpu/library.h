@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
@@ -33,8 +34,10 @@ const TypedKernels<T>& typed_kernels() {
 // The activation from the fields of kernels/polynomial.py, in their order: how every schema passes it.
 Polynomial polynomial_of(const std::vector<double>& fields);
 
-template <typename T>
-constexpr ScalarType kType = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+template <typename E>
+constexpr ScalarType kType = std::is_same_v<E, BFloat16> ? ScalarType::BFloat16
+                             : std::is_same_v<E, float>  ? ScalarType::Float
+                                                         : ScalarType::Double;
 
 inline Tensor empty(const std::vector<int64_t>& size, ScalarType type) { return torch::stable::empty(size, type); }
 

@@ -47,7 +47,7 @@ def _samples_to_save(input: Tensor, weight: Tensor) -> int:
     slopes = weight.numel() // max(1, features) * patches  # of one sample
     if input.dim() == 4 and weight.dim() == 3:
         slopes *= input.shape[0]
-    return min(samples, SAVED_BYTES // max(1, slopes * (8 if input.dtype == torch.float64 else 4)))
+    return min(samples, SAVED_BYTES // max(1, slopes * _slope_dtype(input).itemsize))
 
 
 def _request(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -59,8 +59,8 @@ def _request(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _slope_dtype(input: Tensor) -> torch.dtype:
-    """Return the slopes' dtype: as a CPU computes them, or on a GPU the input's."""
-    return _checks.accumulation(input.dtype) if input.device.type == "cpu" else input.dtype
+    """Return the slopes' dtype: the input's. A CPU computes float16 as float32."""
+    return torch.float32 if input.device.type == "cpu" and input.dtype == torch.float16 else input.dtype
 
 
 def _slope_shape(input: Tensor, weight: Tensor, saved: int) -> tuple[int, int, int, int]:
@@ -115,10 +115,8 @@ def _backward(
     input_grad, weight_grad = input.new_empty(0), weight.new_empty(0)
     if name == "cpu":
         index = None if index is None else index.contiguous()
-        native = (
-            grad.to(slope.dtype).contiguous(), slope, *_native(input, weight), index, lam, tuple(polynomial),
-            need_input, need_weight,
-        )  # fmt: skip
+        grad = grad.to(_checks.accumulation(input.dtype)).contiguous()
+        native = (grad, slope, *_native(input, weight), index, lam, tuple(polynomial), need_input, need_weight)
         run = torch.ops.mixfeat_cpu.patch_conv_backward.default
         input_grad, weight_grad = _checks.explained(run, native, _values, index, lam, input.shape[-3])
         return input_grad.to(input.dtype), weight_grad.to(weight.dtype)
@@ -158,8 +156,8 @@ def _values(index: Tensor | None, lam: Tensor | None, num_samples: int) -> Tenso
 
 
 def _native(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """As the CPU library takes them: float32 or float64, patches contiguous, weight contiguous."""
-    if input.dtype in (torch.bfloat16, torch.float16):
+    """As the CPU library takes them: not in float16, patches contiguous, weight contiguous."""
+    if input.dtype == torch.float16:
         input, weight = input.float(), weight.float()
     return input if input.stride(-1) == 1 or input.shape[-1] <= 1 else input.contiguous(), weight.contiguous()
 

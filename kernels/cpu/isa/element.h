@@ -5,17 +5,11 @@
 
 #include <type_traits>
 
+#include "../kernels.h"
 #include "simd.h"
 
 namespace mixfeat {
 namespace {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
 
 // As many integers of a type as a vector of T has lanes.
 template <typename I, typename T>
@@ -69,8 +63,12 @@ inline void store_as(T* p, Vec<T> v) {
 
 // Both round to nearest, ties to even.
 inline void store_as(BFloat16* p, Vec<float> v) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v));
+#else
   const Bits bits = (Bits)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   store_bits(p, v == v ? rounded : Bits{} + 0x7fc0);
+#endif
 }
 
 inline void store_as(Half* p, Vec<float> v) {
