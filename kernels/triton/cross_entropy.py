@@ -31,7 +31,7 @@ which lanes that hold the same sum differ in its last bit. A select keeps the tw
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -44,9 +44,37 @@ __all__ = ["count", "counts_later", "cross_entropy", "mean", "scale_", "soft_tar
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 # Integers that must not cost a compilation per problem size. C and the strides of rows are in vectors.
-_SIZES = [
-    "N", "C", "stride_input", "stride_target", "stride_grad", "stride_weight", "stride_factor", "stride_lse", "ignored"
-]  # fmt: skip
+_SIZES = ["N", "C", "stride_input", "stride_target", "stride_grad", "stride_factor", "ignored"]
+
+
+class Form(NamedTuple):
+    """What the forward kernel is compiled for.
+
+    Attributes:
+        vector: logits that are loaded at once.
+        block_n: rows of a tile.
+        block_c: logits of each row in a tile.
+        whole: whether a tile holds whole rows.
+        dense: whether targets are probabilities.
+        smooth: whether labels are smoothed.
+        sides: whether the losses of both sides of a mix are written one by one, (2,N).
+        written: 1 if ``grad`` holds the gradient where all factors are 1, 2 if only where all targets count too; or 0.
+        weights: 1 if each row has a weight of its own, 0 if all share one; likewise
+        factors: for the upstream gradient to the loss,
+        lse_grads: and that to the logsumexp.
+    """
+
+    vector: int
+    block_n: int
+    block_c: int
+    whole: bool
+    dense: bool
+    smooth: bool
+    sides: bool
+    written: int
+    weights: int
+    factors: int
+    lse_grads: int
 
 
 @triton.jit
@@ -120,55 +148,50 @@ def _gradient(e, q, c, scale, row_weight, classes, SPREAD: tl.constexpr):
 @triton.jit(do_not_specialize=_SIZES)
 def cross_entropy_forward_kernel(
     input, target, partner_target, weight, counts, total_weight, ignored, factor, lse_grad, lse_square_scale,
-    N, C, stride_input, stride_target, stride_grad, stride_weight, stride_factor, stride_lse,
-    one_minus_eps, eps_share, loss, partner_loss, lse, grad,
-    VECTOR: tl.constexpr, DENSE: tl.constexpr, SMOOTH: tl.constexpr, WHOLE: tl.constexpr, WRITTEN: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    label_smoothing, N, C, stride_input, stride_target, stride_grad, loss, lse, grad, FORM: tl.constexpr,
 ):  # fmt: skip
     """Write the loss (N,) of each row, its logsumexp (N,) and the gradient (N,C), unless they are None.
 
     input (N,C). Classes: target and partner_target (N,) with lam, (N,) or (), as weight; those ``ignored`` do not
     count; for a mean, the targets of each side that count, by ``counts`` (2,), weigh ``total_weight`` together, and
-    without ``counts`` all N do. With ``partner_loss`` (N,) the partner's part of the losses goes there. The gradient is
-    that of factor_n loss_n + lse_grad_n L_n; factor (N,) or () and lse_grad (N,) or None, for 1 and 0. WRITTEN: grad
-    holds it already where the factors are 1 and, if WRITTEN is 2, all targets count.
-    DENSE: target (N,C), weight a number, and None for the other arguments. ``eps_share`` is eps / C, SMOOTH whether
-    eps > 0.
+    without ``counts`` all N do. The gradient is that of factor_n loss_n + lse_grad_n L_n; factor (N,) or () and
+    lse_grad (N,) or () or None, for 1 and 0. Dense: target (N,C), weight a number, and None for the other arguments.
     """
-    SPREAD: tl.constexpr = DENSE or SMOOTH  # whether q is other than 0
-    C *= VECTOR
-    n = _rows(N, BLOCK_N)
-    rows = _pointers(input, n, stride_input, VECTOR)
-    columns = tl.arange(0, BLOCK_C)[None, :]
-    if WRITTEN:
-        differs = tl.max((tl.load(factor + n * stride_factor.to(tl.int64)) != 1.0).to(tl.int32), 0) != 0
-        if WRITTEN == 2:
+    SPREAD: tl.constexpr = FORM.dense or FORM.smooth  # whether q is other than 0
+    C *= FORM.vector
+    one_minus_eps, eps_share = 1.0 - label_smoothing, label_smoothing / C
+    n = _rows(N, FORM.block_n)
+    rows = _pointers(input, n, stride_input, FORM.vector)
+    columns = tl.arange(0, FORM.block_c)[None, :]
+    if FORM.written:
+        differs = tl.max((tl.load(factor + n * FORM.factors) != 1.0).to(tl.int32), 0) != 0
+        if FORM.written == 2:
             differs |= (tl.load(counts) != N) | (tl.load(counts + 1) != N)
         if not differs:
             return
-    if DENSE:
-        labels = _pointers(target, n, stride_target, VECTOR)
+    if FORM.dense:
+        labels = _pointers(target, n, stride_target, FORM.vector)
         row_weight = weight
     else:
         labels = None
         a, x_a = _class(rows, target, ignored, n, C)
         b, x_b = _class(rows, partner_target, ignored, n, C)
 
-    if WHOLE:
+    if FORM.whole:
         in_row = columns < C
         x = tl.load(rows + columns, mask=in_row, other=float("-inf")).to(tl.float32)
         shift = tl.max(x, 1)[:, None]
         z = x - shift
         e = _exp(z)
         accum = tl.sum(e, 1)[:, None]
-        q, label_sum = _label(labels, 0, columns, C, one_minus_eps, eps_share, DENSE)
+        q, label_sum = _label(labels, 0, columns, C, one_minus_eps, eps_share, FORM.dense)
         if SPREAD:
             dot = tl.sum(tl.where(in_row, q * z, 0.0), 1)[:, None]
     else:
-        row_max = tl.full([BLOCK_N, 1], float("-inf"), tl.float32)
-        shift = tl.zeros([BLOCK_N, 1], tl.float32)
+        row_max = tl.full([FORM.block_n, 1], float("-inf"), tl.float32)
+        shift = tl.zeros([FORM.block_n, 1], tl.float32)
         accum, label_sum, dot = shift, shift, shift
-        for start in range(0, C, BLOCK_C):
+        for start in range(0, C, FORM.block_c):
             c = start + columns
             in_row = c < C
             x = tl.load(rows + c, mask=in_row, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
@@ -177,18 +200,18 @@ def cross_entropy_forward_kernel(
             shift = tl.where(row_max == float("-inf"), 0.0, row_max)  # -inf - -inf is not a number
             z = x - shift
             accum = accum * _exp(last_max - shift) + tl.sum(_exp(z), 1)[:, None]
-            q, part = _label(labels, start, columns, C, one_minus_eps, eps_share, DENSE)
+            q, part = _label(labels, start, columns, C, one_minus_eps, eps_share, FORM.dense)
             if SPREAD:
                 dot += label_sum * (last_shift - shift) + tl.sum(tl.where(in_row, q * z, 0.0), 1)[:, None]
                 label_sum += part
 
     log_sum = tl.log(accum)
-    if DENSE:
+    if FORM.dense:
         value = row_weight * (label_sum * log_sum - dot)
         scale = row_weight * label_sum / accum
         classes = None
     else:
-        lam = tl.load(weight + n * stride_weight.to(tl.int64))[:, None]
+        lam = tl.load(weight + n * FORM.weights)[:, None]
         partner_lam = 1.0 - lam
         if counts is None:
             if total_weight is not None:
@@ -199,7 +222,7 @@ def cross_entropy_forward_kernel(
             lam *= total_weight / count.to(tl.float32)
             partner_lam *= total_weight / partner_count.to(tl.float32)
         if factor is not None:
-            f = tl.load(factor + n * stride_factor.to(tl.int64))[:, None]
+            f = tl.load(factor + n * FORM.factors)[:, None]
             lam *= f
             partner_lam *= f
         weight_a, x_a = _weigh(a, x_a, lam)
@@ -210,7 +233,7 @@ def cross_entropy_forward_kernel(
         partner_value = share_b * (log_sum - (x_b - shift))
         row_lse = shift + log_sum
         share = row_weight  # of the softmax
-        if SMOOTH:
+        if FORM.smooth:
             value += weight_a * (label_sum * log_sum - dot)
             partner_value += weight_b * (label_sum * log_sum - dot)
         if lse_square_scale is not None:
@@ -220,13 +243,13 @@ def cross_entropy_forward_kernel(
             share += 2.0 * row_weight * lse_square_scale * row_lse
         value = tl.where(weight_a != 0.0, value, 0.0)
         partner_value = tl.where(weight_b != 0.0, partner_value, 0.0)
-        if partner_loss is not None:
-            tl.store((partner_loss + n)[:, None], partner_value)
+        if FORM.sides:
+            tl.store((loss + N + n)[:, None], partner_value)
         else:
             value += partner_value
         has_weight = (weight_a != 0.0) | (weight_b != 0.0)
         if lse_grad is not None:
-            h = tl.load(lse_grad + n * stride_lse.to(tl.int64))[:, None]
+            h = tl.load(lse_grad + n * FORM.lse_grads)[:, None]
             share = tl.where(has_weight, share, 0.0) + h
             has_weight |= h != 0.0
         if counts is not None:  # the mean of no targets
@@ -239,18 +262,18 @@ def cross_entropy_forward_kernel(
         tl.store((loss + n)[:, None], value)
 
     if grad is not None:
-        grad = _pointers(grad, n, stride_grad, VECTOR)
-        if WHOLE:
+        grad = _pointers(grad, n, stride_grad, FORM.vector)
+        if FORM.whole:
             g = _gradient(e, q, columns, scale, row_weight, classes, SPREAD)
             tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=in_row)
         else:
-            blocks = tl.cdiv(C, BLOCK_C)
+            blocks = tl.cdiv(C, FORM.block_c)
             for block in range(blocks):
-                start = (blocks - 1 - block) * BLOCK_C
+                start = (blocks - 1 - block) * FORM.block_c
                 c = start + columns
                 in_row = c < C
                 x = tl.load(rows + c, mask=in_row, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-                q, _ = _label(labels, start, columns, C, one_minus_eps, eps_share, DENSE)
+                q, _ = _label(labels, start, columns, C, one_minus_eps, eps_share, FORM.dense)
                 g = _gradient(_exp(x - shift), q, c, scale, row_weight, classes, SPREAD)
                 tl.store(grad + c, g.to(grad.dtype.element_ty), mask=in_row, eviction_policy="evict_first")
 
@@ -338,10 +361,17 @@ def cross_entropy(
     is ignored or its weight is 0; a row that has no weight gets 0 whatever its logits are.
     """
     targets = target_a.contiguous(), target_b.contiguous()
-    strides = [0, *(0 if t is None or not t.dim() else t.stride(0) for t in (lam, factor, lse_grad))]
+    (lam, weights), (factor, factors), (lse_grad, lse_grads) = (_by_row(value) for value in (lam, factor, lse_grad))
     options = counts, total_weight, ignore_index, factor, lse_grad, lse_square_scale or None
-    losses = (loss[0], loss[1]) if loss is not None and loss.dim() == 2 else (loss, None)
-    _run(input, (*targets, lam, *options), strides, label_smoothing, losses, lse, grad, written)
+    form = {"written": written, "weights": weights, "factors": factors, "lse_grads": lse_grads}
+    _run(input, (*targets, lam, *options), 0, label_smoothing, loss, lse, grad, **form)
+
+
+def _by_row(value: Tensor | None) -> tuple[Tensor | None, int]:
+    """Return a value for each row, contiguous, and 1; or one for all rows and 0."""
+    if value is None or not value.dim() or value.stride(0) == 0:
+        return value, 0
+    return value.contiguous(), 1
 
 
 def count(target_a: Tensor, target_b: Tensor, ignore_index: int) -> Tensor:
@@ -374,22 +404,25 @@ def soft_target_cross_entropy(
     """
     target = launch.interpretable(target)
     targets = (target, None, float(weight), *[None] * 6)
-    _run(input, targets, [target.stride(0), 0, 0, 0], label_smoothing, (loss, None), None, grad, 0)
+    _run(input, targets, target.stride(0), label_smoothing, loss, None, grad)
 
 
 def _run(
     input: Tensor,
     targets: tuple[Any, ...],
-    target_strides: Sequence[int],
+    stride_target: int,
     label_smoothing: float,
-    losses: tuple[Tensor | None, Tensor | None],
+    loss: Tensor | None,
     lse: Tensor | None,
     grad: Tensor | None,
-    written: int,
+    written: int = 0,
+    weights: int = 0,
+    factors: int = 0,
+    lse_grads: int = 0,
 ) -> None:
-    """Launch on these ``targets`` and options, with the strides of target, weight, factor and lse_grad."""
+    """Launch on these ``targets`` and options."""
     if not input.numel():
-        for result, value in (*((loss, 0.0) for loss in losses), (lse, -math.inf)):  # there are no classes
+        for result, value in ((loss, 0.0), (lse, -math.inf)):  # there are no classes
             if result is not None:
                 result.fill_(value)
         return
@@ -397,16 +430,16 @@ def _run(
     dense = targets[1] is None
     itemsize = max(input.itemsize, targets[0].itemsize) if dense else input.itemsize
     with nullcontext() if grad is None else launch.rounded(grad) as result:
-        stride_target, *other_strides = target_strides
         strides = (input.stride(0), stride_target, 0 if result is None else result.stride(0))
         vector = configs.vector_size(itemsize, num_classes, *strides)
         config = configs.cross_entropy_config(num_classes, itemsize, vector, dense)
-        numbers = (float(1 - label_smoothing), label_smoothing / num_classes)
-        sizes = (*_in_vectors(input, vector, strides), *other_strides)
-        arguments = (input, *targets, *sizes, *numbers, *losses, lse, result)
-        constants: dict[str, Any] = {"DENSE": dense, "SMOOTH": label_smoothing > 0, "WRITTEN": written}
-        constants["WHOLE"] = config.holds(num_classes)
-        _launch(cross_entropy_forward_kernel, config, input, arguments, VECTOR=vector, **constants)
+        sides = loss is not None and loss.dim() == 2
+        smooth = label_smoothing > 0
+        flags = (config.holds(num_classes), dense, smooth, sides, written, weights, factors, lse_grads)
+        form = Form(vector, *config.tile(num_classes), *flags)
+        sizes = _in_vectors(input, vector, strides)
+        arguments = (input, *targets, float(label_smoothing), *sizes, loss, lse, result)
+        _launch(cross_entropy_forward_kernel, config, input, arguments, FORM=form)
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:
@@ -418,7 +451,9 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
         config = configs.cross_entropy_config(grad.shape[1], result.itemsize, vector, dense=False)
         stride_factor = factor.stride(0) if factor.dim() else 0
         arguments = (result, factor, *_in_vectors(result, vector, result.stride()[:1]), stride_factor)
-        _launch(cross_entropy_backward_kernel, config, result, arguments, VECTOR=vector)
+        block_n, block_c = config.tile(grad.shape[1])
+        constants = {"VECTOR": vector, "BLOCK_N": block_n, "BLOCK_C": block_c}
+        _launch(cross_entropy_backward_kernel, config, result, arguments, **constants)
 
 
 def _in_vectors(rows: Tensor, vector: int, strides: Sequence[int]) -> tuple[int, ...]:
@@ -431,7 +466,6 @@ def _launch(
     kernel: Any, config: configs.CrossEntropyConfig, rows: Tensor, arguments: tuple[Any, ...], **constants: Any
 ) -> None:
     """Launch one program per tile of rows."""
-    block_n, block_c = config.tile(rows.shape[1])
-    constants |= {"BLOCK_N": block_n, "BLOCK_C": block_c}
+    programs = triton.cdiv(len(rows), config.tile(rows.shape[1])[0])
     options = {"num_warps": config.num_warps(rows.shape[1]), "max_registers": config.max_registers(rows.shape[1])}
-    launch.run(launch.Launch(kernel, triton.cdiv(len(rows), block_n), arguments, constants, **options))
+    launch.run(launch.Launch(kernel, programs, arguments, constants, **options))
