@@ -92,8 +92,10 @@ def products_fused_into_exchanges(sass):
             found.append(f"{opcode} {operands}")
         if opcode.startswith("SHFL.BFLY"):
             shuffled.add(registers[0])
-        elif registers:
-            shuffled.discard(registers[0])
+        elif registers and not opcode.startswith(("ST", "RED")):  # a wide result takes the registers after it too
+            width = 4 if ".128" in opcode else 2 if ".64" in opcode or ".WIDE" in opcode else 1
+            first = int(registers[0][1:])
+            shuffled -= {f"R{number}" for number in range(first, first + width)}
     return found
 
 
