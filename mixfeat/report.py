@@ -331,7 +331,8 @@ class CompiledKernel:
         return [(len(loop), loop.count("FADD.SAT") or loop.count("FFMA.SAT")) for loop in self._evaluation_loops()]
 
     def _evaluation_loops(self) -> list[list[str]]:
-        return [loop for loop in _innermost_loops(self.assembly) if "FADD.SAT" in loop or "FFMA.SAT" in loop]
+        loops = _innermost_loops(self.assembly)
+        return [loop for loop in loops if "FADD.SAT" in loop] or [loop for loop in loops if "FFMA.SAT" in loop]
 
     def occupancy(self) -> float | None:
         """Return what share of a multiprocessor's 64 or 48 warps its registers and shared memory can hold (NVIDIA)."""

@@ -105,7 +105,7 @@ def test_describes_itself():
     facts = mf.backends.describe()
     assert facts["backends"]["cpu"] == facts["backends"]["reference"] == "available"
     assert facts["CPU library"].startswith("libmixfeat_cpu-")  # no folder: these facts are published with results
-    assert facts["CPU library's instruction set"] in ("avx512", "avx2", "generic")
+    assert facts["CPU library's instruction set"] in ("avx512_bf16", "avx512", "avx2", "generic")
     assert facts["C++ compiler"]
 
 

@@ -361,10 +361,10 @@ def cross_entropy(
     is ignored or its weight is 0; a row that has no weight gets 0 whatever its logits are.
     """
     targets = target_a.contiguous(), target_b.contiguous()
-    (lam, weights), (factor, factors), (lse_grad, lse_grads) = (_by_row(value) for value in (lam, factor, lse_grad))
+    (weight, weights), (factor, factors), (lse_grad, lse_grads) = (_by_row(value) for value in (lam, factor, lse_grad))
     options = counts, total_weight, ignore_index, factor, lse_grad, lse_square_scale or None
     form = {"written": written, "weights": weights, "factors": factors, "lse_grads": lse_grads}
-    _run(input, (*targets, lam, *options), 0, label_smoothing, loss, lse, grad, **form)
+    _run(input, (*targets, weight, *options), 0, label_smoothing, loss, lse, grad, **form)
 
 
 def _by_row(value: Tensor | None) -> tuple[Tensor | None, int]:
@@ -435,8 +435,10 @@ def _run(
         config = configs.cross_entropy_config(num_classes, itemsize, vector, dense)
         sides = loss is not None and loss.dim() == 2
         smooth = label_smoothing > 0
-        flags = (config.holds(num_classes), dense, smooth, sides, written, weights, factors, lse_grads)
-        form = Form(vector, *config.tile(num_classes), *flags)
+        whole = config.holds(num_classes)
+        form = Form(
+            vector, *config.tile(num_classes), whole, dense, smooth, sides, written, weights, factors, lse_grads
+        )
         sizes = _in_vectors(input, vector, strides)
         arguments = (input, *targets, float(label_smoothing), *sizes, loss, lse, result)
         _launch(cross_entropy_forward_kernel, config, input, arguments, FORM=form)
