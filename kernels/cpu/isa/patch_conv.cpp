@@ -4,6 +4,8 @@
 // applied to that tile while it is in the first-level cache, and summed over the patches. The backward pass does the same, or
 // reads the slopes that forward saved, and multiplies the block E = grad * phi' by the mixed rows and by the weight.
 
+#include <string.h>
+
 #include "../kernels.h"
 #include "../scratch.h"
 #include "activation.h"
@@ -189,7 +191,7 @@ void fill_mixed(const PatchConv<E>& a, int64_t n, int64_t samples, int64_t p, in
             store_as(out + d, own * load_first<T>(x + d, count, T(0)) + other * load_first<T>(partner + d, count, T(0)));
           }
         } else {
-          for (int64_t d = 0; d < a.patch_dim; ++d) out[d] = x[d];
+          memcpy(out, x, a.patch_dim * sizeof(E));
         }
       } else if (partner) {
         for (int64_t d = 0; d < a.patch_dim; ++d) out[d] = lam * number_of(x[d]) + (T(1) - lam) * number_of(partner[d]);
