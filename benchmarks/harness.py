@@ -1,6 +1,7 @@
 """Steps of a benchmark: make contenders, check their results, time them in turn, record each by pytest-benchmark."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,10 +11,12 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from mixfeat.operators import OPERATORS
+
 from .limits import Work
 from .timing import CUDA, Contender, measure, medians
 
-__all__ = ["CLOCK", "Bench", "Case", "check", "directed", "peak_bytes"]
+__all__ = ["CLOCK", "Bench", "Case", "check", "directed", "peak_bytes", "truth"]
 
 #: Largest relative error that still counts as rounding; beyond it a result is wrong.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
@@ -34,6 +37,17 @@ def directed(direction: str, call: Callable[[], Tensor], wrt: Tensor, grad: Tens
     if direction == "forward":
         return torch.no_grad()(call)
     return lambda: torch.autograd.grad(call(), wrt, grad)[0]
+
+
+def truth(case: Case, wrt: str, grad: Tensor | None = None, **arguments: Any) -> Tensor:
+    """Compute in float64, by the operator's definition, its value or its gradient to the argument ``wrt``."""
+    exact = {
+        name: value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+    exact[wrt].requires_grad_()
+    call = functools.partial(OPERATORS[case.suite].formula, **exact)
+    return directed(case.direction, call, exact[wrt], None if grad is None else grad.double())()
 
 
 def check(contenders: Mapping[str, Contender], truth: Tensor, dtype: torch.dtype) -> None:

@@ -30,10 +30,9 @@ def time_formulas(bench, case, formulas, makers, x, targets, target_bytes, flop=
     others, missing = peers.gather(makers)
     direction, formulas = case.direction, {**formulas, **others, **baselines.AGAINST}
     contenders = {key: harness.directed(direction, functools.partial(f, x, *targets), x) for key, f in formulas.items()}
-    exact = x.detach().double().requires_grad_()
-    doubles = [t.double() if t.is_floating_point() else t for t in targets]
-    truth = harness.directed(direction, functools.partial(formulas["naive"], exact, *doubles), exact)
-    harness.check(contenders, truth(), case.dtype)
+    names = ("target",) if len(targets) == 1 else ("target_a", "target_b", "lam")
+    truth = harness.truth(case, "input", input=x, **dict(zip(names, targets, strict=True)))
+    harness.check(contenders, truth, case.dtype)
     bytes = x.nbytes * (1 + (direction != "forward")) + target_bytes  # the gradient is written
     work = Work({"FLOP": flop[direction] * x.numel(), "bytes": bytes}, copy_limit(bytes))
     bench(case, contenders, work=work, missing=missing)

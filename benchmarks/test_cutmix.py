@@ -31,11 +31,12 @@ def test_operator(bench, name, dtype, direction):
         **baselines.AGAINST,
     }
     contenders: dict[str, Contender] = {key: functools.partial(f, x, index, box) for key, f in formulas.items()}
-    harness.check(contenders, baselines.cutmix_where(x.double(), index, box), dtype)
+    case = harness.Case("cutmix", f"{name} {shape}", direction, dtype)
+    harness.check(contenders, harness.truth(case, "input", input=x, index=index, box=box), dtype)
     others, missing = peers.mixers(peers.CUTMIX, x)
     contenders |= others
     bytes = 2 * x.nbytes  # each pixel is read once, and written
     bench(
-        harness.Case("cutmix", f"{name} {shape}", direction, dtype), contenders, figures=of_old_copies(bytes),
+        case, contenders, figures=of_old_copies(bytes),
         missing=missing, work=Work({"bytes": bytes}, copy_limit(bytes)),
     )  # fmt: skip

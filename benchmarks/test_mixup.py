@@ -36,14 +36,13 @@ def test_operator(bench, name, dtype, direction):
     contenders = {
         key: harness.directed(direction, functools.partial(f, x, index, lam), x, grad) for key, f in formulas.items()
     }
-    exact = x.detach().double().requires_grad_()
-    truth = harness.directed(direction, lambda: baselines.mixup(exact, index, lam.double()), exact, grad.double())
-    harness.check(contenders, truth(), dtype)
+    case = harness.Case("mixup", f"{name} {shape}", direction, dtype)
+    harness.check(contenders, harness.truth(case, "input", grad, input=x, index=index, lam=lam), dtype)
     others, missing = ({}, {}) if backward else peers.mixers(peers.MIXUP, x)  # which are for images
     contenders |= others
     bytes = 3 * x.nbytes * (1 + backward)  # two samples read, one written; the same for the gradient
     bench(
-        harness.Case("mixup", f"{name} {shape}", direction, dtype), contenders, figures=of_old_copies(bytes),
+        case, contenders, figures=of_old_copies(bytes),
         missing=missing, work=Work({"FLOP": 3 * x.numel() * (1 + backward), "bytes": bytes}, copy_limit(bytes)),
     )  # fmt: skip
 

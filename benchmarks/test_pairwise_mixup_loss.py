@@ -106,10 +106,9 @@ def test_power(bench, degree):
     contenders = {
         key: harness.directed(direction, functools.partial(f, x, w, y, activation), w) for key, f in formulas.items()
     }
-    exact = w.detach().double().requires_grad_()
-    truth = harness.directed(direction, lambda: baselines.pairwise_binomial(x.double(), exact, y, activation), exact)
-    harness.check(contenders, truth(), torch.float32)
     case = harness.Case("pairwise_mixup_loss", f"paper-10, z^{degree} {tuple(shape)}", direction)
+    truth = harness.truth(case, "weight", input=x, weight=w, target=y, activation=activation)
+    harness.check(contenders, truth, torch.float32)
     bench(case, contenders, work=Work({"evaluations": shape.pair_evaluations}))
 
 

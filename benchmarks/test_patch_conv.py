@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import mixfeat as mf
-from mixfeat import reference
 
 from . import baselines, harness
 from .limits import Work, network_work
@@ -55,14 +54,12 @@ def test_operator(bench, name, dtype, direction):
         key: harness.directed(direction, functools.partial(f, x, w, ACTIVATION), w, grad)
         for key, f in functions.items()
     }
-    exact = w.detach().double().requires_grad_()
-    truth = harness.directed(
-        direction, lambda: reference.patch_conv(x.double(), exact, ACTIVATION), exact, grad.double()
-    )
-    harness.check(contenders, truth(), dtype)
+    case = harness.Case("patch_conv", f"{name} {tuple(shape)}", direction, dtype)
+    truth = harness.truth(case, "weight", grad, input=x, weight=w, activation=ACTIVATION)
+    harness.check(contenders, truth, dtype)
     bytes = (x.nbytes + w.nbytes + grad.nbytes) * (1 + (direction != "forward"))
     work = network_work(direction, dtype, products=shape.products, evaluations=shape.evaluations, bytes=bytes)
-    bench(harness.Case("patch_conv", f"{name} {tuple(shape)}", direction, dtype), contenders, work=work)
+    bench(case, contenders, work=work)
 
 
 @pytest.mark.parametrize("name", named("paper-10", "image"))

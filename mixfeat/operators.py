@@ -1,4 +1,4 @@
-"""The table of the public operators, over which ``mixfeat check`` and the tests run.
+"""The table of the public operators: the tests and ``mixfeat check`` run over it, benchmarks check results by it.
 
 An entry names an operator's function and its definition, draws arguments for both, and lists the sizes and options at
 which they are compared. A new operator is one more entry.
