@@ -6,12 +6,12 @@ Most have more samples on a GPU. Batches of images and logits have the sizes of 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 
-__all__ = ["BATCHES", "FORWARD", "LOGITS", "NETWORKS", "YOURS", "Network", "cases", "named", "take_place"]
-
-_MORE = 8 if torch.cuda.is_available() else 1
+__all__ = [
+    "BATCHES", "FORWARD", "LOGITS", "NETWORKS", "THEORY", "YOURS", "Network", "cases", "logits", "named", "networks",
+    "take_place",
+]  # fmt: skip
 
 
 class Network(NamedTuple):
@@ -39,16 +39,35 @@ class Network(NamedTuple):
         return self.patch_dim * self.evaluations
 
 
-NETWORKS = {
-    "paper-10": Network(256, 12, 20, 10, 10),  # paper-k: k classes, k filters each; 2k features as a basis
-    "paper-10-large": Network(4096 if _MORE > 1 else 1024, 12, 20, 10, 10),
-    "image": Network(64 * _MORE, 196, 768, 10, 16),  # 224 x 224 x 3 in patches of 16 x 16
-    "patches": Network(1024 * _MORE, 16, 64, 10, 16),  # many small images
-    "paper-50": Network(64 * _MORE, 12, 100, 50, 50),
-    "paper-20": Network(128 * _MORE, 12, 40, 20, 20),
-    "wide": Network(64 * _MORE, 12, 64, 10, 256),
-    "tiny": Network(2, 3, 4, 2, 2),  # the overhead of a call
-}
+def networks(gpu: bool) -> dict[str, Network]:
+    """Return the named networks, of a GPU's or of a CPU's size."""
+    more = 8 if gpu else 1
+    return {
+        "paper-10": Network(256, 12, 20, 10, 10),  # paper-k: k classes, k filters each; 2k features as a basis
+        "paper-10-large": Network(4096 if gpu else 1024, 12, 20, 10, 10),
+        "image": Network(64 * more, 196, 768, 10, 16),  # 224 x 224 x 3 in patches of 16 x 16
+        "patches": Network(1024 * more, 16, 64, 10, 16),  # many small images
+        "paper-50": Network(64 * more, 12, 100, 50, 50),
+        "paper-20": Network(128 * more, 12, 40, 20, 20),
+        "wide": Network(64 * more, 12, 64, 10, 256),
+        "tiny": Network(2, 3, 4, 2, 2),  # the overhead of a call
+    }
+
+
+def logits(gpu: bool) -> dict[str, tuple[int, int]]:
+    """Return samples and classes of the named logits, of a GPU's or of a CPU's size."""
+    return {
+        "imagenet": (1024, 1000),
+        "vocabulary": (4096 if gpu else 256, 50257),
+        "cifar": (512, 10),
+        "paper-50": (1024 if gpu else 128, 50),
+        "tiny": (2, 10),
+    }
+
+
+NETWORKS = networks(torch.cuda.is_available())
+#: The defaults of ``mixfeat reproduce theory``, which trains many networks at once.
+THEORY = Network(50, 8, 20, 10, 5)
 
 #: Networks that are timed without their gradient too, which is how few are used.
 FORWARD = ("paper-10", "image", "tiny")
@@ -62,15 +81,7 @@ BATCHES: dict[str, tuple[int, ...]] = {
     "tiny": (2, 3, 8, 8),
 }
 
-#: Samples and classes of logits.
-LOGITS = {
-    "imagenet": (1024, 1000),
-    "vocabulary": (512 * _MORE, 50257) if _MORE > 1 else (256, 50257),
-    "cifar": (512, 10),
-    "paper-50": (128 * _MORE, 50),
-    "tiny": (2, 10),
-}
-
+LOGITS = logits(torch.cuda.is_available())
 
 #: Name of the shapes of a user's problem.
 YOURS = "yours"
@@ -95,6 +106,8 @@ def cases(
     directions: Sequence[str] = ("forward + backward", "forward"),
 ) -> list[Any]:
     """List parameters ``name, dtype, direction`` of a suite: ``names`` in float32, ``half`` in bfloat16 too."""
+    import pytest  # compile-report --shapes does without it
+
     names, half = named(*names), named(*half)
     dtypes = [(name, dtype) for name in names for dtype in (torch.float32, torch.bfloat16)[: 1 + (name in half)]]
     return [

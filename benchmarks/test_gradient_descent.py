@@ -11,12 +11,11 @@ from mixfeat.ops.pairwise_mixup_loss import pairwise_mixup_block
 
 from . import baselines, harness
 from .limits import network_work
-from .shapes import NETWORKS, YOURS, Network, named
+from .shapes import NETWORKS, THEORY, YOURS, named
 from .test_pairwise_mixup_loss import ACTIVATION, fastest, make_inputs, on_threads
 from .timing import CUDA, compare, medians
 
-#: The defaults of ``mixfeat reproduce theory``
-SHAPE = NETWORKS.get(YOURS, Network(50, 8, 20, 10, 5))
+SHAPE = NETWORKS.get(YOURS, THEORY)
 STEPS, LR = 32, 1e-3
 
 

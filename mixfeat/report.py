@@ -24,8 +24,8 @@ from mixfeat.activations import Activation, Identity, PolyReLU, Power, PowerReLU
 
 __all__ = [
     "KERNELS", "TARGETS", "BinaryCrossEntropyCase", "Case", "CompiledKernel", "CrossEntropyCase", "CutmixCase",
-    "GradientDescentCase", "MixupCase", "PairwiseCase", "PatchConvCase", "compile_case", "compile_pool",
-    "compile_report", "recorded_launch", "shipped",
+    "GradientDescentCase", "MixupCase", "PairwiseCase", "PatchConvCase", "compile_case", "compile_launch",
+    "compile_pool", "compile_report", "recorded_launch", "shipped",
 ]  # fmt: skip
 
 #: targets by name: backend, architecture and warp size as Triton names them
@@ -462,9 +462,14 @@ def shipped(target: str) -> list[Case]:
 def compile_case(case: Case, target: str) -> CompiledKernel:
     """Compile one case for one target, in a process in which Triton does not interpret its kernels."""
     launch = recorded_launch(case, TARGETS[target][0])
-    compile = _compile_cuda if isinstance(case, GradientDescentCase) else _compile_triton
+    return compile_launch(launch, target, case.kernel, case.direction, _name(case.dtype))
+
+
+def compile_launch(launch: Any, target: str, kernel: str, direction: str, dtype: str) -> CompiledKernel:
+    """Compile a recorded launch; the other arguments name it."""
+    compile = _compile_cuda if kernel == "gradient_descent" else _compile_triton
     config, resources = compile(launch, target)
-    return CompiledKernel(case.kernel, case.direction, _name(case.dtype), config, target, **resources)
+    return CompiledKernel(kernel, direction, dtype, config, target, **resources)
 
 
 def _compile_triton(launch: Any, target: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,8 +10,8 @@ from conftest import ROOT
 #: Parts of the package from top to bottom. A module imports from its own part and from parts on lower lines.
 LAYERS = (
     ("cli",),
-    ("benchmarks", "experiments", "report", "validate"),
-    ("_environment", "operators", "plotting"),
+    ("benchmarks", "experiments", "validate"),
+    ("_environment", "operators", "plotting", "report"),
     ("features", "nn"),
     ("data", "functional"),
     ("ops",),

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import torch
 
 import mixfeat
-from mixfeat import report, validate
+from mixfeat import backends, report, validate
 from mixfeat._environment import environment
 from mixfeat._files import replacing
 from mixfeat.cli.common import (
@@ -68,6 +68,10 @@ def add_commands(commands: Commands) -> None:
     for name, known in (("targets", report.TARGETS), ("kernels", report.KERNELS)):
         text = f"of {', '.join(known)}, separated by commas (default: all)"
         reporting.add_argument(f"--{name}", metavar="LIST", default=",".join(known), help=text)
+    reporting.add_argument(
+        "--shapes", action="store_true",
+        help="instead list what each named shape of the benchmarks launches on an H100 and an A100, without --targets",
+    )  # fmt: skip
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -160,6 +164,10 @@ def _compile_report(args: argparse.Namespace) -> int:
         import triton
     except ModuleNotFoundError as error:
         raise RefusedError(f"{error.name} is missing: pip install triton") from None
+    if args.shapes:
+        if lists["targets"] != list(report.TARGETS):
+            raise RefusedError(f"--shapes must be without --targets, got {args.targets}")
+        return _report_shapes(lists["kernels"], json_file)
     reason = cuda.unavailable()
     if reason and "gradient_descent" in lists["kernels"]:
         if lists["kernels"] == ["gradient_descent"]:
@@ -186,3 +194,31 @@ def _compile_report(args: argparse.Namespace) -> int:
     print(f"\n{len(rows)} kernels compiled by {compilers}, {len(spilling)} of which spill")
     write_json(json_file, {"triton": triton.__version__, "NVRTC": nvrtc, "kernels": rows})
     return 1 if spilling else 0
+
+
+def _report_shapes(kernels: list[str], json_file: Path | None) -> int:
+    from mixfeat.benchmarks import launches
+
+    form = "{:>8}  {:>13}  {:>13}  {:>8}  {:>8}  {:>12}  {:<10}  {}"
+    gpus = "/".join(launches.MULTIPROCESSORS)
+    print(f"programs and warps per scheduler on {gpus}; bytes and instructions over the least")
+    print(form.format("launches", "programs", "warps", "MB", "of least", "instructions", "underfills", "case"))
+    rows = []
+    for call in launches.calls():
+        if call.kernel not in kernels:
+            continue
+        row = launches.row(call)
+        counted = None if backends.interpreted() else launches.instructions(call)
+        row["instructions"], row["least_instructions"] = counted or (None, None)
+        rows.append(row)
+        print(form.format(
+            row["launches"], "/".join(map(str, row["programs"].values())),
+            "/".join(f"{warps:.1f}" for warps in row["warps_per_scheduler"].values()), f"{row['bytes'] / 1e6:.4g}",
+            f"{row['bytes'] / row['least_bytes']:.1f}", f"{counted[0] / counted[1]:.2f}" if counted else "",
+            " ".join(dict.fromkeys(name.partition(":")[0] for name in row["underfilled"])),
+            " ".join((row["operator"], row["case"], row["direction"], row["dtype"])),
+        ), flush=True)  # fmt: skip
+    underfilled = [row for row in rows if row["underfilled"]]
+    print(f"\n{len(rows)} calls, {len(underfilled)} of which leave multiprocessors empty that have work")
+    write_json(json_file, {"calls": rows})
+    return 0
