@@ -12,7 +12,7 @@ import torch
 
 from mixfeat._environment import environment
 
-from . import baselines, results, shapes, timing
+from . import baselines, predicted, results, shapes, timing
 from .harness import CLOCK, Bench
 
 
@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Interleave the suites, each from its most telling case on, so that a run cut short has covered what matters.
 
-    Leave out the cases that do not belong to a user's problem.
+    On a GPU cases with a prediction come first. Leave out the cases that do not belong to a user's problem.
     """
     if config.getoption("shape"):
         items[:] = [item for item in items if f"[{shapes.YOURS}-" in item.nodeid or f"[{shapes.YOURS}]" in item.nodeid]
@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         suite = item.nodeid.split("::")[0]
         positions[item] = seen[suite]
         seen[suite] += 1
-    items.sort(key=positions.__getitem__)
+    items.sort(key=lambda item: (predicted.rank(item.nodeid) if timing.CUDA else 0, positions[item]))
 
 
 @pytest.fixture(autouse=True)

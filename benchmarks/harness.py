@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mixfeat.operators import OPERATORS
 
+from . import predicted
 from .limits import Work
 from .timing import CUDA, Contender, measure, medians
 
@@ -171,6 +172,9 @@ class Bench:
             each: more of a contender, by its name.
             shared: more of the case: work, limit, figures.
         """
+        expected = predicted.of(self._benchmark.fullname, torch.cuda.get_device_name() if CUDA else "CPU")
+        if expected:
+            shared |= {"predicted_us": list(expected.mixfeat)}
         dtype = str(case.dtype).removeprefix("torch.")
         params = {"suite": case.suite, "case": case.name, "direction": case.direction, "dtype": dtype}
         typical = medians(times)

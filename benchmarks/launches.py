@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -45,7 +45,7 @@ class Call:
     direction: str
     dtype: torch.dtype
     run: Callable[[], Sequence[Tensor]]
-    work: dict[str, int]
+    work: Mapping[str, float]
 
     @property
     def kernel(self) -> str:
@@ -61,7 +61,7 @@ class Recorded:
     """
 
     kernel: str
-    work: dict[str, float]
+    work: Mapping[str, float]
     programs: int = 0
     warps: int = 0
     launch: Any = None
@@ -206,9 +206,11 @@ def record(call: Call, multiprocessors: int) -> tuple[list[Recorded], int]:
     for one in kernels:
         programs[one.kernel.__name__] += one.programs
     launches = [
-        Recorded(one.kernel, call.work | {"bytes": _bytes(one.arguments)}, one.blocks, one.blocks * one.threads // 32)
+        Recorded(
+            one.kernel, {**call.work, "bytes": _bytes(one.arguments)}, one.blocks, one.blocks * one.threads // 32
+        )
         for one in descents
-    ]
+    ]  # fmt: skip
     for one in kernels:
         name = one.kernel.__name__
         work = {"bytes": float(_bytes(one.arguments))}

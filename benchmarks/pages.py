@@ -1,4 +1,4 @@
-"""Writes the committed results into README and docs/: tables between two markers, and a figure.
+"""Writes the committed results, and predictions, into README and docs/: tables between two markers, and a figure.
 
 ``python -m mixfeat.benchmarks.pages`` regenerates them from the documents in results/. Needs matplotlib.
 """
@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from . import predicted
 from .results import headline, load, tables
 
-__all__ = ["FIGURE", "PAGES", "committed", "with_tables"]
+__all__ = ["FIGURE", "PAGES", "PREDICTED", "committed", "with_predictions", "with_tables"]
 
 ROOT = Path(__file__).resolve().parents[1]
 #: The figure, which shows the first document.
@@ -24,12 +25,24 @@ def committed() -> list[dict[str, Any]]:
     return [load(path) for path in sorted((ROOT / "benchmarks/results").glob("bench-*.json"))]
 
 
+#: The page of the predictions.
+PREDICTED = ROOT / "docs/gpu.md"
+
+
 def with_tables(page: Path, text: str, documents: Iterable[Mapping[str, Any]]) -> str:
     """Replace what stands between the markers in the text of one of ``PAGES`` by the documents' tables."""
-    begin, end = "<!-- benchmarks -->\n", "<!-- end of benchmarks -->"
+    return _between_markers("benchmarks", page, text, "\n\n".join(PAGES[page](document) for document in documents))
+
+
+def with_predictions(text: str) -> str:
+    """Replace what stands between the markers in the text of ``PREDICTED`` by the table of predictions."""
+    return _between_markers("predictions", PREDICTED, text, predicted.table())
+
+
+def _between_markers(name: str, page: Path, text: str, body: str) -> str:
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
     found = re.search(f"{begin}.*?{end}", text, re.DOTALL)
-    assert found, f"{page} has no markers for the tables"
-    body = "\n\n".join(PAGES[page](document) for document in documents)
+    assert found, f"{page} has no markers for {name}"
     return text[: found.start()] + f"{begin}\n{body}\n\n{end}" + text[found.end() :]
 
 
@@ -39,6 +52,7 @@ def _main() -> None:
     documents = committed()
     for page in PAGES:
         page.write_text(with_tables(page, page.read_text(), documents))
+    PREDICTED.write_text(with_predictions(PREDICTED.read_text()))
     plot(documents[0], FIGURE)
 
 

@@ -120,6 +120,8 @@ def describe(row: Mapping[str, Any]) -> str:
     peaks = row["peak_bytes"]
     if peaks:
         parts.append("peak " + ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in peaks.items()))
+    if "predicted_us" in row:
+        parts.append("predicted " + " to ".join(f"{time / 1e3:.3g}" for time in row["predicted_us"]) + " ms")
     for name, value in row["figures"].items():
         parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
     parts += [f"without {name}: {reason}" for name, reason in row["missing"].items()]

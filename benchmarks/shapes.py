@@ -42,10 +42,12 @@ class Network(NamedTuple):
 def networks(gpu: bool) -> dict[str, Network]:
     """Return the named networks, of a GPU's or of a CPU's size."""
     more = 8 if gpu else 1
+    medium = {"paper-10-medium": Network(1024, 12, 20, 10, 10)} if gpu else {}
     return {
         "paper-10": Network(256, 12, 20, 10, 10),  # paper-k: k classes, k filters each; 2k features as a basis
+        **medium,
         "paper-10-large": Network(4096 if gpu else 1024, 12, 20, 10, 10),
-        "image": Network(64 * more, 196, 768, 10, 16),  # 224 x 224 x 3 in patches of 16 x 16
+        "image": Network(256 if gpu else 64, 196, 768, 10, 16),  # 224 x 224 x 3 in patches of 16 x 16
         "patches": Network(1024 * more, 16, 64, 10, 16),  # many small images
         "paper-50": Network(64 * more, 12, 100, 50, 50),
         "paper-20": Network(128 * more, 12, 40, 20, 20),
@@ -59,6 +61,7 @@ def logits(gpu: bool) -> dict[str, tuple[int, int]]:
     return {
         "imagenet": (1024, 1000),
         "vocabulary": (4096 if gpu else 256, 50257),
+        **({"vocabulary-256": (256, 50257)} if gpu else {}),
         "cifar": (512, 10),
         "paper-50": (1024 if gpu else 128, 50),
         "tiny": (2, 10),

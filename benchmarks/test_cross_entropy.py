@@ -21,7 +21,8 @@ BINARY_FLOP = {"forward": 7, "forward + backward": 11}
 HIDDEN = 512
 BOTH, FORWARD = ("forward + backward",), ("forward",)
 #: A loss is used with its gradient: only a few cases are timed without.
-CASES = cases(LOGITS, ("imagenet", "vocabulary", "cifar"), BOTH) + cases(["imagenet", "vocabulary"], (), FORWARD)
+HALF = ("imagenet", "vocabulary", "vocabulary-256", "cifar")
+CASES = cases(LOGITS, HALF, BOTH) + cases(["imagenet", "vocabulary"], (), FORWARD)
 SOFT_CASES = cases(["imagenet", "cifar"], ("imagenet",), BOTH) + cases(["imagenet"], (), FORWARD)
 
 

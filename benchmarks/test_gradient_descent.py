@@ -16,6 +16,8 @@ from .test_pairwise_mixup_loss import ACTIVATION, fastest, make_inputs, on_threa
 from .timing import CUDA, compare, medians
 
 SHAPE = NETWORKS.get(YOURS, THEORY)
+#: With twelve patches, and as many networks as an H100 has multiprocessors, a step has been predicted.
+SHAPES = {YOURS: SHAPE, "theory": SHAPE, "theory-12": SHAPE._replace(patches=12)}
 STEPS, LR = 32, 1e-3
 
 
@@ -59,12 +61,17 @@ def trained_by(f, x, w, y, lam):
     return f(x, w.detach(), y, ACTIVATION, lam=lam, lr=LR, steps=STEPS)[0]
 
 
-@pytest.mark.parametrize("runs", [2, 8])
-@pytest.mark.parametrize("lam", [0.5, None], ids=["midpoint", "erm"])
-@pytest.mark.parametrize("name", named("theory"))
-def test_runs(bench, name, lam, runs):
+CASES = [
+    pytest.param(name, objective, runs, id=f"{name}-{objective}-{runs}")
+    for name in named("theory") for objective in ("midpoint", "erm") for runs in (2, 8)
+] + [pytest.param("theory-12", "midpoint", 128, id="theory-12-midpoint-128")] * CUDA  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "objective", "runs"), CASES)
+def test_runs(bench, name, objective, runs):
     """Train networks for 32 steps in one call, against loops over steps of all networks at once."""
-    x, w, y = make_inputs(SHAPE, runs)
+    shape, lam = SHAPES[name], None if objective == "erm" else 0.5
+    x, w, y = make_inputs(shape, runs)
     autotuned = functools.partial(baselines.compiled, autotune=True)
     tuned = {"max-autotune": plain_loop(x, w, y, lam, autotuned)} if runs == 8 and not CUDA else {}
     contenders = {
@@ -77,13 +84,13 @@ def test_runs(bench, name, lam, runs):
     }
     harness.check(contenders, contenders["mixfeat"](), torch.float32)
     contenders |= {name: fastest(contenders[name]) for name in ("torch.compile", *tuned)}
-    evaluations = SHAPE.evaluations if lam is None else SHAPE.pair_evaluations
+    evaluations = shape.evaluations if lam is None else shape.pair_evaluations
     work = network_work(
-        "training", torch.float32, products=runs * STEPS * SHAPE.products, evaluations=runs * STEPS * evaluations,
+        "training", torch.float32, products=runs * STEPS * shape.products, evaluations=runs * STEPS * evaluations,
         bytes=x.nbytes + 2 * w.nbytes,
     )  # fmt: skip
-    objective = "ERM" if lam is None else "Midpoint"
-    case = harness.Case("gradient_descent", f"{name}, {objective}, R={runs} {tuple(SHAPE)}", f"{STEPS} steps")
+    title = "ERM" if lam is None else "Midpoint"
+    case = harness.Case("gradient_descent", f"{name}, {title}, R={runs} {tuple(shape)}", f"{STEPS} steps")
     bench(case, contenders, work=work, pairwise=True, memory=False)
 
 

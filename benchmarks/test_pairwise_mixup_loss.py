@@ -113,8 +113,8 @@ def test_power(bench, degree):
 
 
 def test_training_step(bench):
-    """Train eight of the paper's networks at once, against one by one; compare the step to its operator and kernel."""
-    shape, runs = Network(50, 12, 20, 10, 5), 8
+    """Train the paper's networks all at once, against one by one; compare the step to its operator and kernel."""
+    shape, runs = Network(50, 12, 20, 10, 5), 128 if CUDA else 8
     x, w, y = make_inputs(shape, runs)
     polynomial, operator = ACTIVATION.polynomial, torch.ops.mixfeat.pairwise_mixup_loss.default
     lam, lam_weight, detached = torch.tensor([0.5]), torch.ones(1), w.detach()

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 import mixfeat as mf
 from mixfeat import cli
-from mixfeat.benchmarks import baselines, harness, pages, peers, results, timing
+from mixfeat.benchmarks import baselines, harness, pages, peers, predicted, results, shapes, timing
 
 
 def row(seconds, contenders=("mixfeat", "eager"), peaks=(2**20, 3 * 2**20), also=True, **changes):
@@ -289,6 +289,29 @@ def test_every_contender_has_a_row(rows_of):
         assert row["stats"]["rounds"] == ours["stats"]["rounds"] >= 3
         assert 0 < row["stats"]["min"] <= row["stats"]["median"]
         assert row["extra_info"]["ratio"] == row["stats"]["median"] / ours["stats"]["median"]
+
+
+@pytest.mark.benchmark(timer=harness.CLOCK)
+def test_predictions(rows_of, monkeypatch):
+    """Each is of a named shape, on its page, and beside what an H100 measures."""
+    assert pages.with_predictions(pages.PREDICTED.read_text()) == pages.PREDICTED.read_text()
+    tables = {"test_mixup.py": shapes.BATCHES, "test_cross_entropy.py": shapes.logits(gpu=True)}
+    for one in predicted.PREDICTIONS:
+        file, function, case = re.fullmatch(r"(test_\w+\.py)::(\w+)(?:\[(.+)\])?", one.benchmark).groups()
+        assert f"def {function}(" in (ROOT / "benchmarks" / file).read_text()
+        if case and not case.startswith("theory"):
+            name, dtype, _ = re.fullmatch(r"(.+)-(float32|bfloat16)-(.+)", case).groups()
+            shape = tables.get(file, shapes.networks(gpu=True))[name]
+            assert one.problem == f"{tuple(shape)} {dtype}".replace(", ", ",")
+    first = predicted.PREDICTIONS[0]
+    assert predicted.of(f"benchmarks/{first.benchmark}", "NVIDIA H100 80GB HBM3") is first
+    assert predicted.of(first.benchmark, "NVIDIA A100-SXM4-80GB") is None
+    assert [predicted.rank(one.benchmark) for one in predicted.PREDICTIONS] == [*range(len(predicted.PREDICTIONS))]
+    monkeypatch.setattr(predicted, "of", lambda benchmark, device: first)
+    ours, other = rows_of({"mixfeat": int, "eager": int}, share=0)
+    assert ours["extra_info"]["predicted_us"] == list(first.mixfeat)
+    assert "predicted_us" not in other["extra_info"]
+    assert "predicted 0.072 to 0.072 ms" in results.describe(results.rows(document_of([ours, other]))[0])
 
 
 @pytest.mark.benchmark(timer=harness.CLOCK)
