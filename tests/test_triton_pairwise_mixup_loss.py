@@ -220,7 +220,8 @@ def check_in_bands(columns, lam, limit, deterministic=False):
     """Results do not depend on how many pairs are in work at once."""
     from mixfeat.kernels.triton import configs
 
-    config = replace(configs.PAIRWISE_CONFIG, workspace_bytes=limit * 4 * 2)
+    packing = {"pack_width": 2, "pack_chunks": 1, "pack_values": 2}  # two programs for the values of a sample
+    config = replace(configs.PAIRWISE_CONFIG, workspace_bytes=limit * 4 * 2, **packing)
     with (
         mock.patch.object(configs, "PAIRWISE_CONFIG", config),
         mock.patch.object(configs, "pairwise_block", return_value=16),

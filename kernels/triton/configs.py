@@ -274,7 +274,8 @@ class PairwiseConfig:
         pairs: how many pairs a program of the softmax has, and
         classes: how many of their logits at a time.
         pack_width: values that a program packs at a time, and
-        pack_chunks: how many programs pack a block of samples at most.
+        pack_chunks: how many programs pack a block of samples at most, unless each has more values of a sample than
+        pack_values.
         workspace_bytes: the most that logits take.
     """
 
@@ -286,6 +287,7 @@ class PairwiseConfig:
     classes: int = 8
     pack_width: int = 64
     pack_chunks: int = 16
+    pack_values: int = 512
     workspace_bytes: int = 512 << 20
 
 

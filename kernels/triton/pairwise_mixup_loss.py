@@ -367,8 +367,9 @@ def _pack(samples: _Samples, factor: float, block: int) -> _Side:
     s, target, _ = samples
     num_runs, num_samples, num_patches, num_classes, filters = s.shape
     blocks = triton.cdiv(num_samples, block)
-    width = configs.PAIRWISE_CONFIG.pack_width
-    chunks = max(1, min(triton.cdiv(s[0, 0].numel(), width), configs.PAIRWISE_CONFIG.pack_chunks))
+    config, size = configs.PAIRWISE_CONFIG, num_patches * num_classes * filters
+    width = config.pack_width
+    chunks = max(1, min(triton.cdiv(size, width), config.pack_chunks), size // config.pack_values)
     new = functools.partial(torch.empty, dtype=torch.float32, device=s.device)
     side = _Side(
         new(num_runs, num_classes, blocks, filters, num_patches, block),
