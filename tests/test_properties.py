@@ -400,8 +400,9 @@ def test_pairwise_mixup_loss(backend, device, data):
         lambda x, w: reference.pairwise_mixup_loss(x, w, n.y, n.activation, **numbers),
         (n.x.double(), n.w.double()), wanted, grad.double(),
     )  # fmt: skip
-    sums = UNIT[accumulation(n.dtype)]
-    unit = UNIT[n.dtype] if backend == "triton" else sums
+    unit = UNIT[n.dtype if backend == "triton" else accumulation(n.dtype)]
+    # The definition errs too, in float64: its sums over all pairs have as many times more terms as there are samples.
+    sums = UNIT[accumulation(n.dtype)] + n.samples * UNIT[torch.float64]
     bounds = pairwise_bounds(n.x, n.w, n.y, n.activation, grad, *numbers.values(), unit, sums)
     names, dtypes = ("loss", "input grad", "weight grad"), [accumulation(n.dtype), n.dtype, n.dtype]
     hold(of(names, wanted), mine, true, of(bounds, wanted), dtypes)
