@@ -75,7 +75,7 @@ class Operator:
         formula: its definition, which takes the same arguments and is differentiated by autograd.
         draw: arguments on the CPU for a case's sizes and options, drawn by a generator. Those in float64 get the dtype
             under test, except those in ``on_cpu``.
-        differentiated: the arguments that have gradients.
+        differentiated: the arguments that have gradients; none if the operator has no derivative.
         main: a small case of each way through the code, with at least 2 samples. The first has no options.
         variants: every option, at small sizes.
         degrees: every degree of every family of activations, at small sizes.
@@ -87,6 +87,7 @@ class Operator:
         on_cpu: arguments that stay on the CPU.
         accumulates: whether the value of half-precision arguments is float32.
         autocasts: whether autocast casts the differentiated arguments.
+        composed: whether the Triton backend calls other operators of the table for it, whose tests are not repeated.
         linear: whether the value is linear in them, and so has no second derivative.
         budgets: largest relative error by dtype. Half precision may have twice the error of plain PyTorch.
     """
@@ -108,6 +109,7 @@ class Operator:
     on_cpu: tuple[str, ...] = ()
     accumulates: bool = False
     autocasts: bool = False
+    composed: bool = False
     linear: bool = False
     budgets: Mapping[torch.dtype, float] = field(default_factory=lambda: {torch.float32: 1e-5, torch.float64: 1e-13})
 
@@ -184,6 +186,8 @@ class Operator:
         names = self.differentiated if wanted is None else wanted
         leaves = {name: arguments[name].detach().requires_grad_() for name in names}
         value = function(**arguments | leaves)
+        if not leaves:
+            return {"value": value}
         upstream = torch.ones_like(value) if upstream is None else upstream.to(value.dtype)
         grads = torch.autograd.grad(value, list(leaves.values()), upstream)
         return {"value": value.detach()} | {f"{name} grad": grad for name, grad in zip(leaves, grads, strict=True)}
@@ -244,6 +248,17 @@ def _draw_lam(generator: torch.Generator, sizes: tuple[int, ...], kind: str) -> 
     return torch.rand(sizes[:dims], generator=generator, dtype=torch.float32)
 
 
+def _one_tensor(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    """Join the results of a function into one tensor."""
+
+    @functools.wraps(function)
+    def joined(*args: Any, **kwargs: Any) -> Tensor:
+        value = function(*args, **kwargs)
+        return torch.cat([part.flatten() for part in value]) if isinstance(value, tuple) else value
+
+    return joined
+
+
 # networks
 
 _POLY = PolyReLU(8, 0.1)
@@ -257,11 +272,11 @@ def _network(*sizes: int, **options: Any) -> Case:
     return Case(sizes, "NPDCM", options)
 
 
-def _degrees(*sizes: int) -> tuple[Case, ...]:
+def _degrees(*sizes: int, **options: Any) -> tuple[Case, ...]:
     kinds: tuple[Callable[[int], Activation], ...] = (
         lambda q: PolyReLU(q, 0.2), lambda q: PolyReLU(q, 0.2, clamp=False), PowerReLU, Power
     )  # fmt: skip
-    return tuple(_network(*sizes, activation=kind(degree)) for kind in kinds for degree in range(1, 17))
+    return tuple(_network(*sizes, activation=kind(degree), **options) for kind in kinds for degree in range(1, 17))
 
 
 def _draw_network(
@@ -312,6 +327,24 @@ def _draw_pairwise(
 
 #: Mixed inputs and pre-activations that the reference of the all-pairs loss may have in memory at a time.
 _MOST_IN_PAIRS = 2**24
+
+
+def _draw_gradient_descent(
+    generator: torch.Generator, *sizes: int, erm: bool = False, steps: int = 3, schedule: bool = False,
+    momentum: float = 0.0, weight_decay: float = 0.0, **options: Any,
+) -> Arguments:  # fmt: skip
+    """``erm`` descends on the mean cross-entropy; ``schedule`` draws a step size for each step."""
+    drawn = _draw_pairwise(generator, *sizes, **options)
+    lr = torch.rand(steps, generator=generator, dtype=torch.float32) / 10 if schedule else 0.05
+    drawn |= {"lr": lr, "steps": steps, "momentum": momentum, "weight_decay": weight_decay}
+    return drawn | {"lam": None} if erm else drawn
+
+
+def _gradient_descent_formula(lam: float | Tensor | None = 0.5, lam_weight: Tensor | None = None, **rest: Any) -> Any:
+    """Call the reference, which takes nodes as numbers."""
+    nodes = lam.tolist() if isinstance(lam, Tensor) else lam
+    weights = None if lam_weight is None else lam_weight.tolist()
+    return reference.gradient_descent(lam=nodes, lam_weight=weights, **rest)
 
 
 def _pairwise_formula(lam: float | Tensor = 0.5, lam_weight: Tensor | None = None, **arguments: Any) -> Tensor:
@@ -436,6 +469,67 @@ _PAIRWISE_MIXUP_LOSS = Operator(
     autocasts=True,
 )  # fmt: skip
 
+_GRADIENT_DESCENT = Operator(
+    "gradient_descent", _one_tensor(functional.gradient_descent), _one_tensor(_gradient_descent_formula),
+    _draw_gradient_descent, (),
+    main=(
+        _network(6, 4, 10, 3, 4), _network(6, 4, 10, 3, 4, erm=True, momentum=0.5, weight_decay=0.01),
+        _network(5, 2, 10, 3, 2, nodes="any", runs="weight"),
+    ),
+    variants=(
+        *(_network(7, 3, 6, 3, 4, lam=lam, schedule=True) for lam in (0.0, 0.3, 1.0)),
+        *(
+            _network(7, 3, 6, 3, 4, runs=runs, **objective)
+            for runs in (*_RUNS, "input target", "weight target", "input weight target")
+            for objective in ({}, {"erm": True}, {"nodes": "any"})
+        ),
+        *(
+            _network(7, 3, 12, 3, 5, activation=activation, **objective)
+            for activation in _ACTIVATIONS
+            for objective in ({}, {"erm": True})
+        ),
+        *(
+            _network(9, 3, 6, 4, 3, **options)
+            for options in (
+                {"readout": True}, {"readout": True, "runs": "weight readout", "erm": True},
+                {"label_lam": 0.8, "lam": 0.3}, {"label_smoothing": 0.1}, {"label_smoothing": 0.1, "erm": True},
+                {"pairs": "distinct"}, {"pairs": "different_class", "runs": "weight target"},
+            )
+        ),
+        *(_network(7, 3, 6, 3, 4, steps=steps) for steps in (0, 1, 12)),
+    ),
+    degrees=_degrees(6, 3, 8, 3, 4, steps=1),  # with more, large powers leave the finite numbers
+    wide=tuple(
+        _network(*sizes, **objective)
+        for sizes in (
+            (8, 4, 16, 3, 4), (7, 3, 5, 3, 5), (1, 1, 1, 2, 1), (2, 1, 20, 2, 20), (35, 1, 4, 2, 3), (50, 2, 20, 10, 5),
+            (18, 17, 3, 4, 2), (5, 2, 6, 300, 1),
+        )
+        for objective in ({}, {"erm": True})
+    ),
+    large=tuple(
+        _network(*sizes, **objective)
+        for sizes in ((56, 12, 20, 10, 10), (41, 40, 9, 3, 17))
+        for objective in ({}, {"erm": True})
+    ),
+    empty=tuple(
+        _network(*(0 if d == empty else size for d, size in enumerate((5, 2, 4, 3, 2))), **options)
+        for empty in (0, 1, 2, 4)
+        for options in ({}, {"runs": "weight"}, {"erm": True})
+        if empty or "erm" not in options  # no samples have no mean; the operator makes it 0
+    ),
+    quick=(
+        _network(17, 4, 6, 5, 3), _network(9, 3, 5, 3, 5, nodes=3, momentum=0.9), _network(12, 2, 7, 4, 1, erm=True),
+        _network(33, 5, 20, 10, 4, activation=PolyReLU(4, 0.1), weight_decay=0.1), _network(1, 1, 1, 2, 1),
+        _network(9, 3, 6, 4, 3, runs="weight"),
+    ),
+    full=(_network(40, 4, 6, 10, 5, nodes=4, steps=10), _network(67, 3, 8, 5, 4, runs="weight target")),
+    interpreted=(_network(9, 2, 5, 3, 2), _network(6, 2, 3, 2, 1, erm=True)),
+    on_cpu=("lam", "lam_weight", "lr"),
+    accumulates=True,
+    composed=True,
+)  # fmt: skip
+
 
 # batches
 
@@ -549,17 +643,6 @@ _INTERPRETED_LOGITS = (
 _WIDE_LOGITS = tuple(_logits(*sizes) for sizes in ((7, 10), (1, 2), (3, 1), (33, 65), (5, 1000), (2, 50257), (64, 16)))
 
 
-def _one_tensor(function: Callable[..., Any]) -> Callable[..., Tensor]:
-    """Join the results of a function into one tensor."""
-
-    @functools.wraps(function)
-    def joined(*args: Any, **kwargs: Any) -> Tensor:
-        value = function(*args, **kwargs)
-        return torch.cat([part.flatten() for part in value]) if isinstance(value, tuple) else value
-
-    return joined
-
-
 _MIXUP_CROSS_ENTROPY = Operator(
     "mixup_cross_entropy", _one_tensor(functional.mixup_cross_entropy), _one_tensor(reference.mixup_cross_entropy),
     _draw_mixup_cross_entropy, ("input",),
@@ -641,7 +724,7 @@ _MIXUP_BINARY_CROSS_ENTROPY = Operator(
 OPERATORS = {
     operator.name: operator
     for operator in (
-        _PATCH_CONV, _PAIRWISE_MIXUP_LOSS, _MIXUP, _CUTMIX, _MIXUP_CROSS_ENTROPY, _SOFT_TARGET_CROSS_ENTROPY,
-        _MIXUP_BINARY_CROSS_ENTROPY,
+        _PATCH_CONV, _PAIRWISE_MIXUP_LOSS, _GRADIENT_DESCENT, _MIXUP, _CUTMIX, _MIXUP_CROSS_ENTROPY,
+        _SOFT_TARGET_CROSS_ENTROPY, _MIXUP_BINARY_CROSS_ENTROPY,
     )
 }  # fmt: skip

@@ -134,6 +134,7 @@ def gradient_descent(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     label_smoothing: float = 0.0,
+    readout: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Full-batch gradient descent on :func:`pairwise_mixup_loss`, or, with ``lam=None``, on the mean cross-entropy::
@@ -153,13 +154,13 @@ def gradient_descent(
         w = weight.detach().requires_grad_()
         with torch.enable_grad():
             if lam is None:
-                log_p = patch_conv(input, w, activation).log_softmax(-1)
+                log_p = patch_conv(input, w, activation, readout=readout).log_softmax(-1)
                 own = torch.take_along_dim(log_p, target[..., None].expand(*log_p.shape[:-1], 1), -1)
                 loss = -((1 - label_smoothing) * own + label_smoothing * log_p.mean(-1, keepdim=True)).mean((-2, -1))
             else:
                 loss = pairwise_mixup_loss(
                     input, w, target, activation, lam=lam, lam_weight=lam_weight, label_smoothing=label_smoothing,
-                    **options,
+                    readout=readout, **options,
                 )  # fmt: skip
             (grad,) = torch.autograd.grad(loss.sum(), w)  # the sum: no run influences another
         velocity = momentum * velocity + grad + weight_decay * weight

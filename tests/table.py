@@ -78,7 +78,8 @@ def problems(
         dtypes, backends: Triton gets no float64.
         operators: their names.
         interpreted: the fields in Triton's interpreter, which takes long. By default the same. There, only the field
-            ``interpreted`` is run in other dtypes than float32, and each value of an option once.
+            ``interpreted`` is run in other dtypes than float32 and for composed operators, and each value of an option
+            once.
         seed: of the generator of each problem.
     """
     found = {}
@@ -87,6 +88,8 @@ def problems(
         in_interpreter = backend == "triton" and mf.backends.interpreted()
         for field in (interpreted if in_interpreter and interpreted is not None else cases).split():
             few = in_interpreter and field != "interpreted"
+            if few and operator.composed:
+                continue
             chosen = _each_option_once(getattr(operator, field)) if few else getattr(operator, field)
             for case, dtype in itertools.product(chosen, ("float32",) if few else dtypes):
                 if not (backend == "triton" and dtype == "float64"):

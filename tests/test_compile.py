@@ -57,7 +57,8 @@ def test_opcheck(backend, operator):
             with Recorder() as forward:
                 value = problem.operator.function(**draw.arguments | leaves)
             with Recorder() as backward:
-                value.backward(draw.upstream.to(value.dtype))
+                if leaves:
+                    value.backward(draw.upstream.to(value.dtype))
         assert forward.calls
         for recorded, derived in ((forward.calls, (False, True)), (backward.calls, (False,))):
             for function, *arguments in recorded:

@@ -3,23 +3,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SEED, error, interpreted, skip_what_others_run_on
-from torch.library import opcheck
+from conftest import error, interpreted
 
 import mixfeat as mf
 from mixfeat import ops, reference
 
 POLY = mf.PolyReLU(8, 0.1)
-ACTIVATIONS = [
-    POLY,
-    mf.PolyReLU(1, 0.3),
-    mf.PolyReLU(5, 0.2, clamp=False),
-    mf.PolyReLU(16, 0.5),
-    mf.PowerReLU(3),
-    mf.Power(2),
-    mf.ReLU(),
-    mf.Identity(),
-]
 # (N, P, D, C, M): odd, degenerate, one class per vector, several blocks of samples
 SHAPES = [(7, 3, 5, 3, 4), (1, 1, 1, 2, 1), (2, 1, 20, 2, 20), (35, 1, 4, 2, 3), (50, 2, 20, 10, 5), (18, 17, 3, 4, 2)]
 OBJECTIVES = {
@@ -109,24 +98,6 @@ def test_accuracy(backend, device, shape, dtype, objective):
     check(*make_inputs(shape, dtype, device=device), **OBJECTIVES[objective])
 
 
-@pytest.mark.parametrize("objective", ["erm", "midpoint", "lam"])
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
-def test_accuracy_of_activations(backend, device, activation, objective):
-    if interpreted(backend):
-        pytest.skip("long in the interpreter")
-    x, w, y = make_inputs((7, 3, 12, 3, 5), device=device)
-    gain = 1 if activation.polynomial.upper else 5
-    check(x, gain * w, y, activation, lr=0.01, **OBJECTIVES[objective])
-
-
-@pytest.mark.parametrize("objective", ["erm", "midpoint", "any"])
-@pytest.mark.parametrize("runs", ["x", "w", "xw", "xy", "wy", "xwy"])
-def test_accuracy_of_runs(backend, device, runs, objective):
-    if interpreted(backend):
-        pytest.skip("long in the interpreter")
-    check(*make_inputs((7, 3, 6, 3, 4), runs=runs, device=device), **OBJECTIVES[objective])
-
-
 @pytest.mark.parametrize(
     "lr", [0.1, torch.tensor(0.1), torch.linspace(0, 0.2, 12), torch.tensor([0.0, 0.05, 0.1]), torch.rand(3, 12) / 10]
 )
@@ -152,51 +123,12 @@ def test_step_sizes_with_both_dimensions():
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("capability", ["generic", "avx2"])
-def test_accuracy_of_each_instruction_set(capability, run_python):
-    skip_what_others_run_on(capability)
-    run_python(
-        "import sys, torch, mixfeat as mf; sys.path.insert(0, 'tests'); import test_gradient_descent as t\n"
-        f"torch.manual_seed({SEED}); torch.set_num_threads(1)\n"
-        "for shape in t.SHAPES:\n"
-        "  for dtype in (torch.float32, torch.float64):\n"
-        "    for objective in ('erm', 'midpoint', 'any'):\n"
-        "      t.check(*t.make_inputs(shape, dtype), **t.OBJECTIVES[objective])\n"
-        "for activation in t.ACTIVATIONS:\n"
-        "  for objective in ('erm', 'lam'):\n"
-        "    t.check(*t.make_inputs((7, 3, 12, 3, 5)), activation, lr=0.01, **t.OBJECTIVES[objective])\n",
-        MIXFEAT_CPU_CAPABILITY=capability,
-    )
-
-
 def test_reference_is_the_loop():
     x, w, y = make_inputs((6, 2, 4, 3, 2), torch.float64, runs="wy")
     for lam in (None, 0.3):
         formula = reference.gradient_descent(x, w, y, POLY, lam=lam, **DESCENT)
         for a, b in zip(formula, by_sgd(x, w, y, POLY, lam=lam, **DESCENT), strict=True):
             assert error([a], [b]) <= 1e-13
-
-
-OPTIONS = [
-    {"lam": None, "label_smoothing": 0.2},
-    {"lam": 0.3, "label_lam": 0.8},
-    {"label_smoothing": 0.2, "pairs": "different_class"},
-    {**OBJECTIVES["any"], "label_lam": torch.tensor([0.3, 0.6, 1.0]), "pairs": "distinct", "label_smoothing": 0.1},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_options_of_the_loss(backend, device, options):
-    """As the reference, each run with its own loss; and each option changes the result."""
-    if interpreted(backend):
-        pytest.skip("long in the interpreter")
-    x, w, y = make_inputs((7, 3, 5, 3, 4), runs="w", device=device)
-    found = mf.gradient_descent(x, w, y, POLY, **DESCENT, **options)
-    numbers = {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    exact = reference.gradient_descent(x.double(), w.double(), y, POLY, **DESCENT, **numbers)
-    assert error(list(found), list(exact)) <= 1e-5
-    plain = {k: v for k, v in options.items() if k in ("lam", "lam_weight")}
-    assert error([mf.gradient_descent(x, w, y, POLY, **DESCENT, **plain)[1]], [exact[1]]) > 1e-3
 
 
 @pytest.mark.parametrize("objective", ["erm", "midpoint"])
@@ -238,55 +170,10 @@ def test_no_samples(backend, device, objective):
     torch.testing.assert_close(weight, w * 0.75**2)
 
 
-@pytest.mark.parametrize("empty", [1, 2, 4])
-@pytest.mark.parametrize("objective", ["erm", "midpoint"])
-def test_empty_dimensions(backend, device, empty, objective):
-    """Without patches, dimensions or filters logits are 0."""
-    shape = tuple(0 if k == empty else size for k, size in enumerate((7, 3, 6, 3, 4)))
-    x, w, y = make_inputs((7, 3, 6, 3, 4), device=device)
-    x, w = x[:, : shape[1], : shape[2]], w[:, : shape[4], : shape[2]]
-    weight, loss = mf.gradient_descent(x, w, y, POLY, lr=0.1, steps=2, **OBJECTIVES[objective])
-    assert torch.equal(weight, w)
-    torch.testing.assert_close(loss, torch.full((2,), math.log(3.0), device=device))
-
-
 def test_no_runs(backend, device):
     x, w, y = make_inputs((7, 3, 6, 3, 4), device=device)
     weight, loss = mf.gradient_descent(x, w.expand(0, 3, 4, 6), y, POLY, lr=0.1, steps=2, lam=None)
     assert (weight.shape, loss.shape) == ((0, 3, 4, 6), (0, 2))
-
-
-@pytest.mark.parametrize("objective", ["erm", "midpoint", "any"])
-def test_strides(backend, device, objective):
-    if interpreted(backend):
-        pytest.skip("long in the interpreter")
-    x, w, y = make_inputs((7, 3, 6, 3, 4), runs="xwy", device=device)
-    expected = mf.gradient_descent(x, w, y, POLY, lr=0.1, steps=3, momentum=0.5, **OBJECTIVES[objective])
-    strided = x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
-    transposed, classes = w.mT.contiguous().mT, y.repeat_interleave(2, 1)[:, ::2]
-    results = mf.gradient_descent(
-        strided, transposed, classes, POLY, lr=0.1, steps=3, momentum=0.5, **OBJECTIVES[objective]
-    )
-    for a, b in zip(results, expected, strict=True):
-        assert torch.equal(a, b) if backend == "cpu" else error([a], [b]) <= 1e-6
-    shared = x[:1].expand(3, -1, -1, -1)
-    for a, b in zip(
-        mf.gradient_descent(shared, w, y, POLY, lr=0.1, steps=3, **OBJECTIVES[objective]),
-        mf.gradient_descent(x[0], w, y, POLY, lr=0.1, steps=3, **OBJECTIVES[objective]),
-        strict=True,
-    ):
-        assert error([a], [b]) <= 1e-6
-
-
-@pytest.mark.parametrize("objective", ["erm", "midpoint", "any"])
-def test_nothing_is_mutated(backend, device, objective):
-    if interpreted(backend) and objective == "any":
-        pytest.skip("long in the interpreter")
-    arguments = make_inputs((7, 3, 6, 3, 4), device=device)
-    lr = torch.rand(3)
-    before = [t.clone() for t in (*arguments, lr)]
-    mf.gradient_descent(*arguments, POLY, lr=lr, steps=3, momentum=0.5, weight_decay=0.1, **OBJECTIVES[objective])
-    assert all(torch.equal(a, b) for a, b in zip((*arguments, lr), before, strict=True))
 
 
 @pytest.mark.parametrize("objective", ["erm", "midpoint", "any"])
@@ -375,39 +262,6 @@ def test_is_not_differentiable():
     assert not loss.requires_grad
     with pytest.raises(NotImplementedError, match="gradient_descent has no forward-mode derivative"):
         torch.func.jvp(lambda w: mf.gradient_descent(x, w, y, POLY, lr=0.1, steps=2)[1], (w,), (w,))
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.5])
-@pytest.mark.parametrize("objective", ["erm", "any"])
-@pytest.mark.parametrize("second_layer", ["sum", "readout"])
-def test_opcheck(backend, device, second_layer, objective, momentum):
-    if interpreted(backend):
-        pytest.skip("long in the interpreter")
-    x, w, y = make_inputs((5, 2, 3, 2, 2), runs="w", device=device)
-    nodes = (None, None) if objective == "erm" else tuple(OBJECTIVES[objective].values())
-    lr = torch.full((1, 1), 0.1, dtype=torch.float64)
-    buffer = w.clone() if momentum else None
-    readout = torch.randn(w.shape[-3:-1], device=device) if second_layer == "readout" else None
-    arguments = (x, w, y, *nodes, list(POLY.polynomial), lr, 3, momentum, 0.1, buffer, readout, None, 0.0, "all")
-    opcheck(torch.ops.mixfeat.gradient_descent.default, arguments)
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("objective", ["erm", "midpoint", "uniform"])
-def test_compile(backend, device, objective, dynamic):
-    if interpreted(backend):
-        pytest.skip("the interpreter cannot be traced")
-    torch._dynamo.reset()
-
-    def train(x, w, y):
-        weight, loss = mf.gradient_descent(x, w, y, POLY, lr=0.1, steps=3, momentum=0.5, **OBJECTIVES[objective])
-        return weight * 2, loss
-
-    compiled = torch.compile(train, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for samples in (7, 9):
-        arguments = make_inputs((samples, 3, 6, 3, 4), device=device)
-        for a, b in zip(compiled(*arguments), train(*arguments), strict=True):
-            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.gpu
