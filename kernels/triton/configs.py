@@ -268,7 +268,8 @@ class PairwiseConfig:
 
     Attributes:
         blocks: samples on each side of a tile of logits, by the warps of its program.
-        logits_registers: cap per thread (NVIDIA) for them, so that a multiprocessor has 16 warps.
+        logits_registers: cap per thread (NVIDIA) for them, so that a multiprocessor has 16 warps: the assembler takes
+            128 then. With a cap of 128 it spills on sm_120 at high degrees.
         own: samples whose gradients a program adds up in registers.
         features: how many features a program of the gradients has at most, one a thread.
         pairs: how many pairs a program of the softmax has, and
@@ -280,7 +281,7 @@ class PairwiseConfig:
     """
 
     blocks: tuple[tuple[int, int], ...] = ((64, 4), (32, 2), (16, 1))
-    logits_registers: int = 128
+    logits_registers: int = 136
     own: int = 32
     features: int = 128
     pairs: int = 256
