@@ -188,7 +188,7 @@ def pairwise_mixup_loss(
         raise
     options_of_pairs = (label_nodes, activation.polynomial, smoothing, pairs, num_rows, name)
     loss = _pairwise_mixup_loss(input, weight, readout, target, nodes, node_weights, *options_of_pairs)
-    return loss if input.dim() == 4 or weight.dim() == 4 else loss[0]
+    return loss if input.dim() == 4 or weight.dim() == 4 else loss.squeeze(0)  # a view, whose gradient is one too
 
 
 def gradient_descent(

@@ -103,7 +103,7 @@ def binary_cross_entropy(
         )  # fmt: skip
         numbers = (float(1 - label_smoothing), label_smoothing / num_classes, threshold, float(scale))
         launch.run(launch.Launch(
-            mixup_binary_cross_entropy_forward_kernel, triton.cdiv(num_samples, block_n),
+            mixup_binary_cross_entropy_forward_kernel, configs.cdiv(num_samples, block_n),
             (input, target_a, target_b, lam, pos_weight, *sizes, *numbers, loss, result),
             {"VECTOR": vector, "BLOCK_N": block_n, "BLOCK_C": block_c}, num_warps=config.num_warps(num_classes),
             max_registers=config.max_registers(num_classes),

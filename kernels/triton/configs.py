@@ -12,9 +12,15 @@ __all__ = [
     "BINARY_CROSS_ENTROPY_CONFIG", "CROSS_ENTROPY_CONFIGS", "CUTMIX_CONFIG", "INVERSE_BLOCK", "INVERSE_CHUNK",
     "INVERSE_SAMPLES", "MEAN_LOGITS", "MEAN_ROWS", "MIXUP_CONFIG", "PAIRWISE_CONFIG", "PATCH_CONV_TILES",
     "CrossEntropyConfig", "Direction", "MixupConfig", "PairwiseConfig", "PatchConvConfig", "PatchConvTiles",
-    "Split", "cross_entropy_config", "keeps_slopes", "pairwise_block", "pairwise_features", "pairwise_length",
+    "Split", "cdiv", "cross_entropy_config", "keeps_slopes", "pairwise_block", "pairwise_features", "pairwise_length",
     "pairwise_warps", "patch_conv_tiles", "split", "tile_rows", "vector_size",
 ]  # fmt: skip
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up. On the host triton.cdiv takes microseconds."""
+    return -(-a // b)
+
 
 Direction = Literal["forward", "backward_input", "backward_weight", "kept_input", "kept_weight"]
 
@@ -295,6 +301,7 @@ class PairwiseConfig:
 PAIRWISE_CONFIG = PairwiseConfig()
 
 
+@functools.lru_cache(1024)
 def pairwise_block(layers: int, rows: int, columns: int, symmetric: bool, multiprocessors: int) -> int:
     """Return how many samples are on each side of a tile; ``layers`` is the number of runs times that of classes.
 

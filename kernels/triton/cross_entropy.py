@@ -379,7 +379,7 @@ def count(target_a: Tensor, target_b: Tensor, ignore_index: int) -> Tensor:
     counts, block = torch.zeros(2, dtype=torch.int32, device=target_a.device), 2048
     if len(target_a):
         arguments = (target_a.contiguous(), target_b.contiguous(), len(target_a), ignore_index, counts)
-        programs = triton.cdiv(len(target_a), block)
+        programs = configs.cdiv(len(target_a), block)
         launch.run(launch.Launch(mixup_cross_entropy_count_kernel, programs, arguments, {"BLOCK": block}))
     return counts
 
@@ -468,6 +468,6 @@ def _launch(
     kernel: Any, config: configs.CrossEntropyConfig, rows: Tensor, arguments: tuple[Any, ...], **constants: Any
 ) -> None:
     """Launch one program per tile of rows."""
-    programs = triton.cdiv(len(rows), config.tile(rows.shape[1])[0])
+    programs = configs.cdiv(len(rows), config.tile(rows.shape[1])[0])
     options = {"num_warps": config.num_warps(rows.shape[1]), "max_registers": config.max_registers(rows.shape[1])}
     launch.run(launch.Launch(kernel, programs, arguments, constants, **options))

@@ -124,7 +124,7 @@ def _run(kernel: Any, tensors: tuple[Tensor, ...], height: int, width: int, pixe
         return
     vector = configs.vector_size(result.itemsize, size, source.stride(0), result.stride(0))
     tile = configs.CUTMIX_CONFIG.tile(num_samples, size, vector)
-    programs = triton.cdiv(num_samples, tile[0]) * triton.cdiv(size, tile[1])
+    programs = configs.cdiv(num_samples, tile[0]) * configs.cdiv(size, tile[1])
     sizes = (num_samples, size // vector, source.stride(0) // vector, result.stride(0) // vector, *strides)
     constants = {"VECTOR": vector, "BLOCK_N": tile[0], "BLOCK_K": tile[1]}
     constants |= {"HEIGHT": height, "ROW": width * pixel, "PIXEL": pixel}

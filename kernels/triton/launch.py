@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -30,20 +31,23 @@ def precision(dtype: torch.dtype) -> str:
 
 def multiprocessors(tensor: Tensor) -> int:
     """Return how many multiprocessors the tensor's device has; 2 for the interpreter, to slice work there too."""
-    return _properties(tensor.get_device()).multi_processor_count if tensor.is_cuda else 2
-
-
-def _capability(tensor: Tensor) -> int:
-    """Return the compute capability of the tensor's device, 90 for sm_90; 0 on a CPU."""
-    if not tensor.is_cuda:
-        return 0
-    properties = _properties(tensor.get_device())
-    return 10 * properties.major + properties.minor
+    return _multiprocessors(tensor.get_device()) if tensor.is_cuda else 2
 
 
 @functools.cache
-def _properties(device: int) -> Any:
-    return torch.cuda.get_device_properties(device)
+def _multiprocessors(device: int) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+@functools.cache
+def _options(device: int, num_warps: int, num_stages: int, max_registers: int | None) -> dict[str, Any]:
+    """Return the compiler's options for a device; -1 is a CPU."""
+    launch = Launch(None, 0, (), {}, num_warps, num_stages, max_registers)
+    if torch.version.hip:
+        return launch.options("hip")
+    major, minor = (0, 0) if device < 0 else torch.cuda.get_device_capability(device)
+    return launch.options("cuda", 10 * major + minor)
 
 
 class Launch(NamedTuple):
@@ -69,6 +73,7 @@ class Launch(NamedTuple):
         return options | {"maxnreg": self.max_registers} if capped else options
 
 
+_NO_GUARD: AbstractContextManager[Any] = contextlib.nullcontext()
 _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
 
 
@@ -93,11 +98,17 @@ def run(launch: Launch) -> None:
     if launches is not None:
         launches.append(launch)
         return
-    tensor = launch.arguments[0]
-    options = launch.options("hip") if torch.version.hip else launch.options("cuda", _capability(tensor))
+    device = launch.arguments[0].get_device()
+    options = _options(device, *launch[4:])
     # A GPU computes with infinities and NaN in silence; numpy, which interprets kernels on a CPU, would warn.
-    with np.errstate(all="ignore") if tensor.is_cpu else torch.cuda.device_of(tensor):
+    guard = np.errstate(all="ignore") if device < 0 else _guard(device)
+    with guard:
         launch.kernel[launch.programs,](*launch.arguments, **launch.constants, **options)
+
+
+def _guard(device: int) -> AbstractContextManager[Any]:
+    """Make the device the current one, if it is not."""
+    return _NO_GUARD if device == torch.cuda.current_device() else torch.cuda.device(device)
 
 
 def interpretable(tensor: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ def inverse(index: Tensor) -> tuple[Tensor, Tensor]:
     if 0 < num_samples <= configs.INVERSE_SAMPLES:  # in one launch
         order, first = index.new_empty(num_samples), index.new_empty(num_samples + 1)
         constants = {"BLOCK": block, "CHUNK": configs.INVERSE_CHUNK}
-        programs = triton.cdiv(num_samples + 1, block)
+        programs = configs.cdiv(num_samples + 1, block)
         arguments = (index, order, first, num_samples)
         launch.run(launch.Launch(mixup_inverse_kernel, programs, arguments, constants, num_warps=8))
         return order, first
@@ -166,7 +166,7 @@ def _run(kernel: Any, tensors: tuple[Tensor, ...], source: Tensor, result: Tenso
         return
     vector = configs.vector_size(result.itemsize, width, source.stride(0), result.stride(0))
     tile = configs.MIXUP_CONFIG.tile(num_samples, width, vector)
-    programs = triton.cdiv(num_samples, tile[0]) * triton.cdiv(width, tile[1])
+    programs = configs.cdiv(num_samples, tile[0]) * configs.cdiv(width, tile[1])
     sizes = (num_samples, width // vector, source.stride(0) // vector, *strides, result.stride(0) // vector)
     constants = {"VECTOR": vector, "BLOCK_N": tile[0], "BLOCK_K": tile[1]}
     launch.run(launch.Launch(kernel, programs, (*tensors, *sizes), constants, configs.MIXUP_CONFIG.num_warps))

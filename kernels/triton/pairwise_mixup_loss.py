@@ -25,6 +25,7 @@ the logits of all its pairs; other samples have 0.
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from torch import Tensor
 from ..polynomial import Polynomial
 from . import configs, launch
 from .activation import Kind, add_phi_of_sum, kind, mul_slope_of_sum, normal_form
+from .configs import cdiv
 
 __all__ = ["pairwise_mixup_loss"]
 
@@ -165,7 +167,13 @@ def pairwise_mixup_loss_softmax_kernel(
     class_stride = rows * columns_padded.to(tl.int64)
     parts = (class_stride + PAIRS - 1) // PAIRS
     run = tl.program_id(0) // parts
-    place = tl.program_id(0) % parts * PAIRS + tl.arange(0, PAIRS)
+    first_place = tl.program_id(0) % parts * PAIRS
+    if SETTINGS.symmetric:  # a row's pairs in blocks below the diagonal do not count, nor does any kernel read their D
+        row, last = first_place // columns_padded, first_place + PAIRS - 1
+        if (row == last // columns_padded) & (row // BLOCK > last % columns_padded // BLOCK):
+            tl.store(loss + tl.program_id(0), 0.0)
+            return
+    place = first_place + tl.arange(0, PAIRS)
     in_layer = place < class_stride
     i, j = (place // columns_padded).to(tl.int32), (place % columns_padded).to(tl.int32)
     mask = in_layer & (j < columns)
@@ -312,6 +320,8 @@ class _Samples(NamedTuple):
 
     def part(self, runs: slice, samples: slice) -> "_Samples":
         """Return some samples of one run, or all samples of some."""
+        if runs.start == samples.start == 0 and runs.stop >= self.s.shape[0] and samples.stop >= self.s.shape[1]:
+            return self
         grad = None if self.grad is None else self.grad[runs, samples]
         return _Samples(self.s[runs, samples], self.target[runs, samples], grad)
 
@@ -348,7 +358,7 @@ class _Objective(NamedTuple):
 
 def _bands(num_runs: int, num_rows: int, num_columns: int, symmetric: bool, block: int, limit: int) -> Iterator[_Band]:
     """Divide all pairs, or the unordered ones, into bands of at most ``limit`` pairs, or of one tile."""
-    padded = triton.cdiv(num_columns, block) * block
+    padded = cdiv(num_columns, block) * block
     if num_rows * padded <= limit:
         step = limit // (num_rows * padded)
         for run in range(0, num_runs, step):
@@ -366,10 +376,10 @@ def _bands(num_runs: int, num_rows: int, num_columns: int, symmetric: bool, bloc
 def _pack(samples: _Samples, factor: float, block: int) -> _Side:
     s, target, _ = samples
     num_runs, num_samples, num_patches, num_classes, filters = s.shape
-    blocks = triton.cdiv(num_samples, block)
+    blocks = cdiv(num_samples, block)
     config, size = configs.PAIRWISE_CONFIG, num_patches * num_classes * filters
     width = config.pack_width
-    chunks = max(1, min(triton.cdiv(size, width), config.pack_chunks), size // config.pack_values)
+    chunks = max(1, min(cdiv(size, width), config.pack_chunks), size // config.pack_values)
     new = functools.partial(torch.empty, dtype=torch.float32, device=s.device)
     side = _Side(
         new(num_runs, num_classes, blocks, filters, num_patches, block),
@@ -383,75 +393,134 @@ def _pack(samples: _Samples, factor: float, block: int) -> _Side:
     return side
 
 
+class _Problem(NamedTuple):
+    """Rows and columns of a band, packed, and what its kernels share."""
+
+    rows: _Samples
+    columns: _Samples
+    a: _Side
+    b: _Side
+    readout: Tensor | None
+    objective: _Objective
+    activation: Polynomial
+    symmetric: bool
+    first_row: int
+    block: int
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """What multiplies rows and columns: their shares of t."""
+        node, threshold = self.objective.node, self.activation.threshold
+        return node / threshold, (1 - node) / threshold
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Blocks of rows and of columns."""
+        return cdiv(self.rows.s.shape[1], self.block), cdiv(self.columns.s.shape[1], self.block)
+
+    @property
+    def second_layer(self) -> tuple[Tensor, int]:
+        """The readout and the stride of its runs; any tensor where there is none."""
+        return (self.rows.s, 0) if self.readout is None else (self.readout, self.readout.stride(0))
+
+    def launch_tiles(self, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], **options: Any) -> None:
+        """Launch a program for each tile of each class."""
+        num_runs, _, _, num_classes, _ = self.rows.s.shape
+        constants = {"ACTIVATION": kind(self.activation), "SYMMETRIC": self.symmetric, "BLOCK": self.block} | constants
+        programs, num_warps = num_runs * num_classes * math.prod(self.blocks), configs.pairwise_warps(self.block)
+        launch.run(launch.Launch(kernel, programs, arguments, constants, num_warps, **options))
+
+
+def _logits(problem: _Problem) -> Tensor:
+    """Return the logits (R,C,rows,padded columns)."""
+    a, b, activation = problem.a, problem.b, problem.activation
+    num_runs, num_rows, num_patches, num_classes, filters = problem.rows.s.shape
+    row_blocks, column_blocks = problem.blocks
+    logits = _empty(problem, num_runs, num_classes, num_rows, column_blocks * problem.block)
+    second_layer, run_stride = problem.second_layer
+    arguments = (
+        a.t, b.t, second_layer, a.nan_mask, b.nan_mask, logits, activation.scale / activation.degree, run_stride,
+        num_rows, num_patches, num_classes, filters, row_blocks, column_blocks, a.nan_mask.shape[1],
+    )  # fmt: skip
+    constants = {"READOUT": problem.readout is not None}
+    registers = configs.PAIRWISE_CONFIG.logits_registers
+    problem.launch_tiles(pairwise_mixup_loss_logits_kernel, arguments, constants, max_registers=registers)
+    return logits
+
+
+def _softmax(problem: _Problem, logits: Tensor, need_grad: bool) -> Tensor:
+    """Return the loss in parts (R,parts), and replace the logits by D times phi's scale if gradients are wanted."""
+    config, objective = configs.PAIRWISE_CONFIG, problem.objective
+    num_runs, num_classes, num_rows, _ = logits.shape
+    parts = cdiv(logits[0, 0].numel(), config.pairs)
+    loss = _empty(problem, num_runs, parts)
+    arguments = (
+        logits, problem.a.label, problem.b.label, loss, *objective[2:4], objective.weight, problem.activation.scale,
+        problem.first_row, num_rows, problem.columns.s.shape[1], num_classes,
+    )  # fmt: skip
+    settings = Softmax(problem.symmetric, objective.pairs, need_grad)
+    constants = {"SETTINGS": settings, "BLOCK": problem.block, "CLASSES": config.classes, "PAIRS": config.pairs}
+    launch.run(launch.Launch(pairwise_mixup_loss_softmax_kernel, num_runs * parts, arguments, constants))
+    return loss
+
+
+def _readout_grad(problem: _Problem, d: Tensor) -> Tensor:
+    """Return the gradient to the readout (R,C,M)."""
+    num_runs, num_rows, num_patches, num_classes, filters = problem.rows.s.shape
+    grads = _empty(problem, num_runs, num_classes, math.prod(problem.blocks), filters)
+    sizes = (num_rows, num_patches, num_classes, filters, *problem.blocks)
+    problem.launch_tiles(pairwise_mixup_loss_readout_kernel, (problem.a.t, problem.b.t, d, grads, *sizes), {})
+    return grads.sum(2) / problem.activation.degree
+
+
+def _add_gradients(problem: _Problem, d: Tensor) -> None:
+    """Add the gradients to rows and columns."""
+    rows, columns, (row_factor, column_factor) = problem.rows, problem.columns, problem.factors
+    num_runs, _, num_patches, num_classes, filters = rows.s.shape
+    features = num_patches * filters
+    width = configs.pairwise_features(features)
+    own_block = min(configs.PAIRWISE_CONFIG.own, problem.block)  # d has whole tiles
+    atomic = not torch.are_deterministic_algorithms_enabled()
+    sides = [((columns, column_factor), (rows, row_factor))]
+    if not atomic:
+        sides.append(sides[0][::-1])
+    second_layer, run_stride = problem.second_layer
+    for owns_rows, ((own, own_factor), (other, other_factor)) in enumerate(sides):
+        owns, others = own.s.shape[1], other.s.shape[1]
+        tiles = num_runs * num_classes * cdiv(features, width) * cdiv(owns, own_block)
+        length = configs.pairwise_length(others, tiles, launch.multiprocessors(rows.s)) if atomic else others
+        arguments = (
+            own.s, other.s, d, second_layer, own.grad, other.grad, own_factor, other_factor, run_stride, owns,
+            others, num_patches, num_classes, filters, problem.blocks[1], length,
+        )  # fmt: skip
+        settings = Gradient(
+            kind(problem.activation), problem.symmetric, bool(owns_rows), atomic, problem.readout is not None
+        )
+        constants = {"SETTINGS": settings, "BLOCK": problem.block, "OWN": own_block, "FEATURES": width}
+        kernel, programs = pairwise_mixup_loss_gradient_kernel, tiles * cdiv(others, length)
+        launch.run(launch.Launch(kernel, programs, arguments, constants, num_warps=width // 32))
+
+
+def _empty(problem: _Problem, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=problem.rows.s.device)
+
+
 def _add_band(
     rows: _Samples, columns: _Samples, readout: Tensor | None, readout_grad: Tensor | None, objective: _Objective,
     activation: Polynomial, symmetric: bool, first_row: int, block: int,
 ) -> Tensor:  # fmt: skip
     """Return the loss of all pairs of a row and a column in parts (R,parts), and add its gradients."""
-    config = configs.PAIRWISE_CONFIG
-    num_runs, num_rows, num_patches, num_classes, filters = rows.s.shape
-    num_columns, features = columns.s.shape[1], num_patches * filters
-    row_factor, column_factor = (lam / activation.threshold for lam in (objective.node, 1 - objective.node))
-    a = b = _pack(rows, row_factor, block)
-    if not symmetric or num_rows != num_columns:
-        b = _pack(columns, column_factor, block)
-    row_blocks, column_blocks = (triton.cdiv(n, block) for n in (num_rows, num_columns))
-    new = functools.partial(torch.empty, dtype=torch.float32, device=rows.s.device)
-    logits = new(num_runs, num_classes, num_rows, column_blocks * block)
-    second_layer, run_stride = (rows.s, 0) if readout is None else (readout, readout.stride(0))
-    tiles, num_warps = row_blocks * column_blocks, configs.pairwise_warps(block)
-    sizes = (num_patches, num_classes, filters)
-    constants: dict[str, Any] = {"ACTIVATION": kind(activation), "SYMMETRIC": symmetric, "BLOCK": block}
-    arguments: tuple[Any, ...] = (
-        a.t, b.t, second_layer, a.nan_mask, b.nan_mask, logits, activation.scale / activation.degree, run_stride,
-        num_rows, *sizes, row_blocks, column_blocks, a.nan_mask.shape[1],
-    )  # fmt: skip
-    kernel, programs = pairwise_mixup_loss_logits_kernel, num_runs * num_classes * tiles
-    with_readout = constants | {"READOUT": readout is not None}
-    registers = config.logits_registers
-    launch.run(launch.Launch(kernel, programs, arguments, with_readout, num_warps, max_registers=registers))
-
-    parts = triton.cdiv(logits[0, 0].numel(), config.pairs)
-    loss = new(num_runs, parts)
-    arguments = (
-        logits, a.label, b.label, loss, *objective[2:4], objective.weight, activation.scale, first_row, num_rows,
-        num_columns, num_classes,
-    )  # fmt: skip
+    a = b = _pack(rows, objective.node / activation.threshold, block)
+    if not symmetric or rows.s.shape[1] != columns.s.shape[1]:
+        b = _pack(columns, (1 - objective.node) / activation.threshold, block)
+    problem = _Problem(rows, columns, a, b, readout, objective, activation, symmetric, first_row, block)
+    logits = _logits(problem)
     need_grad = rows.grad is not None
-    settings = Softmax(symmetric, objective.pairs, need_grad or readout_grad is not None)
-    softmax = {"SETTINGS": settings, "BLOCK": block, "CLASSES": config.classes, "PAIRS": config.pairs}
-    kernel, programs = pairwise_mixup_loss_softmax_kernel, num_runs * parts
-    launch.run(launch.Launch(kernel, programs, arguments, softmax))
-
+    loss = _softmax(problem, logits, need_grad or readout_grad is not None)
     if readout_grad is not None:
-        grads = new(num_runs, num_classes, tiles, filters)
-        arguments = (a.t, b.t, logits, grads, num_rows, *sizes, row_blocks, column_blocks)
-        kernel, programs = pairwise_mixup_loss_readout_kernel, num_runs * num_classes * tiles
-        launch.run(launch.Launch(kernel, programs, arguments, constants, num_warps=num_warps))
-        readout_grad += grads.sum(2) / activation.degree
-    if not features or not need_grad:
-        return loss
-
-    width, own_block = configs.pairwise_features(features), min(config.own, block)  # d has whole tiles
-    tiles = num_runs * num_classes * triton.cdiv(features, width)
-    atomic = not torch.are_deterministic_algorithms_enabled()
-    sides = [((columns, column_factor), (rows, row_factor))]
-    if not atomic:
-        sides.append(sides[0][::-1])
-    for owns_rows, ((own, own_factor), (other, other_factor)) in enumerate(sides):
-        owns, others = own.s.shape[1], other.s.shape[1]
-        tiles_of_own = tiles * triton.cdiv(owns, own_block)
-        length = others
-        if atomic:
-            length = configs.pairwise_length(others, tiles_of_own, launch.multiprocessors(rows.s))
-        arguments = (
-            own.s, other.s, logits, second_layer, own.grad, other.grad, own_factor, other_factor, run_stride, owns,
-            others, *sizes, column_blocks, length,
-        )  # fmt: skip
-        side = Gradient(kind(activation), symmetric, bool(owns_rows), atomic, readout is not None)
-        constants = {"SETTINGS": side, "BLOCK": block, "OWN": own_block, "FEATURES": width}
-        kernel, programs = pairwise_mixup_loss_gradient_kernel, tiles_of_own * triton.cdiv(others, length)
-        launch.run(launch.Launch(kernel, programs, arguments, constants, num_warps=width // 32))
+        readout_grad += _readout_grad(problem, logits)
+    if need_grad and rows.s.numel():
+        _add_gradients(problem, logits)
     return loss
 
 
@@ -510,11 +579,11 @@ def pairwise_mixup_loss(
                 None if readout_grad is None else readout_grad[band.runs],
                 objective, activation, band.symmetric, band.rows.start - band.columns.start, block,
             )  # fmt: skip
-            losses.append((band.runs, loss.sum(1, dtype=torch.float64)))
+            losses.append((band.runs, loss))
     if len(losses) == 1:
-        total = losses[0][1]
+        total = losses[0][1].sum(1)
     else:
         total = torch.zeros(num_runs, dtype=torch.float64, device=row.device)
         for runs, loss in losses:
-            total[runs] += loss
+            total[runs] += loss.sum(1, dtype=torch.float64)
     return total.float(), rows.grad, None if column is None else columns.grad, readout_grad

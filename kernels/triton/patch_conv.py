@@ -516,7 +516,7 @@ class _Problem:
         if self.empty:
             return
         vector = 16 // self.dtype.itemsize  # elements in 16 bytes
-        width = triton.cdiv(dim, vector) * vector
+        width = configs.cdiv(dim, vector) * vector
         self.slots = launch.multiprocessors(input)
         shared = self.runs == 1 or weight.stride(0) == 0
         self.network = Network(weight.shape[1], weight.shape[2], dim, width, shared)
@@ -541,7 +541,7 @@ class _Problem:
         width = self.network.width
         mixed = torch.empty([*input.shape[:3], width], dtype=self.dtype, device=input.device)
         blocks = {"BLOCK_N": 32, "BLOCK_D": 64}
-        tiles = triton.cdiv(self.num_samples, blocks["BLOCK_N"]) * triton.cdiv(width, blocks["BLOCK_D"])
+        tiles = configs.cdiv(self.num_samples, blocks["BLOCK_N"]) * configs.cdiv(width, blocks["BLOCK_D"])
         arguments = (input, index, lam, *input.shape[1:], *input.stride(), stride_lam, mixed, width)
         launch.run(launch.Launch(patch_conv_mix_kernel, self.runs * self.num_patches * tiles, arguments, blocks))
         return mixed
@@ -584,7 +584,7 @@ class _Problem:
         total = torch.empty((self.runs, *partial.shape[2:]), dtype=self.dtype, device=partial.device)
         size = total.numel() // self.runs
         block = 256
-        programs = self.runs * triton.cdiv(size, block)
+        programs = self.runs * configs.cdiv(size, block)
         arguments = (partial, total, partial.shape[1], size)
         launch.run(launch.Launch(patch_conv_sum_kernel, programs, arguments, {"BLOCK": block}))
         return total
@@ -613,7 +613,7 @@ def patch_conv(
     if problem.empty:
         return input.new_zeros((*input.shape[:2], weight.shape[1]))
     config, network = problem.config("forward"), problem.network
-    tiles = triton.cdiv(network.classes, max(config.block_q // network.filters, 1))
+    tiles = configs.cdiv(network.classes, max(config.block_q // network.filters, 1))
     split = problem.split(config, tiles)
     logits = problem.partial(split.slices, (problem.num_samples, network.classes), input.device)
     scale = problem.activation.scale / problem.activation.degree
@@ -656,7 +656,7 @@ def _input_grad(
     config, network = problem.config("backward_input" if slope is None else "kept_input"), problem.network
     samples, patches = problem.num_samples, problem.num_patches
     mixed_grad = torch.empty((problem.runs, samples, patches, network.dim), dtype=problem.dtype, device=grad.device)
-    programs = problem.runs * triton.cdiv(network.width, config.block_d)
+    programs = problem.runs * configs.cdiv(network.width, config.block_d)
     if slope is None:
         block_p, blocks = configs.tile_rows(samples, patches, config.block_rows)
         matrix_units = problem.dtype != torch.float32 or problem.precision != "ieee"
@@ -668,7 +668,7 @@ def _input_grad(
         )  # fmt: skip
     else:
         arguments = (problem.weight, slope, grad, mixed_grad, samples, patches)
-        programs *= triton.cdiv(samples * patches, config.block_rows)
+        programs *= configs.cdiv(samples * patches, config.block_rows)
         problem.launch(patch_conv_kept_input_kernel, config, 1, programs, arguments)
     if index is None or lam is None:
         return mixed_grad
@@ -684,7 +684,7 @@ def _input_grad(
 def _weight_grad(problem: _Problem, grad: Tensor, slope: Tensor | None) -> Tensor:
     config, network = problem.config("backward_weight" if slope is None else "kept_weight"), problem.network
     filters = network.classes * network.filters
-    tiles = triton.cdiv(filters, config.block_q) * triton.cdiv(network.width, config.block_d)
+    tiles = configs.cdiv(filters, config.block_q) * configs.cdiv(network.width, config.block_d)
     split = problem.split(config, tiles, slice_samples=True)
     partial = problem.partial(split.slices, (filters, network.dim), grad.device)
     place = (config, split.block_p, split.programs)
