@@ -6,6 +6,7 @@ from collections import defaultdict
 import pytest
 
 from mixfeat import cli
+from mixfeat.operators import OPERATORS
 
 launches = pytest.importorskip("mixfeat.benchmarks.launches")
 pytest.importorskip("triton")
@@ -63,6 +64,7 @@ def test_few_launches(rows):
         usual = USUAL.get((row["operator"], name(row), row["dtype"]))
         if usual and row["direction"] == "forward + backward":
             assert row["launches"] <= usual, row
+    assert {operator for operator, _ in most} == set(OPERATORS)
     assert most.keys() == CEILINGS.keys()
     assert {key: count for key, count in most.items() if count > CEILINGS[key]} == {}
 
