@@ -48,7 +48,7 @@ PREDICTIONS = (
         _PAIRS, "paper-10-large-float32", "(4096,12,20,10,10) float32", (6900, 8100), (41000, 41000), 4100
     ),
     _network(_PATCHES, "patches-bfloat16", "(8192,16,64,10,16) bfloat16", (40, 40), (90, 90), 14),
-    _network(_PATCHES, "patches-float32", "(8192,16,64,10,16) float32", (520, 520), (235, 235), 140),
+    _network(_PATCHES, "patches-float32", "(8192,16,64,10,16) float32", (126, 126), (235, 235), 49),
     Prediction(
         f"test_{_PAIRS}.py::test_training_step", f"`{_PAIRS}`", "a step of 128 networks (50,12,20,10,5) float32",
         (130, 150), (400, 500), 55,

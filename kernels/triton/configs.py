@@ -95,7 +95,7 @@ _Config, _ANY = PatchConvConfig, sys.maxsize
 #   overlap with another's activations where a multiprocessor holds two or three: hence the caps on registers. Long
 #   patches pass through a pipeline four stages deep.
 # "tf32": float32 in TF32, with twice the bytes per operand.
-# "tf32x3": float32 as three products in TF32, whose operands pass through registers to be split.
+# "tf32x3": float32 as three products in TF32, whose operands pass through registers to be split: tiles are smaller.
 # "ieee": float32 on AMD, whose matrix units take it as it is.
 PATCH_CONV_TILES: dict[str, list[PatchConvTiles]] = {
     "half": [
@@ -104,7 +104,7 @@ PATCH_CONV_TILES: dict[str, list[PatchConvTiles]] = {
             forward=_Config(64, 128, 32, num_warps=8, max_registers=128),
             forward_narrow=_Config(64, 64, 32, max_registers=168),
             backward_input=_Config(64, 64, 32, max_registers=None),
-            backward_weight=_Config(32, 64, 32),
+            backward_weight=_Config(64, 64, 32),
             mixes=True,
         ),
         PatchConvTiles(
@@ -112,7 +112,7 @@ PATCH_CONV_TILES: dict[str, list[PatchConvTiles]] = {
             forward=_Config(64, 128, 64, num_warps=8, max_registers=128),
             forward_narrow=_Config(64, 64, 64, max_registers=168),
             backward_input=_Config(64, 64, 64),
-            backward_weight=_Config(32, 64, 64),
+            backward_weight=_Config(64, 64, 64),
             mixes=True,
         ),
         PatchConvTiles(
@@ -120,7 +120,7 @@ PATCH_CONV_TILES: dict[str, list[PatchConvTiles]] = {
             forward=_Config(64, 128, 128, num_warps=8),
             forward_narrow=_Config(64, 64, 128, num_warps=8),
             backward_input=_Config(64, 32, 128),
-            backward_weight=_Config(32, 64, 128),
+            backward_weight=_Config(64, 32, 128),
         ),
         PatchConvTiles(
             patch_dim=_ANY,
@@ -138,15 +138,15 @@ PATCH_CONV_TILES: dict[str, list[PatchConvTiles]] = {
             forward=_Config(64, 128, 32, num_warps=8),
             forward_narrow=_Config(64, 64, 32),
             backward_input=_Config(64, 32, 32),
-            backward_weight=_Config(32, 64, 32),
+            backward_weight=_Config(64, 64, 32),
             mixes=True,
         ),
         PatchConvTiles(
             patch_dim=64,
-            forward=_Config(64, 128, 64, num_warps=8),
-            forward_narrow=_Config(64, 64, 64, num_warps=8),
-            backward_input=_Config(64, 32, 64),
-            backward_weight=_Config(32, 64, 64),
+            forward=_Config(64, 64, 64),
+            forward_narrow=_Config(64, 64, 64),
+            backward_input=_Config(32, 64, 64),
+            backward_weight=_Config(64, 64, 64),
         ),
         PatchConvTiles(
             patch_dim=_ANY,
@@ -161,27 +161,27 @@ PATCH_CONV_TILES: dict[str, list[PatchConvTiles]] = {
     "tf32x3": [
         PatchConvTiles(
             patch_dim=32,
-            forward=_Config(64, 128, 32, num_warps=8),
+            forward=_Config(64, 64, 32),
             forward_narrow=_Config(64, 64, 32),
             backward_input=_Config(64, 32, 32),
-            backward_weight=_Config(32, 64, 32),
+            backward_weight=_Config(64, 32, 32, num_stages=1),
             mixes=True,
         ),
         PatchConvTiles(
             patch_dim=64,
-            forward=_Config(64, 64, 64, num_warps=8),
-            forward_narrow=_Config(64, 64, 64, num_warps=8),
-            backward_input=_Config(64, 16, 64, num_warps=8),
-            backward_weight=_Config(16, 64, 64, num_warps=8),
+            forward=_Config(64, 32, 64),
+            forward_narrow=_Config(64, 32, 64),
+            backward_input=_Config(32, 64, 64),
+            backward_weight=_Config(64, 32, 64),
         ),
         PatchConvTiles(
             patch_dim=_ANY,
-            forward=_Config(64, 32, 32),
-            forward_narrow=_Config(64, 32, 32),
-            backward_input=_Config(64, 32, 32, num_warps=8, num_stages=1),
-            backward_weight=_Config(16, 64, 64, num_warps=8),
-            kept_input=_Config(64, 32, 64, num_warps=8),
-            kept_weight=_Config(32, 64, 32, num_warps=8),
+            forward=_Config(64, 32, 64, num_stages=3),
+            forward_narrow=_Config(64, 32, 64, num_stages=3),
+            backward_input=_Config(32, 64, 64),
+            backward_weight=_Config(64, 32, 64),
+            kept_input=_Config(32, 32, 64, num_stages=3),
+            kept_weight=_Config(32, 32, 64, num_stages=3),
         ),
     ],
     "ieee": [
@@ -253,7 +253,8 @@ def split(samples: int, patches: int, rows: int, tiles: int, slots: int, slice_s
     """Choose the division that is done first where ``slots`` programs run at once.
 
     ``tiles`` programs have the same rows; ``slice_samples`` if one may have several blocks of samples. Time is counted
-    in tiles of rows: a program takes that of one to begin and to end, partial sums of several slices that of two.
+    in tiles of rows: a program takes that of one to begin and to end, that of half a one to load the gradients of a
+    block of samples, and partial sums of several slices that of two.
     """
     best: tuple[tuple[float, ...], Split] = (math.inf,), Split(1, 1, 1, 1)
     for block_p, sample_blocks, patch_blocks in _blocks(samples, patches, rows):
@@ -262,8 +263,9 @@ def split(samples: int, patches: int, rows: int, tiles: int, slots: int, slice_s
         for patch_slices in range(1, min(patch_blocks, wanted) + 1):
             sample_slices = min(sample_blocks, wanted // patch_slices) if slice_samples else 1
             slices, programs = sample_slices * patch_slices, tiles * blocks * sample_slices * patch_slices
-            steps = math.ceil(patch_blocks / patch_slices) * math.ceil(sample_blocks / blocks / sample_slices)
-            cost = math.ceil(programs / slots) * (steps + 1) + 2 * (slices > 1)
+            sample_steps = math.ceil(sample_blocks / blocks / sample_slices)
+            steps = math.ceil(patch_blocks / patch_slices) * sample_steps
+            cost = math.ceil(programs / slots) * (steps + sample_steps / 2 + 1) + 2 * (slices > 1)
             best = min(best, ((cost, slices, block_p), Split(block_p, slices, sample_slices, programs)))
     return best[1]
 

@@ -113,6 +113,39 @@ def _operand(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _halves(x):
+    """Return x, cut off to the 10 bits of mantissa of TF32, and the rest."""
+    large = (x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+    return large, x - large
+
+
+@triton.jit
+def _dot(a, b, accum, PRECISION: tl.constexpr, TURN: tl.constexpr = False, INFINITE: tl.constexpr = False):
+    """Return ``a b + accum``, summed in float32; ``accum`` may be None.
+
+    "tf32x3" forms the product of the sums of two parts in TF32, without that of the small parts. An operand that does
+    not change in a loop is split before it, which tl.dot's own "tf32x3" does not do. An infinite operand gives NaN
+    unless ``INFINITE``.
+
+    ``TURN`` computes ``(b^T a^T)^T``: the second operand of a product in TF32 is stored to shared memory transposed,
+    which the layout of another product's result can do without bank conflicts, that of a load not.
+    """
+    if TURN:
+        turned = None if accum is None else tl.trans(accum)
+        return tl.trans(_dot(tl.trans(b), tl.trans(a), turned, PRECISION))
+    elif PRECISION == "tf32x3":
+        a_large, a_small = _halves(a)
+        b_large, b_small = _halves(b)
+        s = tl.dot(a_small, b_large, accum, input_precision="tf32", out_dtype=tl.float32)
+        s = tl.dot(a_large, b_small, s, input_precision="tf32", out_dtype=tl.float32)
+        if INFINITE:
+            s = tl.where(s == s, s, 0.0)  # infinity times a small part of 0
+        return tl.dot(a_large, b_large, s, input_precision="tf32", out_dtype=tl.float32)
+    else:
+        return tl.dot(a, b, accum, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
 def _patches(samples, partners, lam, offset, mask, d, WIDTH: tl.constexpr, MIX: tl.constexpr, PRECISION: tl.constexpr):
     """Load the tile z[row,d] at ``offset`` from the rows' first patches; 0 where not ``mask`` and beyond WIDTH."""
     mask = mask[:, None] & (d < WIDTH)[None, :]
@@ -216,7 +249,7 @@ def patch_conv_forward_kernel(
             mask = (n < N) & (p + row_patch < P)
             if WHOLE:
                 z = _patches(samples, partners, ratio, offset, mask, d, NETWORK.width, index is not None, PRECISION)
-                s = tl.dot(z, w, input_precision=PRECISION, out_dtype=tl.float32)
+                s = _dot(z, w, None, PRECISION, INFINITE=True)
             else:
                 s = tl.zeros([ROWS, TILE.filters], tl.float32)
                 for k in range(0, NETWORK.width, TILE.dim):
@@ -224,7 +257,7 @@ def patch_conv_forward_kernel(
                         samples, partners, ratio, offset, mask, k + d, NETWORK.width, index is not None, PRECISION
                     )
                     w = _filters_t(weight, q, end, k + d, NETWORK.width, PRECISION)
-                    s = tl.dot(z, w, s, input_precision=PRECISION, out_dtype=tl.float32)
+                    s = _dot(z, w, s, PRECISION)
             if TILE.patches > 1:
                 s = tl.where((p + row_patch < P)[:, None], s, 0.0)  # infinite filters times 0
             accum = add_phi(accum, s, inverse, ACTIVATION)
@@ -256,8 +289,7 @@ def patch_conv_backward_weight_kernel(
     """``dL/dw[q] = sum_{n,p} E[n,p,q] z[n,p]``, a partial sum per slice of the samples and patches.
 
     A program owns TILE.filters, TILE.dim of D, every sample_slices-th block of samples and of each sample every
-    (slices / sample_slices)-th block of patches. s and E are computed transposed: the product E^T z then takes E from
-    the registers that hold it.
+    (slices / sample_slices)-th block of patches.
 
     grad (B,N,C) contiguous, input (B,N,P,D), weight (B,CM,D) or (1,CM,D) contiguous, index (N,), lam (N,) or (),
     weight_grad (B,slices,CM,D) contiguous
@@ -285,34 +317,34 @@ def patch_conv_backward_weight_kernel(
     weight += b * _size(NETWORK)
     grad += b.to(tl.int64) * N * NETWORK.classes + q // NETWORK.filters
     if WHOLE:
-        w = _filters(weight, q, Q, d, NETWORK.width, PRECISION)
+        w = _filters_t(weight, q, Q, d, NETWORK.width, PRECISION)
     accum = tl.zeros([TILE.filters, TILE.dim], tl.float32)
     for start in range(part % sample_slices * TILE.samples, N, sample_slices * TILE.samples):
         n = start + row // TILE.patches
         samples, partners, ratio = _samples(input, index, lam, b, n, N, stride_xb, stride_xn, stride_lam)
         samples += row_patch * stride_xp
         partners += row_patch * stride_xp
-        g = grad[:, None] + (n.to(tl.int64) * NETWORK.classes)[None, :]
-        g = tl.load(g, mask=(q < Q)[:, None] & (n < N)[None, :], other=0.0).to(tl.float32) * scale
+        g = grad[None, :] + (n.to(tl.int64) * NETWORK.classes)[:, None]
+        g = tl.load(g, mask=(q < Q)[None, :] & (n < N)[:, None], other=0.0).to(tl.float32) * scale
         for p in range(first, P, step):
             offset = p * stride_xp
             mask = (n < N) & (p + row_patch < P)
             if WHOLE:
                 z = _patches(samples, partners, ratio, offset, mask, d, NETWORK.width, index is not None, PRECISION)
-                s = tl.dot(w, tl.trans(z), input_precision=PRECISION, out_dtype=tl.float32)
+                s = _dot(z, w, None, PRECISION)
             else:
-                s = tl.zeros([TILE.filters, ROWS], tl.float32)
+                s = tl.zeros([ROWS, TILE.filters], tl.float32)
                 for k in range(0, NETWORK.width, TILE.dim):
                     z = _patches(
                         samples, partners, ratio, offset, mask, k + d, NETWORK.width, index is not None, PRECISION
                     )
-                    w = _filters(weight, q, Q, k + d, NETWORK.width, PRECISION)
-                    s = tl.dot(w, tl.trans(z), s, input_precision=PRECISION, out_dtype=tl.float32)
+                    w = _filters_t(weight, q, Q, k + d, NETWORK.width, PRECISION)
+                    s = _dot(z, w, s, PRECISION)
                 z = _patches(samples, partners, ratio, offset, mask, d_own, NETWORK.width, index is not None, PRECISION)
             if TILE.patches > 1:
-                s = tl.where((p + row_patch < P)[None, :], s, 0.0)  # infinite filters times 0
+                s = tl.where((p + row_patch < P)[:, None], s, 0.0)  # infinite filters times 0
             e = _operand(mul_slope(g, s, inverse, ACTIVATION).to(z.dtype), PRECISION)
-            accum = tl.dot(e, z, accum, input_precision=PRECISION, out_dtype=tl.float32)
+            accum = _dot(tl.trans(e), z, accum, PRECISION, TURN=True)
 
     weight_grad += ((b * slices + part).to(tl.int64) * Q + q)[:, None] * NETWORK.dim + d_own[None, :]
     mask = (q < Q)[:, None] & (d_own < NETWORK.dim)[None, :]
@@ -329,7 +361,7 @@ def patch_conv_backward_input_kernel(
 
     A program owns some patches of a block of samples and TILE.dim of D, and loops over the filters. To spread G[n,c]
     over the filters of c by a product with the matrix of who owns whom takes matrix units a fraction of the time of
-    loading it for each filter.
+    loading it for each filter, in 16 bits.
 
     grad (B,N,C) contiguous, input (B,N,P,D), weight (B,CM,D) or (1,CM,D) contiguous, index (N,), lam (N,) or (),
     mixed_grad (B,N,P,D) contiguous
@@ -340,6 +372,7 @@ def patch_conv_backward_input_kernel(
     Q: tl.constexpr = NETWORK.classes * NETWORK.filters
     D_TILES: tl.constexpr = (NETWORK.width + TILE.dim - 1) // TILE.dim
     WHOLE: tl.constexpr = NETWORK.width <= TILE.dim
+    TURN: tl.constexpr = VECTOR == 4 and TILE.dim >= 64  # as matrix units take 64 rows
     stride_xb, stride_xn, stride_xp = _wide(stride_xb, VECTOR), _wide(stride_xn, VECTOR), _wide(stride_xp, VECTOR)
     program = tl.program_id(0)
     d_own = program % D_TILES * TILE.dim + tl.arange(0, TILE.dim)
@@ -370,19 +403,19 @@ def patch_conv_backward_input_kernel(
             c = start // NETWORK.filters + tl.arange(0, TILE.classes)
             g = tl.load(grad[:, None] + c[None, :], mask=mask[:, None] & (c < C)[None, :], other=0.0)
             owned = (c[:, None] == owner[None, :]).to(g.dtype)
-            g = tl.dot(_operand(g, PRECISION), owned, input_precision=PRECISION, out_dtype=tl.float32)
+            g = tl.dot(g, owned, out_dtype=tl.float32)
         if WHOLE:
             w = _filters(weight, q, Q, d, NETWORK.width, PRECISION)
-            s = tl.dot(z, tl.trans(w), input_precision=PRECISION, out_dtype=tl.float32)
+            s = _dot(z, tl.trans(w), None, PRECISION, TURN)
         else:
             s = tl.zeros([ROWS, TILE.filters], tl.float32)
             for k in range(0, NETWORK.width, TILE.dim):
                 z = _patches(samples, partners, ratio, offset, mask, k + d, NETWORK.width, index is not None, PRECISION)
                 w = _filters(weight, q, Q, k + d, NETWORK.width, PRECISION)
-                s = tl.dot(z, tl.trans(w), s, input_precision=PRECISION, out_dtype=tl.float32)
+                s = _dot(z, tl.trans(w), s, PRECISION, TURN)
             w = _filters(weight, q, Q, d_own, NETWORK.width, PRECISION)
         e = _operand(mul_slope(g.to(tl.float32) * scale, s, inverse, ACTIVATION).to(w.dtype), PRECISION)
-        accum = tl.dot(e, w, accum, input_precision=PRECISION, out_dtype=tl.float32)
+        accum = _dot(e, w, accum, PRECISION, TURN)
 
     mixed_grad += (((b.to(tl.int64) * N + n) * P + p) * NETWORK.dim)[:, None] + d_own[None, :]
     store = mask[:, None] & (d_own < NETWORK.dim)[None, :]
@@ -432,7 +465,7 @@ def patch_conv_kept_weight_kernel(
             mask = (n < N)[:, None] & in_patches & (d < NETWORK.width)[None, :]
             z = _operand(tl.load(samples + p * stride_xp, mask=mask, other=0.0), PRECISION)
             e = _operand((e.to(tl.float32) * g).to(z.dtype), PRECISION)
-            accum = tl.dot(tl.trans(e), z, accum, input_precision=PRECISION, out_dtype=tl.float32)
+            accum = _dot(tl.trans(e), z, accum, PRECISION, TURN=True)
 
     weight_grad += ((b * slices + part) * Q + q)[:, None] * NETWORK.dim + d[None, :]
     tl.store(weight_grad, accum.to(weight_grad.dtype.element_ty), mask=(q < Q)[:, None] & (d < NETWORK.dim)[None, :])
@@ -453,6 +486,7 @@ def patch_conv_kept_input_kernel(
     ROWS: tl.constexpr = TILE.samples * TILE.patches
     Q: tl.constexpr = NETWORK.classes * NETWORK.filters
     D_TILES: tl.constexpr = (NETWORK.width + TILE.dim - 1) // TILE.dim
+    TURN: tl.constexpr = weight.dtype.element_ty == tl.float32
     program = tl.program_id(0)
     d = program % D_TILES * TILE.dim + tl.arange(0, TILE.dim)
     program = program // D_TILES
@@ -471,7 +505,7 @@ def patch_conv_kept_input_kernel(
         e = tl.load(slope + (rows * Q)[:, None] + q[None, :], mask=mask, other=0.0)
         w = _filters(weight, q, Q, d, NETWORK.width, PRECISION)
         e = _operand((e.to(tl.float32) * g).to(w.dtype), PRECISION)
-        accum = tl.dot(e, w, accum, input_precision=PRECISION, out_dtype=tl.float32)
+        accum = _dot(e, w, accum, PRECISION, TURN)
     store = in_rows[:, None] & (d < NETWORK.dim)[None, :]
     tl.store(mixed_grad + (rows * NETWORK.dim)[:, None] + d[None, :], accum.to(mixed_grad.dtype.element_ty), mask=store)
 
@@ -659,7 +693,7 @@ def _input_grad(
     programs = problem.runs * configs.cdiv(network.width, config.block_d)
     if slope is None:
         block_p, blocks = configs.tile_rows(samples, patches, config.block_rows)
-        matrix_units = problem.dtype != torch.float32 or problem.precision != "ieee"
+        matrix_units = problem.dtype != torch.float32
         classes = (config.block_q + network.filters - 2) // network.filters + 1
         problem.launch(
             patch_conv_backward_input_kernel, config, block_p, programs * blocks,
