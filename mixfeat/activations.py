@@ -1,10 +1,10 @@
-"""Activations: the polynomial ReLUs of the feature-learning literature, as small frozen values.
+"""Activations: the polynomial ReLUs of the feature-learning literature, as small frozen dataclasses.
 
-Each takes a ``scale`` > 0, which multiplies it: 1/M makes the fixed second layer a mean. Kernels apply it once, outside
+Each has a ``scale`` > 0 that multiplies it: 1/M makes the fixed second layer a mean. Kernels apply it once, outside
 their loops.
 
-Calling one applies its definition to a tensor (plain PyTorch, differentiable). Every kernel sees an activation only as
-a :class:`~mixfeat.kernels.polynomial.Polynomial`, the one family that holds them all.
+A call applies the definition to a tensor, in differentiable PyTorch. Kernels see an activation only as a
+:class:`~mixfeat.kernels.polynomial.Polynomial`, the family that holds them all.
 """
 
 from dataclasses import dataclass, field, fields
@@ -30,7 +30,7 @@ class Activation:
         return self.polynomial(z)
 
     def __repr__(self) -> str:
-        """Show the fields, without optional ones that have their default."""
+        """Show the fields, except optional ones at their default."""
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
         options = {"scale": 1.0, "negative_slope": 0.0} if not isinstance(self, LeakyReLU) else {"scale": 1.0}
         listed = (f"{name}={value}" for name, value in shown.items() if options.get(name) != value)
@@ -52,14 +52,14 @@ class PolyReLU(Activation):
     Args:
         degree: the polynomial's degree, 1 to 16 (alpha in the paper).
         rho: threshold above which the activation is linear, > 0.
-        clamp: with False the polynomial also serves z < 0, as in the authors' released code.
-        scale: multiplies phi, > 0.
-        negative_slope: with another number than 0, phi(z) = negative_slope z for z <= 0, as in a leaky ReLU. It needs
-            clamp, and is evaluated in plain PyTorch on every backend.
+        clamp: phi(z) = 0 for z < 0; False extends the polynomial to z < 0, as in the authors' released code.
+        scale: factor of phi, > 0.
+        negative_slope: if not 0, phi(z) = negative_slope z for z <= 0, as in a leaky ReLU. It needs clamp=True, and
+            plain PyTorch evaluates it on every backend.
 
     Raises:
-        TypeError, ValueError: for a degree that is no integer in 1..16, a rho or scale that is not finite and positive,
-            or a negative_slope that is not finite or stands beside clamp=False.
+        TypeError, ValueError: a degree that is not an integer in 1..16, a rho or scale that is not finite and positive,
+            a negative_slope that is not finite, or one with clamp=False.
     """
 
     degree: int = 8

@@ -1,4 +1,4 @@
-"""Data: distributions of the feature-learning theories, images of two features, images cut into patches."""
+"""Data: the distributions of feature-learning theory, images with two features per class, images cut into patches."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -48,50 +48,51 @@ def multi_view(
 ) -> MultiViewData:
     """Draw from the multi-view distribution of Chidambaram et al. 2023 (arXiv 2210.13512, section 3).
 
-    Every class y has two features (views) v[y,0] and v[y,1]; all features are orthonormal. A point of class y has, at
-    two random positions, its signal patches::
+    Every class y has two features (views) v[y,0] and v[y,1]; all features are orthonormal. A point of class y has its
+    signal patches at two random positions::
 
         c v[y,0]   and   (signal[0] + signal[1] - c) v[y,1],     c ~ U[signal]
 
-    and in every other patch feature noise, each gamma drawn independently::
+    Every other patch is feature noise, with each gamma drawn independently::
 
         sum over s != y and l of  gamma v[s,l],                  gamma ~ noise_scale * U[noise]
 
-    With ``views=0`` or ``views=1`` both signal patches carry that view only: the test points that tell which features
-    a network has learned (:func:`mixfeat.features.learned`). Classes are balanced (their counts differ by at most one)
+    With ``views=0`` or ``views=1`` both signal patches carry that view only: such test points show which features a
+    network has learned (:func:`mixfeat.features.learned`). Classes are balanced (their counts differ by at most one)
     and in random order.
 
-    The further options are those of the distribution of Allen-Zhu and Li (arXiv 2012.09816), which leaves open how a
-    feature's coefficient is spread over its patches: here evenly.
+    The other options come from the distribution of Allen-Zhu and Li (arXiv 2012.09816). The paper leaves open how the
+    coefficient of a feature is spread over its patches; here it is spread evenly.
 
     Args:
         num_samples: N >= 0.
         num_classes: C >= 1 (k in the paper).
-        num_patches: P, at least twice patches_per_feature; with off_class, 2 C times.
-        patch_dim: D >= 2 C; by default 2 C, or the features' own.
+        num_patches: P >= 2 patches_per_feature; with off_class, P >= 2 C patches_per_feature.
+        patch_dim: D >= 2 C; by default that of ``features``, else 2 C.
         signal: range of a signal coefficient; the two coefficients of a point sum to ``signal[0] + signal[1]``.
         noise: range of a noise coefficient, before ``noise_scale``.
         noise_scale: >= 0. The default separates ERM from Midpoint Mixup at C = 10; the authors' code has 10 / C**1.5.
         views: ``"both"``, 0 or 1.
-        positions: of the signal patches: ``"random"`` in each sample, or ``"fixed"``: those of view 0 first, then those
-            of view 1.
-        patches_per_feature: over how many patches the coefficient of each feature is spread, evenly.
-        single_view: probability that a sample carries only one of its views, either as likely. Needs ``views="both"``.
-        off_class: probability of each feature of another class to be in a sample, in patches of its own at random
-            positions, with a coefficient in all of U[off_class_signal].
-        off_class_signal: range of that coefficient.
-        noise_std: standard deviation of Gaussian noise, which is added to every number of every patch; >= 0.
+        positions: positions of the signal patches: ``"random"`` in each sample, or ``"fixed"``, view 0 first, then
+            view 1.
+        patches_per_feature: number of patches over which the coefficient of each feature is spread evenly.
+        single_view: probability that a sample carries only one of its views, each equally likely. Needs
+            ``views="both"``.
+        off_class: probability that a sample carries a given feature of another class. Such a feature has its own
+            patches at random positions, and its coefficient is drawn from U[off_class_signal].
+        off_class_signal: range of that coefficient, summed over the feature's patches.
+        noise_std: standard deviation of Gaussian noise added to every entry of every patch, >= 0.
         features: (C, 2, D) orthonormal features; by default drawn uniformly among all orthonormal sets.
-        generator: source of all randomness. Draws are made on its device, so that a CPU generator gives the same data
-            on every device.
-        device: of the result; by default that of ``features``, else of ``generator``, else torch's default.
-        dtype: of the result, floating; by default that of ``features``, else torch's default.
+        generator: source of all randomness. Draws are made on its device, so a CPU generator gives the same data on
+            every device.
+        device: device of the result; by default that of ``features``, else of ``generator``, else torch's default.
+        dtype: floating dtype of the result; by default that of ``features``, else torch's default.
 
     Returns:
         ``MultiViewData(input (N,P,D), target (N,) int64, features (C,2,D))``.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it got and what it needs.
+        TypeError, ValueError: an invalid argument; the message names it, the value and the requirement.
     """
     num_samples = _checks.integer("num_samples", num_samples, 0)
     num_classes = _checks.integer("num_classes", num_classes, 1)
@@ -123,7 +124,7 @@ def multi_view(
         features = draw.orthonormal(2 * num_classes, patch_dim).view(num_classes, 2, patch_dim)
     target = draw.permutation(num_samples) % num_classes
 
-    # a patch is its coefficients over all features, times the features: noise first, then the signal over it
+    # a patch is its coefficients times the features; the signal overwrites the noise
     coefficient = draw.uniform(num_samples, num_patches, num_classes, 2, low=noise_low, high=noise_high)
     coefficient.mul_(noise_scale)
     sample = torch.arange(num_samples, device=draw.device)
@@ -142,7 +143,7 @@ def multi_view(
     coefficient[sample[:, None, None], position, target[:, None, None], view[..., None]] = total[..., None]
 
     if off_class:
-        # of the remaining places each feature of the other classes has its own, whether it is there or not
+        # each feature of the other classes owns some of the remaining positions, whether it is present or not
         others = torch.arange(1, num_classes, device=draw.device)
         other = ((target[:, None] + others) % num_classes).repeat_interleave(2 * patches_per_feature, 1)
         places = order[:, 2 * patches_per_feature :]
@@ -151,11 +152,11 @@ def multi_view(
         shape = (num_samples, 2 * (num_classes - 1))
         value = draw.uniform(*shape, low=off_low, high=off_high) / patches_per_feature
         value = value.repeat_interleave(patches_per_feature, 1)
-        there = (draw.uniform(*shape) < off_class).repeat_interleave(patches_per_feature, 1)
-        which = torch.arange(2, device=draw.device).repeat_interleave(patches_per_feature).repeat(num_classes - 1)
-        row, column = there.nonzero(as_tuple=True)
+        present = (draw.uniform(*shape) < off_class).repeat_interleave(patches_per_feature, 1)
+        feature = torch.arange(2, device=draw.device).repeat_interleave(patches_per_feature).repeat(num_classes - 1)
+        row, column = present.nonzero(as_tuple=True)
         coefficient[row, places[row, column]] = 0
-        coefficient[row, places[row, column], other[row, column], which[column]] = value[row, column]
+        coefficient[row, places[row, column], other[row, column], feature[column]] = value[row, column]
 
     basis = features.to(draw.device, draw.compute).flatten(0, 1)
     input = coefficient.flatten(2) @ basis
@@ -165,15 +166,17 @@ def multi_view(
 
 
 class SignalNoiseData(NamedTuple):
-    """A sample of the signal-noise distribution. What :func:`mixfeat.features.alignment` makes of its features is the
-    theory's signal learning; :func:`mixfeat.features.noise_memorization` takes its noise.
+    """A sample of the signal-noise distribution.
+
+    :func:`mixfeat.features.alignment` of its features is the theory's signal learning, and
+    :func:`mixfeat.features.noise_memorization` takes its noise.
     """
 
     input: Tensor  #: (N, P, D) patches
-    target: Tensor  #: (N,) int64 classes, with the flips: 1 for y = +1, 0 for y = -1
-    features: Tensor  #: (2, V, D) the signals of each class: -mu and mu, V = 1; for XOR ±(a - b) and ±(a + b), V = 2
-    noise: Tensor  #: (N, P - 1, D) the noise patches
-    clean_target: Tensor  #: (N,) int64 classes before the flips, those of the signal patches
+    target: Tensor  #: (N,) int64 classes after the flips: 1 for y = +1, 0 for y = -1
+    features: Tensor  #: (2, V, D) signals of each class: -mu and mu, V = 1; for XOR ±(a - b) and ±(a + b), V = 2
+    noise: Tensor  #: (N, P - 1, D) noise patches
+    clean_target: Tensor  #: (N,) int64 classes before the flips, as the signal patches have them
 
 
 def signal_noise(
@@ -197,33 +200,33 @@ def signal_noise(
 
         y mu,   |mu| = signal         and         xi ~ N(0, noise_std^2 (I - mu mu^T / |mu|^2))
 
-    as in Cao et al. 2022 (arXiv 2202.06526); with ``flip``, where labels are wrong with that probability, as in Kou et
-    al. 2023 (arXiv 2303.04145). With ``xor`` the signal patch is ±(a + b) for y = +1 and ±(a - b) for y = -1, either
-    sign as likely, of two orthogonal vectors of equal length, as in Meng et al. 2024. Classes are balanced before the
-    flips and in random order. The signal-to-noise ratio is signal / (noise_std sqrt(D)).
+    This is the distribution of Cao et al. 2022 (arXiv 2202.06526). ``flip`` gives wrong labels with that probability,
+    as in Kou et al. 2023 (arXiv 2303.04145). With ``xor``, as in Meng et al. 2024, a and b are orthogonal vectors of
+    equal length, and the signal patch is ±(a + b) for y = +1 and ±(a - b) for y = -1, with either sign equally likely.
+    Classes are balanced before the flips, in random order. The signal-to-noise ratio is signal / (noise_std sqrt(D)).
 
-    The network of these papers, ``F[y] = 1/M sum_{p,m} max(<w[y,m], x[p]>, 0)^q``, and the logistic loss of
-    ``y (F[+1] - F[-1])`` are ``TwoLayerPatchCNN(2, M, D, PowerReLU(q, scale=1 / M))`` and the cross-entropy of its
-    logits.
+    The network of these papers, ``F[y] = 1/M sum_{p,m} max(<w[y,m], x[p]>, 0)^q``, is
+    ``TwoLayerPatchCNN(2, M, D, PowerReLU(q, scale=1 / M))``. Their logistic loss of ``y (F[+1] - F[-1])`` is the
+    cross-entropy of its logits.
 
     Args:
         num_samples: N >= 0.
-        patch_dim: D, at least 2, with ``xor`` 3: one dimension of noise beside the signals.
+        patch_dim: D >= 2, or with ``xor`` D >= 3: the noise needs a dimension beside the signals.
         num_patches: P >= 2, one of them the signal.
         signal: length of a signal patch, > 0.
-        noise_std: of each number of the noise, >= 0.
-        xor: four signals instead of two.
+        noise_std: standard deviation of each entry of the noise, >= 0.
+        xor: draw from four signals instead of two.
         flip: probability in [0, 1] that ``target`` is the other class.
-        positions: of the signal patch: ``"random"`` in each sample, or ``"fixed"``, the first.
-        features: (2, V, D) signals of an earlier draw, as test data need them; they stand for ``signal``. By default
-            in directions drawn uniformly.
+        positions: position of the signal patch: ``"random"`` in each sample, or ``"fixed"``, the first.
+        features: (2, V, D) signals of an earlier draw, for test data; they replace ``signal``. By default their
+            directions are drawn uniformly.
         generator, device, dtype: as :func:`multi_view` takes them.
 
     Returns:
         ``SignalNoiseData(input (N,P,D), target (N,), features (2,V,D), noise (N,P-1,D), clean_target (N,))``.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it got and what it needs.
+        TypeError, ValueError: an invalid argument; the message names it, the value and the requirement.
     """
     num_samples = _checks.integer("num_samples", num_samples, 0)
     _checks.boolean("xor", xor)
@@ -240,7 +243,7 @@ def signal_noise(
     draw = _Draw(generator, device, dtype, features)
 
     if features is None:
-        a = draw.orthonormal(views, patch_dim)  # mu; with xor a and b, whose difference and sum are orthogonal as well
+        a = draw.orthonormal(views, patch_dim)  # mu; with xor a and b, whose difference and sum are orthogonal too
         first = torch.stack([a[0] - a[1], a[0] + a[1]]) / 2**0.5 if xor else torch.cat([-a, a])
         features = signal * (torch.stack([first, -first], 1) if xor else first[:, None])
     clean = draw.permutation(num_samples) % 2
@@ -296,8 +299,8 @@ def common_rare(
         num_feature_noise patches     feature_noise v[s,0], s either class, drawn for each patch
         the others                    xi ~ N(0, noise_std^2 (I - projection onto the four features))
 
-    That feature noise is of the common features is our reading of the paper. Classes are balanced and in random order.
-    ``rare=0`` and ``rare=1`` are the test points of :func:`mixfeat.features.learned`.
+    The paper does not say which features the feature noise has; we draw it from the common ones. Classes are balanced
+    and in random order. ``rare=0`` and ``rare=1`` give the test points of :func:`mixfeat.features.learned`.
 
     Args:
         num_samples: N >= 0.
@@ -305,18 +308,18 @@ def common_rare(
         num_patches: P >= 1 + num_feature_noise.
         rare: probability in [0, 1] of the rare feature (rho in the paper).
         signal: length of the features, > 0.
-        feature_noise: >= 0 (alpha in the paper).
-        num_feature_noise: patches of feature noise, >= 0 (b in the paper).
-        noise_std: of each number of the noise patches, >= 0 (sigma_p in the paper).
-        positions: ``"random"`` in each sample, or ``"fixed"``, in the order above.
-        features: (2, 2, D) features of an earlier draw, as test data need them; they stand for ``signal``.
+        feature_noise: coefficient of the feature noise, >= 0 (alpha in the paper).
+        num_feature_noise: number of patches of feature noise, >= 0 (b in the paper).
+        noise_std: standard deviation of each entry of the noise patches, >= 0 (sigma_p in the paper).
+        positions: positions of the patches: ``"random"`` in each sample, or ``"fixed"``, in the order above.
+        features: (2, 2, D) features of an earlier draw, for test data; they replace ``signal``.
         generator, device, dtype: as :func:`multi_view` takes them.
 
     Returns:
         ``CommonRareData(input (N,P,D), target (N,), features (2,2,D), rare (N,) bool)``.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it got and what it needs.
+        TypeError, ValueError: an invalid argument; the message names it, the value and the requirement.
     """
     num_samples = _checks.integer("num_samples", num_samples, 0)
     patch_dim = _checks.integer("patch_dim", patch_dim, 5)
@@ -337,11 +340,11 @@ def common_rare(
     target = draw.permutation(num_samples) % 2
     is_rare = draw.uniform(num_samples) < rare
     vectors = features.to(draw.device, draw.compute)
-    of_class = (draw.uniform(num_samples, num_feature_noise) < 0.5).long()
+    noise_class = (draw.uniform(num_samples, num_feature_noise) < 0.5).long()
     noise = draw.normal(num_samples, num_patches - 1 - num_feature_noise, patch_dim).mul_(noise_std)
     directions = torch.nn.functional.normalize(vectors.flatten(0, 1), dim=1)
     noise = noise - noise @ directions.T @ directions
-    input = torch.cat([vectors[target, is_rare.long()][:, None], feature_noise * vectors[of_class, 0], noise], 1)
+    input = torch.cat([vectors[target, is_rare.long()][:, None], feature_noise * vectors[noise_class, 0], noise], 1)
     if positions == "random":
         order = draw.uniform(num_samples, num_patches).argsort(1)
         input = input.gather(1, order[..., None].expand_as(input))
@@ -356,11 +359,11 @@ def images_to_patches(images: Tensor, patch_size: int | tuple[int, int]) -> Tens
         patch_size: side of a square patch, or (height, width); they divide H and W.
 
     Returns:
-        (N, P, D): P = H W / (height * width) patches in row-major order, each of D = channels * height * width values
+        (N, P, D): P = H W / (height * width) patches in row-major order. Each has D = channels * height * width values
         in the order (channel, row, column).
 
     Raises:
-        TypeError, ValueError: naming the argument, what it got and what it needs.
+        TypeError, ValueError: an invalid argument; the message names it, the value and the requirement.
     """
     _check_images(images)
     sides = patch_size if isinstance(patch_size, tuple) and len(patch_size) == 2 else (patch_size, patch_size)
@@ -376,40 +379,40 @@ def images_to_patches(images: Tensor, patch_size: int | tuple[int, int]) -> Tens
 
 
 class TwoFeatureImages:
-    """An image data set made to have two features per class (Chidambaram et al. 2023, section 5).
+    """An image data set with two features per class (Chidambaram et al. 2023, section 5).
 
-    Classes are paired. Each image x of class y gets for good one image e, drawn uniformly from those of the class that
-    is paired with y; the two are concatenated along channels, and the label is y. What is x in one class is e in the
-    other, so either half alone tells the class::
+    Classes are paired. Each image x of class y is permanently paired with one image e, drawn uniformly from the class
+    that is paired with y. The two are concatenated along channels, and the label is y. Either half alone determines
+    the class::
 
-        views="both"    [w x, (1 - w) e],   w ~ U[weight] anew at every access  training
+        views="both"    [w x, (1 - w) e],   w ~ U[weight] at every access       training
         views=0         [x, 0]                                                  the paper's test
-        views=1         [0, e]                                                  has the second feature been learned?
+        views=1         [0, e]                                                  test of the second feature
 
-    ``data[index]`` is :meth:`batch`: whole batches, made on the images' device without waiting for it. With a
-    ``torch.utils.data.DataLoader`` use it as any other data set; fastest is ``batch_size=None`` with a
-    ``BatchSampler`` as sampler. Worker processes each have a copy of ``generator``, and so would draw the same:
-    with them leave it None.
+    ``data[index]`` is :meth:`batch`: it makes whole batches on the images' device, without waiting for it. A
+    ``torch.utils.data.DataLoader`` takes it as any other data set, and is fastest with ``batch_size=None`` and a
+    ``BatchSampler`` as sampler. Leave ``generator`` None with worker processes: each has a copy of it, and all would
+    draw the same numbers.
 
     Args:
-        images: (N, channels, H, W), floating, with any normalisation already done; kept, not copied.
+        images: (N, channels, H, W), floating, already normalised; referenced, not copied.
         target: (N,) int64 classes, on the images' device.
         views: ``"both"``, 0 or 1.
-        partner_class: (C,) int64, the class paired with each; by default a random pairing, the first thing drawn. Test
-            data need that of the training data: ``partner_class=train.partner_class``.
+        partner_class: (C,) int64, the class paired with each class; by default a random pairing, drawn before anything
+            else. Test data need that of the training data: ``partner_class=train.partner_class``.
         weight: range of w, within [0, 1]; the paper's is (0, 1). With (0.5, 1) e is the weaker feature of every
             sample.
-        generator: source of all randomness. Draws are made on its device; batches wait for nothing if that is the
-            images'. By default torch's own there.
+        generator: source of all randomness; by default torch's on the images' device. Draws are made on its device; if
+            that is the images', batches never wait for the device.
 
     Attributes:
         images, target, views, weight: as given.
         partner_class: (C,) int64.
-        partner: (N,) int64, the place of e among the images; None for ``views=0``.
+        partner: (N,) int64, the index of e among the images; None for ``views=0``.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it got and what it needs. Among them an odd number of classes,
-            and, but for ``views=0``, which needs no e, a class without images.
+        TypeError, ValueError: an invalid argument, an odd number of classes, or, unless ``views=0``, a class without
+            images; the message names the argument, the value and the requirement.
     """
 
     def __init__(
@@ -447,7 +450,7 @@ class TwoFeatureImages:
         return len(self.target)
 
     def __getitem__(self, index: int | Sequence[int] | slice | Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`batch`, or for an int one sample, (2 channels, H, W), and its class ()."""
+        """Return :meth:`batch` of the index, or for an int one sample (2 channels, H, W) and its class ()."""
         if isinstance(index, Tensor) and index.dim():
             return self.batch(index)
         if isinstance(index, slice):
@@ -465,14 +468,14 @@ class TwoFeatureImages:
         """Return samples with new weights w.
 
         Args:
-            index: (B,) int64; repeated and negative ones are served as in ``images[index]``.
+            index: (B,) int64; indices may repeat or be negative, as in ``images[index]``.
 
         Returns:
             input (B, 2 channels, H, W) of the images' dtype, target (B,) int64.
 
         Raises:
             TypeError, ValueError: an index of another type or shape.
-            IndexError: one out of range, as indexing a tensor raises it.
+            IndexError: an index out of range, as indexing a tensor raises it.
         """
         _checks.int64_tensor("index", index)
         if index.dim() != 1:
@@ -484,7 +487,7 @@ class TwoFeatureImages:
         elif self.views == 1:
             halves = [torch.zeros_like(own), self.images[self.partner[index]]]
         else:
-            # in float32 at least: w is not rounded to half precision before it is used
+            # float32 at least: w must not be rounded to half precision before it is used
             dtype = torch.promote_types(own.dtype, torch.float32)
             weight = torch.rand(len(index), 1, 1, 1, generator=self._generator, device=self._draw_device, dtype=dtype)
             low, high = self.weight
@@ -497,7 +500,7 @@ class TwoFeatureImages:
         return self.images.device if self._generator is None else self._generator.device
 
     def _draw_partners(self) -> Tensor:
-        """Draw for each image the place of one of the paired class, (N,), all equally likely."""
+        """Draw for each image the index of an image of the paired class, (N,), all equally likely."""
         count = self.target.bincount(minlength=len(self.partner_class))
         if not count.all():
             missing = int((count == 0).nonzero()[0])
@@ -518,7 +521,7 @@ def _pairing(num_classes: int, generator: torch.Generator | None, device: torch.
 
 
 class _Draw:
-    """Random tensors of one distribution: drawn where the generator is, in float32 at least, then placed."""
+    """Random tensors: drawn on the generator's device, in float32 at least, then moved to the result's."""
 
     def __init__(self, generator: torch.Generator | None, device: Any, dtype: Any, features: Tensor | None) -> None:
         if dtype is None:
@@ -546,10 +549,10 @@ class _Draw:
         return torch.randperm(count, generator=self._generator, device=self.device)
 
     def orthonormal(self, count: int, dim: int) -> Tensor:
-        """Draw (count, dim) in float64, uniformly distributed among all orthonormal sets."""
+        """Draw orthonormal vectors (count, dim) in float64, uniformly among all orthonormal sets."""
         gaussian = torch.randn(dim, count, generator=self._generator, device=self.device, dtype=torch.float64)
         q, r = torch.linalg.qr(gaussian)
-        return (q * r.diagonal().sign()).T.contiguous()  # the signs of r make it uniform
+        return (q * r.diagonal().sign()).T.contiguous()  # the signs of r make the distribution uniform
 
     def place(self, value: Tensor) -> Tensor:
         return value.to(self.target, self._dtype)

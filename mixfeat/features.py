@@ -14,25 +14,25 @@ __all__ = ["alignment", "feature_variance", "learned", "noise_memorization"]
 
 
 def alignment(weight: Tensor, features: Tensor) -> Tensor:
-    """Return how well the best filter of each class points along each of its features.
+    """Return the alignment of each class's best filter with each of its features.
 
     ::
 
         alignment[c, v] = max_m <weight[c, m], features[c, v]>
 
-    Of :class:`mixfeat.data.SignalNoiseData` it is the signal learning of Cao et al. 2022, max_m <w[y,m], y mu>; of
-    :class:`mixfeat.data.CommonRareData` the learning of the common feature (v = 0) and of the rare one (v = 1).
+    On :class:`mixfeat.data.SignalNoiseData` it is the signal learning of Cao et al. 2022, max_m <w[y,m], y mu>. On
+    :class:`mixfeat.data.CommonRareData` it measures the common feature (v = 0) and the rare one (v = 1).
 
     Args:
         weight: (..., C, M, D), e.g. ``model.weight``; floating.
-        features: (..., C, V, D), e.g. ``MultiViewData.features``, of any number of views V; leading dimensions
+        features: (..., C, V, D), e.g. ``MultiViewData.features``, with any number of views V; leading dimensions
             broadcast against those of ``weight``.
 
     Returns:
         (..., C, V), of the dtype to which both promote. No gradient.
 
     Raises:
-        TypeError, ValueError: for anything but floating tensors whose shapes agree.
+        TypeError, ValueError: a tensor that is not floating, or shapes that do not agree.
     """
     _check_tensor("weight", weight, "C, M, D")
     _check_tensor("features", features, "C, V, D")
@@ -48,7 +48,7 @@ def alignment(weight: Tensor, features: Tensor) -> Tensor:
 
 
 def noise_memorization(weight: Tensor, noise: Tensor, target: Tensor) -> Tensor:
-    """Return how much of the noise of any one sample the filters of its class have learned by heart (Cao et al. 2022).
+    """Return how strongly the filters of each class have memorized the noise of one of its samples (Cao et al. 2022).
 
     ::
 
@@ -58,13 +58,13 @@ def noise_memorization(weight: Tensor, noise: Tensor, target: Tensor) -> Tensor:
     Args:
         weight: (..., C, M, D), e.g. ``model.weight``; floating.
         noise: (..., N, P, D), e.g. ``SignalNoiseData.noise``; leading dimensions broadcast against those of ``weight``.
-        target: (N,) int64, the classes of the samples, in [0, C).
+        target: (N,) int64, classes of the samples, in [0, C).
 
     Returns:
         (..., C), of the dtype to which both promote; -inf for a class without samples. No gradient.
 
     Raises:
-        TypeError, ValueError, IndexError: naming the argument, what it got and what it needs.
+        TypeError, ValueError, IndexError: an invalid argument; the message names it, the value and the requirement.
     """
     _check_tensor("weight", weight, "C, M, D")
     _check_tensor("noise", noise, "N, P, D")
@@ -88,14 +88,14 @@ def noise_memorization(weight: Tensor, noise: Tensor, target: Tensor) -> Tensor:
 
 
 def feature_variance(weight: Tensor, input: Tensor, target: Tensor, features: Tensor, activation: Activation) -> Tensor:
-    """Return how much the output of a class varies, over its samples, by each of its features alone.
+    """Return the variance of each class's output over its samples that is due to each of its features alone.
 
     ::
 
         output[n, c, v] = sum_{p,m} phi(<weight[c, m], the part of input[n, p] along features[c, v]>)
         feature_variance[c, v] = the variance of output[n, c, v] over the samples n of class c
 
-    Training with label smoothing or Mixup prefers the features of low variance (Chidambaram and Ge 2024, arXiv
+    Training with label smoothing or Mixup prefers features of low variance (Chidambaram and Ge 2024, arXiv
     2402.06855). The definition by projection is ours.
 
     Args:
@@ -106,11 +106,11 @@ def feature_variance(weight: Tensor, input: Tensor, target: Tensor, features: Te
         activation: phi.
 
     Returns:
-        (..., C, V), of the dtype to which all promote: the mean square distance to the mean; NaN for a class without
-        samples. No gradient.
+        (..., C, V), of the dtype to which all promote: the biased variance; NaN for a class without samples. No
+        gradient.
 
     Raises:
-        TypeError, ValueError, IndexError: naming the argument, what it got and what it needs.
+        TypeError, ValueError, IndexError: an invalid argument; the message names it, the value and the requirement.
     """
     _check_tensor("weight", weight, "C, M, D")
     _check_tensor("features", features, "C, V, D")
@@ -148,17 +148,17 @@ def learned(
     carry that view (``multi_view(..., views=v)``) are classified as c. A tie for the largest logit counts as wrong.
 
     Args:
-        model: from patches to logits: (N,P,D) to (N,C), or to (R,N,C) if it holds R networks, which see the same input
-            (N,P,D) or each its own (R,N,P,D). A module is evaluated in eval mode and put back as it was.
-        data_of_each_view: test points of view 0, view 1, ...: each a :class:`mixfeat.data.MultiViewData`, or anything
+        model: maps patches (N,P,D) to logits (N,C), or to (R,N,C) if it holds R networks, which see the same input
+            (N,P,D) or each its own (R,N,P,D). A module is evaluated in eval mode, then returned to its mode.
+        data_of_each_view: test points of view 0, view 1, ...: each a :class:`mixfeat.data.MultiViewData`, or an object
             with ``input`` and ``target`` (N,) or (R,N). Every class must occur.
-        threshold: in [0, 1).
+        threshold: accuracy above which a feature counts as learned, in [0, 1).
 
     Returns:
         bool (C, V), or (R, C, V).
 
     Raises:
-        TypeError, ValueError: naming the argument, what it got and what it needs.
+        TypeError, ValueError: an invalid argument; the message names it, the value and the requirement.
     """
     threshold = _checks.real("threshold", threshold)
     if not 0 <= threshold < 1:

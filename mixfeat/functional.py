@@ -44,8 +44,8 @@ def patch_conv(
         z_n    = lam_n x_n + (1 - lam_n) x_{index_n}
         g[n,c] = sum_{p,m} readout[c,m] phi(<w[c,m], z[n,p]>)
 
-    The pre-activations are never stored: the backward pass computes them again, but for up to 32 MiB of slopes phi'
-    that the CPU backend keeps.
+    The pre-activations are never stored; the backward pass recomputes them. Where it is cheaper, forward saves some
+    slopes phi' instead: up to 32 MiB on a CPU, those of long patches on a GPU.
 
     This is the network of Chidambaram et al., "Provably Learning Diverse Features in Multi-View Data with Midpoint
     Mixup" (ICML 2023): a hidden layer of C*M filters shared by P patches, and a second layer fixed to ones.
@@ -56,14 +56,14 @@ def patch_conv(
         activation: phi.
         index: partner of each sample, (N,) int64, any map into [0, N); the same for all R networks. Needs ``lam``.
         lam: weight of the sample itself; its partner has 1 - lam. A number in [0, 1], or a floating-point tensor of
-            shape () or (N,), or (N,P) for a weight of each patch (patch-wise CutMix has 0 and 1), which must not
-            require grad. Needs ``index``. With (N,P) the mixed samples are written to memory, by :func:`mixup`.
+            shape (), (N,), or (N,P) with a weight for each patch (0 and 1 give patch-wise CutMix). It must not require
+            grad. Needs ``index``. With (N,P), :func:`mixup` writes the mixed samples to memory.
         readout: the second layer, (C,M) or (R,C,M), floating; by default ones, as in the paper. With it the sums of
-            all filters, (N,C,M), are formed in input's dtype.
+            all filters, (N,C,M), are rounded to input's dtype and stored.
 
     Returns:
-        g, (N,C), or (R,N,C) if input or weight has the run dimension; of input's dtype. Sums are formed in float32
-        (float64 for float64). Under autocast input and weight are cast as they are for a convolution.
+        g, (N,C), or (R,N,C) if input or weight has the run dimension; of input's dtype. Sums accumulate in float32
+        (float64 for float64). Under autocast input and weight are cast as for a convolution.
 
     Gradients flow to ``input``, ``weight`` and ``readout``, and can be differentiated again. float32 products follow
     ``torch.get_float32_matmul_precision()`` on CUDA.
@@ -83,7 +83,7 @@ def patch_conv(
     if readout is None:
         return _patch_conv(input, weight, index, lam, activation.polynomial)
     readout = _checks.readout(readout, weight)
-    filters = weight.flatten(-3, -2)[..., None, :]  # each a class of its own
+    filters = weight.flatten(-3, -2)[..., None, :]  # each filter is a class of its own
     sums = _patch_conv(input, filters, index, lam, activation.polynomial)
     return (sums.unflatten(-1, weight.shape[-3:-1]) * readout[..., None, :, :]).sum(-1)
 
@@ -110,57 +110,57 @@ def pairwise_mixup_loss(
         z_ij  = lam x_i + (1 - lam) x_j
         g(z)_c = sum_{p,m} readout[c,m] phi(<w[c,m], z[p]>)
 
-    eq. 2.2 of Chidambaram et al. (ICML 2023), i = j included, and with quadrature nodes its expectation over lam.
-    Mixing commutes with the convolution: N samples are convolved, and only the activations of their pairs are
-    evaluated, tile by tile, with the gradient in the same pass. At lam = 1/2, as for a node and its mirror image, pairs
-    (i, j) and (j, i) share their work.
+    This is eq. 2.2 of Chidambaram et al. (ICML 2023), i = j included; with quadrature nodes it is the expectation over
+    lam. Mixing commutes with the convolution, so only N samples are convolved. Kernels evaluate the activations of
+    their pairs tile by tile, with the gradient in the same pass. At lam = 1/2, and for a node and its mirror image,
+    pairs (i, j) and (j, i) share their work.
 
     Args:
         input: x, (N,P,D); or (R,N,P,D), data of R networks. Any strides.
         weight: w, (C,M,D); or (R,C,M,D), R independent networks.
-        target: y, classes in [0, C), (N,) int64; or (R,N), where the runs' data differ.
+        target: y, classes in [0, C), (N,) int64; or (R,N), one for each run.
         activation: phi.
-        lam: weight of the first sample of a pair: a number in [0, 1], 1/2 being Midpoint Mixup; or (K,) nodes on the
-            CPU, over which ``lam_weight`` takes the mean. :func:`beta_quadrature` gives those of Beta(alpha, alpha).
-        lam_weight: (K,) weights of the nodes, on the CPU, of sum 1.
+        lam: weight of the first sample of a pair: a number in [0, 1], 1/2 for Midpoint Mixup; or (K,) nodes on the CPU,
+            averaged with the weights ``lam_weight``. :func:`beta_quadrature` gives those of Beta(alpha, alpha).
+        lam_weight: (K,) weights of the nodes, on the CPU; they sum to 1.
         label_lam: the first sample's share of the label, by default lam: a number in [0, 1], or (K,) on the CPU, one
             for each node. At lam = 1/2 over all pairs it changes nothing, as (i, j) and (j, i) are one mixed sample.
-        label_smoothing: in [0, 1]; this much of each label goes to all classes alike.
-        pairs: over which pairs the mean is: "all", "distinct" (i != j) or "different_class" (y_i != y_j). Over no pairs
-            (one sample, one class) the loss and its gradients are 0.
+        label_smoothing: in [0, 1], the share of each label that is spread evenly over all classes.
+        pairs: the pairs that the mean is over: "all", "distinct" (i != j) or "different_class" (y_i != y_j). Without
+            such pairs (one sample, one class) the loss and its gradients are 0.
         readout: the second layer, (C,M) or (R,C,M), floating; by default ones.
-        partner: x', (N',P,D) or (R,N',P,D): pairs are those of a row x_i with a column x'_j, and the mean is over N N'
-            of them, for stochastic training with a batch of rows. Gradients flow to it as well. Not with "distinct".
-        partner_target: the partners' classes, (N',) or (R,N').
-        group: ranks of torch.distributed among which the samples are spread, "world" for all processes. Every rank
-            calls with its own samples, any number of them, and with the same weight and settings; pairs are formed of
-            the samples of all. Pre-activations travel, in a ring, while others are worked on.
+        partner: x', (N',P,D) or (R,N',P,D): each x_i is paired with each x'_j, and the mean is over these N N' pairs,
+            for stochastic training with a batch of inputs. Gradients flow to it as well. Not with "distinct".
+        partner_target: classes of the partners, (N',) or (R,N').
+        group: process group of torch.distributed over which the samples are sharded; "world" for all processes. Every
+            rank calls with its own samples, any number of them, and with the same weight and settings. Pairs span the
+            samples of all ranks. Ranks exchange pre-activations in a ring while they compute.
 
     Returns:
-        L, (), or (R,) if input or weight has the run dimension; float32, or float64 for float64. Without samples it is
-        0, with zero gradients (where the mean of no cross-entropies would be NaN), so that an empty part of a sharded
-        data set adds nothing. With a group all ranks get the same number.
+        L, (), or (R,) if input or weight has the run dimension; float32, or float64 for float64. Without samples L and
+        its gradients are 0, not the NaN of an empty mean, so an empty shard of a data set adds nothing. With a group
+        all ranks get the same number.
 
-    With a group of W ranks, gradients are those of the sum of the losses of all ranks, W L, through the samples of this
-    one. So the average over ranks of the gradient to ``weight``, which DistributedDataParallel takes, is that of L.
-    Every rank must scale its loss alike. Ranks wait for each other: a call cannot be part of a CUDA graph.
+    With a group of W ranks, the gradients are those of the sum of all ranks' losses, W L, through this rank's samples.
+    DistributedDataParallel averages the gradient to ``weight`` over ranks, which gives that of L. Every rank must scale
+    its loss by the same factor. Ranks wait for each other, so a call cannot be part of a CUDA graph.
 
     Gradients flow to ``input``, ``weight``, ``readout`` and ``partner``, and can be differentiated again without a
-    group. Under autocast input and weight are cast as they are for a linear layer. The convolution follows
+    group. Under autocast input and weight are cast as for a linear layer. The convolution follows
     ``torch.get_float32_matmul_precision()``.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes or devices that do not fit, fewer than 2 classes, lam, label_lam or label_smoothing outside
-            [0, 1], lam_weight without nodes or nodes without it, weights that do not sum to 1, no such pairs, partner
+            [0, 1], lam_weight without nodes or nodes without it, weights that do not sum to 1, unknown pairs, partner
             without partner_target or with pairs="distinct"; with a group any option but lam and lam_weight.
         IndexError: a target outside [0, C) on a CPU. On CUDA, where it cannot be read without waiting for the device,
             it makes loss and gradients NaN.
-        RuntimeError: group without torch.distributed initialised; another rank that died, or took longer than the
-            group's timeout.
+        RuntimeError: a group without torch.distributed initialised; another rank that died or exceeded the group's
+            timeout.
 
-    With a group these are raised by every rank: one whose arguments are fine has a ValueError that says which rank
-    refused its own and why, or which settings differ.
+    With a group every rank raises. A rank with valid arguments raises ValueError, which names the rank that refused its
+    arguments and why, or the settings that differ.
     """
     name = "" if group is None else sharding.group_name(group)
     try:
@@ -215,45 +215,44 @@ def gradient_descent(
             v = momentum v + dL/dw + weight_decay w        # v = 0 before the first step
             w = w - lr v
 
-    L is :func:`pairwise_mixup_loss`, or, with ``lam=None``, the mean cross-entropy of the samples as they are (ERM).
-    Every run descends on its own loss, and one that leaves the finite numbers does not disturb the others: from then
-    on its losses are not finite.
+    L is :func:`pairwise_mixup_loss`, or, with ``lam=None``, the mean cross-entropy of the unmixed samples (ERM). Every
+    run descends on its own loss. A run that diverges has losses that are not finite, and does not affect the others.
 
-    On the CPU backend the loop is native code. A thread takes many steps of one network at a time, and all threads are
-    busy while there are as many networks.
+    On the CPU backend the loop is native code. A thread takes many steps of one network at a time, so all threads are
+    busy if there are at least as many networks.
 
     Args:
         input: x, (N,P,D); or (R,N,P,D), data of R networks. Any strides.
         weight: the initial w, (C,M,D); or (R,C,M,D), R independent networks.
-        target: y, classes in [0, C), (N,) int64; or (R,N), where the runs' data differ.
+        target: y, classes in [0, C), (N,) int64; or (R,N), one for each run.
         activation: phi.
-        lam: None for plain cross-entropy; otherwise as :func:`pairwise_mixup_loss` takes it, 1/2 being Midpoint Mixup.
-        lam_weight: (K,) weights of the nodes, on the CPU, of sum 1.
+        lam: None for plain cross-entropy; otherwise as :func:`pairwise_mixup_loss` takes it, 1/2 for Midpoint Mixup.
+        lam_weight: (K,) weights of the nodes, on the CPU; they sum to 1.
         lr: step size: a finite number, not negative; or a floating-point tensor on the CPU, (steps,) for a schedule,
-            (R,) for a step size of each run, or their outer shape: (R,steps), (R,1) or (1,steps). Where R = steps > 1
-            one dimension would be ambiguous, and is refused.
-        steps: number of steps; with 0 the weight is returned as it is.
+            (R,) with a step size for each run, or both: (R,steps), (R,1) or (1,steps). If R = steps > 1 a tensor of one
+            dimension is ambiguous and refused.
+        steps: number of steps; 0 returns the weight unchanged.
         momentum: in [0, 1).
-        weight_decay: finite, not negative. It is not part of the loss returned.
+        weight_decay: finite, not negative. The returned loss does not include it.
         label_lam, pairs: as :func:`pairwise_mixup_loss` takes them; not with ``lam=None``.
-        label_smoothing: in [0, 1]; this much of each label goes to all classes alike.
-        readout: the second layer, (C,M) or (R,C,M), floating, which is not trained; by default ones. With it or one of
-            the three options before, steps are calls of the operators.
+        label_smoothing: in [0, 1], the share of each label that is spread evenly over all classes.
+        readout: the second layer, (C,M) or (R,C,M), floating; it is not trained. By default ones. With ``readout``,
+            ``label_lam``, ``label_smoothing`` or ``pairs`` every step calls the operators, which is slower.
 
     Returns:
         (weight, loss): weight after the last step, (C,M,D), or (R,C,M,D) if input or weight has the run dimension, of
         weight's dtype; loss before each step's update, (steps,) or (R,steps), float32, or float64 for float64.
 
-    A run of half precision is computed in float32, its weight included, which is rounded when it is returned. Autocast
-    changes nothing but that input is cast to weight's dtype. A run may be cut in pieces: without momentum, and in
-    float32 or float64, the result is the same, bit for bit; momentum starts at 0 with every call.
+    Half-precision runs are computed in float32; the returned weight is rounded to its dtype. Autocast only casts input
+    to weight's dtype. A run may be split over several calls: without momentum, and in float32 or float64, the result is
+    the same bit for bit. Momentum starts at 0 in every call.
 
     Not differentiable: the backward pass raises. Nothing is mutated.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes or devices that do not fit, fewer than 2 classes; lam, label_lam or label_smoothing outside
-            [0, 1], lam_weight that does not fit lam, no such pairs, label_lam or pairs with lam=None; lr negative, not
+            [0, 1], lam_weight that does not fit lam, unknown pairs, label_lam or pairs with lam=None; lr negative, not
             finite or of a wrong shape; steps < 0; momentum outside [0, 1); weight_decay negative or not finite.
         IndexError: a target outside [0, C) on a CPU. On CUDA, where it cannot be read without waiting for the device,
             it makes that run's loss and weight NaN.
@@ -283,22 +282,22 @@ def gradient_descent(
 def beta_quadrature(
     alpha: float, num_nodes: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return nodes and weights that average over lam ~ Beta(alpha, alpha), exactly for polynomials to degree 2K - 1.
+    """Return quadrature nodes and weights for lam ~ Beta(alpha, alpha), exact for polynomials up to degree 2K - 1.
 
-    Gauss-Jacobi quadrature on [0, 1], by the eigenvalues of the Jacobi matrix (Golub and Welsch, 1969). Nodes are
-    ascending and symmetric about 1/2; alpha = 1 is Gauss-Legendre.
+    This is Gauss-Jacobi quadrature on [0, 1], from the eigenvalues of the Jacobi matrix (Golub and Welsch, 1969). Nodes
+    are ascending and symmetric about 1/2. alpha = 1 gives Gauss-Legendre quadrature.
 
     Args:
         alpha: parameter of the distribution, > 0.
         num_nodes: K, at least 1.
         dtype: floating-point dtype of the results.
-        device: of the results; :func:`pairwise_mixup_loss` takes them on the CPU.
+        device: device of the results; :func:`pairwise_mixup_loss` takes them on the CPU.
 
     Returns:
         (lam, lam_weight), both (K,); weights are not negative and sum to 1.
 
     Raises:
-        TypeError, ValueError: an alpha that is not a positive finite number, a num_nodes that is no positive integer, a
+        TypeError, ValueError: an alpha that is not positive and finite, a num_nodes that is not a positive integer, a
             dtype that is not floating-point.
     """
     alpha = _checks.alpha(alpha)
@@ -324,24 +323,25 @@ def sample_mixup(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw a partner for each sample of a batch, and how much of itself each keeps: what :func:`mixup` takes.
+    """Draw a partner for each sample of a batch and the weight lam of the sample itself, for :func:`mixup`.
 
-    Everything is drawn on the device, and nothing waits for it.
+    Draws are made on the device, without waiting for it.
 
     Args:
-        num_samples: N >= 0, odd numbers included.
-        alpha: lam ~ Beta(alpha, alpha), alpha > 0; 1 is uniform. Small alpha leaves most samples almost as they are.
-        lam: this number in [0, 1] instead of a draw; 0.5 is Midpoint Mixup.
-        per_sample: a lam for each sample instead of one for all.
-        generator: source of all randomness. Draws are made on its device, so that a CPU generator gives the same on
+        num_samples: N >= 0, odd or even.
+        alpha: parameter of lam ~ Beta(alpha, alpha), > 0; 1 is uniform. A small alpha leaves most samples almost
+            unmixed.
+        lam: a number in [0, 1] that replaces the draw; 0.5 is Midpoint Mixup.
+        per_sample: draw a lam for each sample instead of one for all.
+        generator: source of all randomness. Draws are made on its device, so a CPU generator gives the same values on
             every device.
-        device: of the results; by default that of ``generator``, else torch's default.
+        device: device of the results; by default that of ``generator``, else torch's default.
 
     Returns:
         (index, lam): partners (N,) int64, a random permutation; lam (), or (N,) if ``per_sample``, float32.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it got and what it needs.
+        TypeError, ValueError: an invalid argument; the message names it, the value and the requirement.
     """
     num_samples = _checks.integer("num_samples", num_samples, 0)
     alpha, lam = _checks.sampling(alpha, lam, generator)
@@ -363,28 +363,28 @@ def sample_cutmix(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw a partner for each image of a batch, and the box that they paste: what :func:`cutmix` takes.
+    """Draw a partner for each image of a batch, the box that it pastes, and the label weight lam, for :func:`cutmix`.
 
     With r ~ Beta(alpha, alpha) the box has sides sqrt(1 - r) H and sqrt(1 - r) W, rounded down to an even number of
-    pixels, about a centre that is uniform over the image, and is cut off at the border: Yun et al., "CutMix:
-    Regularization Strategy to Train Strong Classifiers with Localizable Features" (ICCV 2019). Everything is drawn on
-    the device, and nothing waits for it.
+    pixels. Its centre is uniform over the image, and the border clips it: Yun et al., "CutMix: Regularization Strategy
+    to Train Strong Classifiers with Localizable Features" (ICCV 2019). Draws are made on the device, without waiting
+    for it.
 
     Args:
         input_shape: (N,ch,H,W), as ``input.shape``.
         alpha: parameter of the distribution, > 0; 1 is uniform.
-        per_sample: a box for each image instead of one for all.
-        generator: source of all randomness. Draws are made on its device, so that a CPU generator gives the same on
+        per_sample: draw a box for each image instead of one for all.
+        generator: source of all randomness. Draws are made on its device, so a CPU generator gives the same values on
             every device.
-        device: of the results; by default that of ``generator``, else torch's default.
+        device: device of the results; by default that of ``generator``, else torch's default.
 
     Returns:
-        (index, box, lam): partners (N,) int64, a random permutation; box (4,), or (N,4) if ``per_sample``, int64:
-        y0, y1, x0, x1, of which y1 and x1 are excluded; lam () or (N,) float32, the share of an image that stays its
-        own, exact: 1 - (y1 - y0) (x1 - x0) / (H W).
+        (index, box, lam): index (N,) int64, a random permutation; box (4,), or (N,4) if ``per_sample``, int64:
+        y0, y1, x0, x1, with y1 and x1 excluded; lam () or (N,) float32, the exact share of the image outside the box:
+        1 - (y1 - y0) (x1 - x0) / (H W).
 
     Raises:
-        TypeError, ValueError: naming the argument, what it got and what it needs.
+        TypeError, ValueError: an invalid argument; the message names it, the value and the requirement.
     """
     num_samples, _, height, width = _checks.image_shape(input_shape)
     alpha, _ = _checks.sampling(alpha, None, generator)
@@ -406,7 +406,7 @@ def sample_cutmix(
 def _devices(device: torch.device | str | None, generator: torch.Generator | None) -> tuple[torch.device, torch.device]:
     """Return the devices of the results and of the draws."""
     if device is None:
-        # of an empty tensor, because torch.compile cannot trace torch.get_default_device
+        # an empty tensor's device, because torch.compile cannot trace torch.get_default_device
         device = torch.empty(0).device if generator is None else generator.device
     device = torch.device(device)
     return device, device if generator is None else generator.device
@@ -415,7 +415,7 @@ def _devices(device: torch.device | str | None, generator: torch.Generator | Non
 def _draw_partners(num_samples: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """Draw a random permutation."""
     if generator is None and torch.compiler.is_compiling():
-        # randperm makes a graph for every num_samples with generator=None, and without it Inductor (2.13) fails on
+        # with generator=None randperm recompiles for every num_samples; without the argument Inductor (2.13) fails on
         # images[randperm(n)]
         return torch.rand(num_samples, dtype=torch.float64, device=device).argsort()
     return torch.randperm(num_samples, generator=generator, device=device)
@@ -423,7 +423,7 @@ def _draw_partners(num_samples: int, generator: torch.Generator | None, device: 
 
 def _draw_beta(alpha: float, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
     """Draw from Beta(alpha, alpha), in float64."""
-    # Gamma(a) is Gamma(a + 1) U^(1/a): logarithms stay finite where, for small a, most draws would be 0
+    # Gamma(a) = Gamma(a + 1) U^(1/a): its logarithm stays finite where a small a would make most draws 0
     concentration = torch.full((2, *shape), alpha + 1.0, dtype=torch.float64, device=device)
     uniform = torch.rand(concentration.shape, generator=generator, dtype=torch.float64, device=device)
     # PyTorch 2.10 draws no gamma on the meta device
@@ -437,18 +437,18 @@ def mixup(input: Tensor, index: Tensor, lam: float | Tensor, *, dtype: torch.dty
 
         z_n = lam_n x_n + (1 - lam_n) x_{index_n}
 
-    Zhang et al., "mixup: Beyond Empirical Risk Minimization" (ICLR 2018). On hidden activations, inside a network's
-    forward, it is Manifold Mixup.
+    Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization" (ICLR 2018). Applied to hidden activations, in a
+    network's forward, it is Manifold Mixup.
 
     Args:
         input: x, (N, ...): float32, bfloat16, float16, float64, or uint8, as images are stored. Any strides; the result
             has the memory format of the samples (channels_last stays channels_last).
         index: partner of each sample, (N,) int64, any map into [0, N).
         lam: weight of the sample itself; its partner has 1 - lam. A number in [0, 1], or a floating-point tensor of
-            shape () or (N,), or, for input (N,P,...), (N,P): a weight of each patch, with 0 and 1 patch-wise CutMix. It
-            must not require grad and is not rounded to a half-precision input's dtype.
-        dtype: of the result, floating; by default input's, for uint8 torch's default. Values are not scaled: those of
-            uint8 stay in [0, 255].
+            shape (), (N,), or, for input (N,P,...), (N,P): a weight for each patch (0 and 1 give patch-wise CutMix). It
+            must not require grad, and is not rounded to a half-precision input's dtype.
+        dtype: floating dtype of the result; by default input's, for uint8 torch's default. Values are not scaled: those
+            of uint8 stay in [0, 255].
 
     Returns:
         z, of input's shape. Gradients flow to ``input``, and can be differentiated again.
@@ -482,15 +482,15 @@ def cutmix(input: Tensor, index: Tensor, box: Tensor) -> Tensor:
 
         z_n[c,y,x] = x_{index_n}[c,y,x] if y0 <= y < y1 and x0 <= x < x1, else x_n[c,y,x]
 
-    Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features" (ICCV 2019).
-    The labels are mixed by area: :func:`mixup_cross_entropy` with :func:`sample_cutmix`'s lam.
+    Source: Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features" (ICCV
+    2019). Labels are mixed by area: pass the lam of :func:`sample_cutmix` to :func:`mixup_cross_entropy`.
 
     Args:
         input: x, images (N,ch,H,W): float32, bfloat16, float16, float64, or uint8. Any strides; channels_last stays
             channels_last.
         index: partner of each image, (N,) int64, any map into [0, N).
         box: y0, y1, x0, x1, (4,) int64, with 0 <= y0 <= y1 <= H and 0 <= x0 <= x1 <= W, as :func:`sample_cutmix` draws
-            it; or (N,4), a box for each image.
+            it; or (N,4) with a box for each image.
 
     Returns:
         z, of input's shape and dtype. Gradients flow to ``input``, and can be differentiated again.
@@ -499,7 +499,7 @@ def cutmix(input: Tensor, index: Tensor, box: Tensor) -> Tensor:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes or devices that do not fit, a box that is not inside the image.
         IndexError: an index outside [0, N) on a CPU. On CUDA, where it cannot be read without waiting for the device,
-            it makes that image's box NaN, or in bytes 0; and of a box the part inside the image counts.
+            it makes that image's box NaN, or 0 for uint8, and a box is clipped to the image.
     """
     _checks.float_tensor("input", input, (*_checks.FLOAT_DTYPES, torch.uint8))
     _checks.image_shape(input.shape, "input")
@@ -533,41 +533,40 @@ def mixup_cross_entropy(
     reduction: str = "mean",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Cross-entropy of mixed samples, with the labels of both: no dense target, and the gradient in the same pass::
+    """Compute the cross-entropy of mixed samples from both labels, without dense targets, and its gradient with it::
 
         lam CE(input, target_a) + (1 - lam) CE(input, target_b)
 
-    with CE that of :func:`torch.nn.functional.cross_entropy`. With ``reduction="mean"`` each of the two is the mean
-    over its own targets that are not ``ignore_index``, weighted by ``weight``; a per-sample lam is inside it.
+    CE is :func:`torch.nn.functional.cross_entropy`. With ``reduction="mean"`` each of the two is the mean over its own
+    targets that are not ``ignore_index``, weighted by ``weight``; a per-sample lam is inside the mean.
 
     ``lse_square_scale`` adds the z-loss of PaLM (Chowdhery et al., 2022), which keeps the softmax normaliser close to
-    1: each CE has ``lse_square_scale * logsumexp(input_n)^2`` more, for every target that counts; the mean of these is
-    not weighted by ``weight``. It is named as in flash-attention and Liger-Kernel.
+    1: each CE gains ``lse_square_scale * logsumexp(input_n)^2`` for every target that is not ignored. ``weight`` does
+    not enter the mean of these terms. The name is that of flash-attention and Liger-Kernel.
 
     Args:
-        input: logits, (N,C), or (N,C,d1,...) of a dense prediction.
+        input: logits, (N,C), or (N,C,d1,...) with a prediction at each position.
         target_a: classes of the samples themselves, (N,) or (N,d1,...) int64, in [0, C) or ``ignore_index``.
         target_b: classes of their partners, likewise.
         lam: weight of ``target_a``; ``target_b`` has 1 - lam. A number in [0, 1], or a floating-point tensor of shape
             () or (N,), which must not require grad.
-        weight: (C,), weight of each class, floating; must not require grad. With it the loss is computed by plain
-            PyTorch.
-        label_smoothing: in [0, 1]; this much of each target goes to all classes alike.
+        weight: (C,), weight of each class, floating; must not require grad. It makes plain PyTorch compute the loss.
+        label_smoothing: in [0, 1], the share of each target that is spread evenly over all classes.
         lse_square_scale: coefficient of the z-loss, finite, not negative; PaLM's is 1e-4.
-        ignore_index: a target that does not count.
+        ignore_index: value of a target that is ignored.
         reduction: "mean", "sum" or "none".
-        return_lse: also return the logsumexp of each row, for a loss of one's own or to be watched.
+        return_lse: also return the logsumexp of each row, to monitor it or to build another loss on it.
 
     Returns:
         The loss, () or, without reduction, of the targets' shape; float32, also for half-precision logits, or float64
-        for float64. The mean over no targets is NaN. With ``return_lse`` (loss, lse): lse of the targets' shape and the
-        loss's dtype, of all rows, ignored or not. Gradients flow from both to ``input``, and can be differentiated
+        for float64. The mean over no targets is NaN. With ``return_lse`` (loss, lse): lse has the targets' shape, the
+        loss's dtype, and all rows, ignored or not. Gradients flow from both to ``input``, and can be differentiated
         again.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes or devices that do not fit; lam or label_smoothing outside [0, 1]; lse_square_scale negative
-            or not finite; no such reduction.
+            or not finite; an unknown reduction.
         IndexError: a target out of range on a CPU. On CUDA, where it cannot be read without waiting for the device, it
             makes that row's loss and gradient NaN.
     """
@@ -579,7 +578,7 @@ def mixup_cross_entropy(
     for name, target in (("target_a", target_a), ("target_b", target_b)):
         _checks.dense_classes(name, target, shape, input.device)
     lam = _checks.sample_lam(lam, input.shape[0], input.device, input.dtype)
-    if input.dim() > 2:  # every position is a row
+    if input.dim() > 2:  # each position becomes a row
         lam = lam.view(-1, *[1] * (len(shape) - 1)).expand(shape).flatten() if lam.dim() else lam
         input, target_a, target_b = _as_rows(input), target_a.flatten(), target_b.flatten()
     if weight is None:
@@ -591,9 +590,9 @@ def mixup_cross_entropy(
     return (loss, lse.view(shape)) if return_lse else loss
 
 
-def _as_rows(dense: Tensor) -> Tensor:
+def _as_rows(logits: Tensor) -> Tensor:
     """Turn (N,C,d1,...) into rows (N*d1*..., C)."""
-    return dense.movedim(1, -1).flatten(0, -2)
+    return logits.movedim(1, -1).flatten(0, -2)
 
 
 def mixup_binary_cross_entropy(
@@ -608,14 +607,14 @@ def mixup_binary_cross_entropy(
     pos_weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Binary cross-entropy of mixed samples, one sigmoid for each class, with the labels of both samples::
+    r"""Compute the binary cross-entropy of mixed samples from both labels, with one sigmoid for each class::
 
         q_nc = lam_n [c = a_n] + (1 - lam_n) [c = b_n];  q = (1 - label_smoothing) q + label_smoothing / C
         l_nc = - pos_weight_c q_nc log sigmoid(x_nc) - (1 - q_nc) log sigmoid(-x_nc)
 
-    That is :func:`torch.nn.functional.binary_cross_entropy_with_logits` of dense targets q, which are never formed; the
-    gradient comes in the same pass. Wightman et al., "ResNet strikes back" (2021), train with it; with their
-    ``threshold`` q is 1 where it exceeds the threshold and else 0, as in timm's ``BinaryCrossEntropy``.
+    It equals :func:`torch.nn.functional.binary_cross_entropy_with_logits` of dense targets q, which are never formed.
+    The gradient is computed in the same pass. Wightman et al., "ResNet strikes back" (2021), train with it. Their
+    ``threshold`` makes q 1 where it exceeds the threshold and 0 elsewhere, as in timm's ``BinaryCrossEntropy``.
 
     Args:
         input: logits x, (N,C).
@@ -624,18 +623,18 @@ def mixup_binary_cross_entropy(
         lam: weight of ``target_a``; ``target_b`` has 1 - lam. A number in [0, 1], or a floating-point tensor of shape
             () or (N,), which must not require grad.
         num_classes: C, checked against ``input`` if given.
-        label_smoothing: in [0, 1].
-        threshold: in [0, 1]; None keeps q as it is.
-        pos_weight: (C,), weight of each class's positive part, floating; must not require grad.
+        label_smoothing: in [0, 1], the share of each target that is spread evenly over all classes.
+        threshold: in [0, 1]; None leaves q unchanged.
+        pos_weight: (C,), weight of each class's positive term, floating; must not require grad.
         reduction: "mean" (over N*C), "sum" or "none".
 
     Returns:
         The loss, () or, without reduction, (N,C); float32, also for half-precision logits, or float64 for float64. The
-        mean over nothing is NaN. Gradients flow to ``input``, and can be differentiated again.
+        mean over no samples is NaN. Gradients flow to ``input``, and can be differentiated again.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes or devices that do not fit; lam, label_smoothing or threshold outside [0, 1]; no such
+        ValueError: shapes or devices that do not fit; lam, label_smoothing or threshold outside [0, 1]; an unknown
             reduction.
         IndexError: a target out of range on a CPU. On CUDA, where it cannot be read without waiting for the device, it
             makes that row's loss and gradient NaN.
@@ -654,7 +653,7 @@ def mixup_binary_cross_entropy(
 
 
 def mixup_accuracy(logits: Tensor, target_a: Tensor, target_b: Tensor, lam: float | Tensor, *, topk: int = 1) -> Tensor:
-    """Accuracy on mixed samples: each label counts as much as its sample does::
+    """Compute the accuracy on mixed samples, where each label counts with its sample's weight::
 
         mean_n [lam_n [a_n in top] + (1 - lam_n) [b_n in top]],   top = the topk classes of the largest logits
 
@@ -663,13 +662,13 @@ def mixup_accuracy(logits: Tensor, target_a: Tensor, target_b: Tensor, lam: floa
         target_a: classes of the samples themselves, (N,) int64.
         target_b: classes of their partners, likewise.
         lam: weight of ``target_a``, as :func:`mixup_cross_entropy` takes it.
-        topk: at least 1, at most C.
+        topk: number of top classes, 1 to C.
 
     Returns:
         () in [0, 1], float32 or float64 for float64; NaN without samples. Not differentiable.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it got and what it needs.
+        TypeError, ValueError: an invalid argument; the message names it, the value and the requirement.
     """
     _checks.logits(logits, "logits")
     topk = _checks.integer("topk", topk, 1, logits.shape[1])
@@ -689,18 +688,18 @@ def soft_target_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross-entropy to a distribution over the classes for each sample, with the gradient in the same pass::
+    """Compute the cross-entropy to a distribution over the classes for each sample, and its gradient in the same pass::
 
         - sum_c weight_c t_nc log softmax(input_n)_c,    t = (1 - label_smoothing) target + label_smoothing / C
 
-    as :func:`torch.nn.functional.cross_entropy` of dense targets, the mean being over N, whatever the weight. What
-    dense targets say of a mixed pair :func:`mixup_cross_entropy` takes as two labels, without reading N*C numbers.
+    It equals :func:`torch.nn.functional.cross_entropy` of dense targets; the mean is over N, whatever the weight. For
+    mixed pairs :func:`mixup_cross_entropy` takes two labels instead, and so does not read N*C targets.
 
     Args:
-        input: logits, (N,C), or (N,C,d1,...) of a dense prediction.
-        target: of input's shape, floating, of any sum; must not require grad.
+        input: logits, (N,C), or (N,C,d1,...) with a prediction at each position.
+        target: dense targets of input's shape, floating, with any sum; must not require grad.
         weight: (C,), weight of each class, floating; must not require grad. It costs a pass over the target.
-        label_smoothing: in [0, 1].
+        label_smoothing: in [0, 1], the share of each target that is spread evenly over all classes.
         reduction: "mean", "sum" or "none".
 
     Returns:
@@ -709,7 +708,7 @@ def soft_target_cross_entropy(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes or devices that do not fit, label_smoothing outside [0, 1], no such reduction.
+        ValueError: shapes or devices that do not fit, label_smoothing outside [0, 1], an unknown reduction.
     """
     _checks.logits(input, dense=True)
     label_smoothing, _, reduction = _checks.loss_options(label_smoothing, -100, reduction)

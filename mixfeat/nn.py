@@ -21,28 +21,30 @@ class TwoLayerPatchCNN(nn.Module):
 
         g[n,c] = sum_{p,m} phi(<w[c,m], x[n,p]>)
 
-    A hidden layer of filters shared by all patches, a second layer fixed to ones, no bias; or with a ``readout`` a
-    second layer of other numbers, fixed or trained.
+    All patches share the filters of the hidden layer. The second layer is fixed to ones, without bias; ``readout``
+    replaces it, fixed or trained.
 
     Args:
         num_classes: C, at least 1.
         filters_per_class: M, at least 1.
         patch_dim: D, at least 1.
         activation: phi.
-        num_runs: R independent networks, trained in one launch; None for a single one without the run dimension.
-        init_std: weights start as N(0, init_std^2). Default: 0.7 rho for PolyReLU, at which signals of norm up to 1/2
-            start at a fixed fraction of the threshold, so that gradients vanish at no degree; else 1/sqrt(D).
-        readout: the second layer, (C,M) or (R,C,M): a tensor, which is copied and stays as it is, or an
-            ``nn.Parameter``, which becomes one of this module's and is trained; None for ones.
+        num_runs: R independent networks, trained together; None for a single one without the run dimension.
+        init_std: standard deviation of the initial weights, N(0, init_std^2). The default is 0.7 rho for PolyReLU,
+            where signals of norm up to 1/2 start at a fixed fraction of the threshold, so gradients vanish at no
+            degree; else 1/sqrt(D).
+        readout: the second layer, (C,M) or (R,C,M): a tensor, which is copied and fixed, or an ``nn.Parameter``, which
+            becomes a parameter of this module and is trained; None for ones.
         generator: source of the initial weights.
-        device, dtype: of the weights.
+        device, dtype: device and dtype of the weights.
 
     Attributes:
         weight: (C,M,D), or (R,C,M,D).
         readout: the second layer, or None.
 
     Raises:
-        TypeError, ValueError: sizes that are not positive integers, an init_std that is not positive, no activation.
+        TypeError, ValueError: a size that is not a positive integer, an init_std that is not positive, an activation
+            that is not one, a readout of the wrong shape or dtype.
     """
 
     weight: nn.Parameter
@@ -85,7 +87,7 @@ class TwoLayerPatchCNN(nn.Module):
         self.reset_parameters(generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the weights anew."""
+        """Draw new weights."""
         nn.init.normal_(self.weight, std=self.init_std, generator=generator)
 
     def forward(self, input: Tensor, index: Tensor | None = None, lam: float | Tensor | None = None) -> Tensor:
@@ -104,13 +106,13 @@ class PairwiseMixupLoss(nn.Module):
     Args:
         lam: 0.5 (Midpoint Mixup), another number in [0, 1], or (K,) nodes, such as those of
             :func:`mixfeat.beta_quadrature`.
-        lam_weight: (K,) weights of the nodes. Both stay on the CPU wherever the module goes.
+        lam_weight: (K,) weights of the nodes. Nodes and weights stay on the CPU when the module moves.
         label_lam, label_smoothing, pairs: as :func:`mixfeat.pairwise_mixup_loss` takes them.
-        group: ranks of torch.distributed among which the samples are spread, "world" for all processes. Gradients are
-            such that DistributedDataParallel around a module that calls this one gives the right step.
+        group: process group of torch.distributed over which the samples are sharded; "world" for all processes.
+            DistributedDataParallel around a module that calls this one takes the correct step.
 
     Raises:
-        TypeError, ValueError: as :func:`mixfeat.pairwise_mixup_loss` does, for lam and lam_weight.
+        TypeError, ValueError: an invalid option, as :func:`mixfeat.pairwise_mixup_loss` raises it.
     """
 
     def __init__(
@@ -130,10 +132,10 @@ class PairwiseMixupLoss(nn.Module):
         self.label_lam, self.label_smoothing, self.pairs = _checks.labels(label_lam, label_smoothing, pairs, nodes)
 
     def forward(self, model: nn.Module, input: Tensor, target: Tensor) -> Tensor:
-        """Return the loss, () or (R,), of a model that has ``weight`` and ``activation``, as :class:`TwoLayerPatchCNN`.
+        """Return the loss, () or (R,), of a model with ``weight`` and ``activation``, such as a TwoLayerPatchCNN.
 
         Raises:
-            TypeError: a model without a weight and an activation.
+            TypeError: a model without a weight or an activation.
         """
         weight, activation = getattr(model, "weight", None), getattr(model, "activation", None)
         if not isinstance(weight, Tensor) or not isinstance(activation, Activation):
@@ -157,28 +159,28 @@ class PairwiseMixupLoss(nn.Module):
 
 
 class Mixup(nn.Module):
-    """Mix each sample of a batch with a randomly drawn partner: Mixup, CutMix, or one of both at random.
+    """Mix each sample of a batch with a randomly drawn partner: Mixup, CutMix, or a random choice of the two.
 
-    :func:`mixfeat.sample_mixup` or :func:`mixfeat.sample_cutmix` draws, :func:`mixfeat.mixup` or :func:`mixfeat.cutmix`
-    mixes. Partner, lam and box are drawn on the batch's device, and nothing waits for it. In eval mode nothing is
-    mixed, and lam is 1; the dtype is the same.
+    :func:`mixfeat.sample_mixup` or :func:`mixfeat.sample_cutmix` draws, and :func:`mixfeat.mixup` or
+    :func:`mixfeat.cutmix` mixes. Draws are made on the batch's device, without waiting for it. In eval mode nothing is
+    mixed and lam is 1; the dtype is that of training.
 
     Args:
-        alpha: lam ~ Beta(alpha, alpha) of Mixup, alpha > 0; None for CutMix alone.
-        lam: this number in [0, 1] instead of a draw; 0.5 is Midpoint Mixup.
+        alpha: parameter of Mixup's lam ~ Beta(alpha, alpha), > 0; None for CutMix alone.
+        lam: a number in [0, 1] that replaces the draw; 0.5 is Midpoint Mixup.
         per_sample: the same as ``mode="elem"``.
-        cutmix_alpha: the parameter of CutMix, > 0; None for Mixup alone. Images only, (N,ch,H,W).
-        prob: probability with which a batch is mixed, or in the other modes a sample or a pair.
-        switch_prob: where both are on, the probability of CutMix.
-        mode: "batch": one lam or box for all samples; "elem": one for each sample; "pair": samples are mixed with each
-            other in pairs, each of which has one (an odd sample out is its own partner).
-        label_smoothing: in [0, 1], of dense targets; without ``num_classes`` smoothing is the loss's.
-        num_classes: C; if given, targets that are classes are returned dense.
-        generator: source of all randomness. Each worker of a DataLoader draws from a copy of its own, which begins
+        cutmix_alpha: parameter of CutMix, > 0; None for Mixup alone. It takes images only, (N,ch,H,W).
+        prob: probability that a batch is mixed, or in the other modes a sample or a pair.
+        switch_prob: probability of CutMix where both are on.
+        mode: "batch" draws one lam or box for all samples, "elem" one for each sample, "pair" one for each pair of
+            samples that are mixed with each other (with odd N one sample is its own partner).
+        label_smoothing: smoothing of dense targets, in [0, 1]; without ``num_classes`` the loss smooths.
+        num_classes: C; if given, classes are returned as dense targets.
+        generator: source of all randomness. Each worker of a DataLoader draws from its own copy, which is seeded
             differently in each worker and each epoch.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it got and what it needs.
+        TypeError, ValueError: an invalid argument; the message names it, the value and the requirement.
     """
 
     def __init__(
@@ -221,17 +223,17 @@ class Mixup(nn.Module):
 
         Args:
             input: (N, ...), as :func:`mixfeat.mixup` takes it; with CutMix images (N,ch,H,W).
-            target: classes, int64: (N,), or (N, ...) of a dense prediction; or floating: (N,C) probabilities, one-hot
-                or of several labels, or (N,C,H,W). A target as large as the images is cut and pasted with them.
+            target: classes, int64: (N,), or (N, ...) with a class at each position; or floating: (N,C) probabilities,
+                one-hot or multi-label, or (N,C,H,W). A target as large as the images is cut and pasted with them.
 
         Returns:
-            (mixed, (target_a, target_b, lam)) for classes: those of each sample and of its partner and the sample's
-            weight, for :class:`MixupCrossEntropyLoss`. With ``num_classes`` (mixed, target), the latter (N,C,...)
-            float32, of which a class outside [0, C) gives nothing. For a floating target (mixed, target), mixed alike.
+            (mixed, (target_a, target_b, lam)) for classes: each sample's class, its partner's, and the sample's weight,
+            for :class:`MixupCrossEntropyLoss`. With ``num_classes`` (mixed, target), target (N,C,...) float32; a class
+            outside [0, C) adds 0 to it. For a floating target (mixed, target), mixed in the same way.
 
         Raises:
-            TypeError, ValueError: as :func:`mixfeat.mixup` and :func:`mixfeat.cutmix`, and for a target of the wrong
-                type, shape or device.
+            TypeError, ValueError: an argument that :func:`mixfeat.mixup` or :func:`mixfeat.cutmix` refuses, or a target
+                of the wrong type, shape or device.
         """
         _checks.tensor("input", input)
         _checks.any_target("target", target, input.shape[0], input.device)
@@ -286,7 +288,7 @@ class Mixup(nn.Module):
         mixed = functional.cutmix(input, index, box).to(functional.mixed_dtype(input))
         if target.shape[-2:] == input.shape[-2:] and target.dim() > 2:
             images = target if target.dim() == 4 else target[:, None]
-            # of classes as float64, which holds them exactly
+            # float64 holds classes exactly
             pasted = functional.cutmix(images if target.is_floating_point() else images.double(), index, box)
             pasted = pasted.to(target.dtype).view_as(target)
             return mixed, pasted if target.is_floating_point() else self._labels(pasted, pasted, torch.ones_like(lam))
@@ -295,7 +297,7 @@ class Mixup(nn.Module):
         return mixed, self._labels(target, target[index], lam)
 
     def _paired(self, index: Tensor, *drawn: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """In mode "pair", pair the samples that stand beside each other in a permutation, with one draw for both."""
+        """Pair neighbours in the permutation in mode "pair", with one draw for both."""
         if self.mode != "pair":
             return index, list(drawn)
         even = len(index) // 2 * 2
@@ -329,7 +331,7 @@ class Mixup(nn.Module):
         return dense * (1 - smoothing) + smoothing / self.num_classes if smoothing else dense
 
     def _own_generator(self) -> torch.Generator | None:
-        """In a worker of a data loader, whose copy of the generator is every worker's, seed it for this worker."""
+        """Return the generator, seeded for this worker in a data loader, where every worker copies the same state."""
         worker = torch.utils.data.get_worker_info() if self.generator is not None else None
         if worker is not None and self._worker != worker.seed:
             assert self.generator is not None
@@ -350,16 +352,16 @@ class Mixup(nn.Module):
 
 
 class MixupCrossEntropyLoss(nn.Module):
-    """Cross-entropy of the logits of mixed samples with the labels of both (:func:`mixfeat.mixup_cross_entropy`).
+    """Cross-entropy of mixed samples from both labels (:func:`mixfeat.mixup_cross_entropy`).
 
     Args:
-        label_smoothing: in [0, 1].
-        ignore_index: a target that does not count.
+        label_smoothing: in [0, 1], the share of each target that is spread evenly over all classes.
+        ignore_index: value of a target that is ignored.
         reduction: "mean", "sum" or "none".
         lse_square_scale: coefficient of the z-loss, not negative.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it got and what it needs.
+        TypeError, ValueError: an invalid argument; the message names it, the value and the requirement.
     """
 
     def __init__(
@@ -378,7 +380,7 @@ class MixupCrossEntropyLoss(nn.Module):
         """Return the loss of ``logits`` (N,C); ``target`` is (target_a, target_b, lam) as :class:`Mixup` returns it.
 
         Raises:
-            TypeError: a target that is no such triple.
+            TypeError: a target that is not such a triple.
         """
         if not isinstance(target, tuple | list) or len(target) != 3:
             got = f"{len(target)} entries" if isinstance(target, tuple | list) else type(target).__name__

@@ -1,7 +1,6 @@
 """The operators in plain PyTorch: the definition that every kernel is held to, for any dtype and device.
 
-Differentiable by autograd, readable as the formulas they stand for, and without any check of their arguments: those are
-``mixfeat.functional``'s.
+They are differentiable by autograd, read like their formulas, and check no arguments; ``mixfeat.functional`` does.
 """
 
 from collections.abc import Sequence
@@ -25,9 +24,9 @@ def mixup(
 ) -> Tensor:
     """Compute ``lam_n x_n + (1 - lam_n) x_{index_n}``, samples n along ``dim``; ``lam`` a float, (), (N,) or (N,P).
 
-    Of (N,P) the second dimension is that after ``dim``: each patch has a weight of its own.
+    The second dimension of (N,P) is the one after ``dim``: each patch has its own weight.
 
-    A tensor ``lam`` is not rounded to a half-precision input's dtype; the mixed samples are, or to ``dtype``.
+    A tensor ``lam`` is not rounded to a half-precision input's dtype. The result is rounded to it, or to ``dtype``.
     """
     if isinstance(lam, Tensor):
         lam = across(lam, input, dim)
@@ -35,7 +34,7 @@ def mixup(
 
 
 def across(lam: Tensor, samples: Tensor, dim: int) -> Tensor:
-    """Return weights (), (N,) or (N,P) as they are broadcast over samples along ``dim``."""
+    """Reshape weights (), (N,) or (N,P) to broadcast over samples along ``dim``."""
     after = samples.dim() - dim % samples.dim() - max(1, lam.dim())
     return lam.reshape(*(lam.shape or (1,)), *[1] * after)
 
@@ -46,7 +45,7 @@ def cutmix(input: Tensor, index: Tensor, box: Tensor) -> Tensor:
 
 
 def in_box(input: Tensor, box: Tensor) -> Tensor:
-    """Return whether a pixel of images (N,ch,H,W) is in a box: (H,W), or with a box for each image (N,1,H,W)."""
+    """Return the mask of the pixels of images (N,ch,H,W) in a box: (H,W), or (N,1,H,W) with a box for each image."""
     y0, y1, x0, x1 = box[..., None, None].unbind(-3) if box.dim() == 1 else box[:, :, None, None, None].unbind(1)
     y, x = (torch.arange(size, device=input.device) for size in input.shape[-2:])
     return (y[:, None] >= y0) & (y[:, None] < y1) & (x >= x0) & (x < x1)
@@ -66,8 +65,8 @@ def patch_conv(
         z_n = lam_n x_n + (1 - lam_n) x_{index_n}
         g[n,c] = sum_{p,m} readout[c,m] phi(<w[c,m], z[n,p]>)
 
-    ``input`` (N,P,D) or (R,N,P,D), ``weight`` (C,M,D) or (R,C,M,D), ``readout`` (C,M) or (R,C,M), None for ones;
-    result (N,C) or (R,N,C).
+    ``input`` is (N,P,D) or (R,N,P,D), ``weight`` (C,M,D) or (R,C,M,D), ``readout`` (C,M) or (R,C,M), None for ones. The
+    result is (N,C) or (R,N,C).
     """
     if index is not None:
         assert lam is not None
@@ -92,14 +91,14 @@ def pairwise_mixup_loss(
     partner: Tensor | None = None,
     partner_target: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy of all N^2 ordered pairs of samples, mixed and each convolved: the definition, as it stands::
+    """Compute the mean cross-entropy of all N^2 ordered pairs of samples, each mixed and convolved by itself::
 
         L = sum_k lam_weight_k mean_{i,j} [l_k CE(g(z_ij), y_i) + (1 - l_k) CE(g(z_ij), y_j)],  l = label_lam, or lam
         z_ij = lam_k x_i + (1 - lam_k) x_j
 
-    ``input`` (N,P,D) or (R,N,P,D), ``weight`` (C,M,D) or (R,C,M,D), ``target`` (N,) or (R,N); result () or (R,). With
-    ``partner`` and ``partner_target`` the second sample of a pair is one of those. The mean is over the pairs that
-    ``pairs`` says: "all", "distinct" (i != j) or "different_class" (y_i != y_j); over no pairs it is 0.
+    ``input`` is (N,P,D) or (R,N,P,D), ``weight`` (C,M,D) or (R,C,M,D), ``target`` (N,) or (R,N). The result is () or
+    (R,). With ``partner`` and ``partner_target`` the second sample of a pair is one of the partners. ``pairs`` selects
+    the pairs of the mean: "all", "distinct" (i != j) or "different_class" (y_i != y_j). The mean over no pairs is 0.
     """
     other, other_target = (input, target) if partner is None or partner_target is None else (partner, partner_target)
     rows, columns = (torch.arange(t.shape[-3], device=t.device) for t in (input, other))
@@ -137,13 +136,13 @@ def gradient_descent(
     readout: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Full-batch gradient descent on :func:`pairwise_mixup_loss`, or, with ``lam=None``, on the mean cross-entropy::
+    """Descend on :func:`pairwise_mixup_loss`, or, with ``lam=None``, on the mean cross-entropy, over the full batch::
 
         v = momentum v + dL/dw + weight_decay w;  w = w - lr v
 
-    ``input`` (N,P,D) or (R,N,P,D), ``weight`` (C,M,D) or (R,C,M,D), ``target`` (N,) or (R,N); ``lr`` a number, or of
-    a shape that broadcasts with (R,steps). Returns the weight, with runs if input or weight has them, and the loss
-    before each step, (steps,) or (R,steps). ``options`` are further ones of the loss.
+    ``input`` is (N,P,D) or (R,N,P,D), ``weight`` (C,M,D) or (R,C,M,D), ``target`` (N,) or (R,N). ``lr`` is a number or
+    broadcasts with (R,steps). Return the weight, with runs if input or weight has them, and the loss before each step,
+    (steps,) or (R,steps). ``options`` are passed to the loss.
     """
     runs = input.shape[:-3] or weight.shape[:-3]
     weight = weight.expand(*runs, *weight.shape[-3:]).clone()
@@ -162,7 +161,7 @@ def gradient_descent(
                     input, w, target, activation, lam=lam, lam_weight=lam_weight, label_smoothing=label_smoothing,
                     readout=readout, **options,
                 )  # fmt: skip
-            (grad,) = torch.autograd.grad(loss.sum(), w)  # the sum: no run influences another
+            (grad,) = torch.autograd.grad(loss.sum(), w)  # no run influences another
         velocity = momentum * velocity + grad + weight_decay * weight
         weight = weight - rates[..., step, None, None, None] * velocity
         losses[..., step] = loss.detach()
@@ -184,9 +183,9 @@ def mixup_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute ``lam CE(input, target_a) + (1 - lam) CE(input, target_b)``; a mean is over targets not ignored.
 
-    To each cross-entropy of a target that counts ``lse_square_scale logsumexp(input_n)^2`` is added. ``input`` (N,C),
-    targets (N,), ``lam`` a float, () or (N,), ``weight`` (C,); result () or, without reduction, (N,); with
-    ``return_lse`` also the logsumexp (N,).
+    Each target that is not ignored adds ``lse_square_scale logsumexp(input_n)^2`` to its cross-entropy. ``input`` is
+    (N,C), targets are (N,), ``lam`` is a float, () or (N,), ``weight`` (C,). The result is () or, without reduction,
+    (N,); ``return_lse`` also returns the logsumexp (N,).
     """
     loss = torch.zeros((), dtype=input.dtype, device=input.device)
     lse = input.logsumexp(1) if lse_square_scale or return_lse else loss
@@ -219,10 +218,10 @@ def mixup_binary_cross_entropy(
     pos_weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Sigmoid cross-entropy to the mixed labels, smoothed and, with a threshold, made 0 or 1.
+    """Compute the sigmoid cross-entropy to the mixed labels, smoothed and, with a threshold, made 0 or 1.
 
-    ``input`` (N,C), targets (N,), ``lam`` a float, () or (N,), ``pos_weight`` (C,); result () or, without reduction,
-    (N,C).
+    ``input`` is (N,C), targets are (N,), ``lam`` is a float, () or (N,), ``pos_weight`` (C,). The result is () or,
+    without reduction, (N,C).
     """
     dtype = torch.promote_types(input.dtype, torch.float32)
     q = mixed_labels(target_a, target_b, lam, input.shape[1], label_smoothing, threshold, dtype).to(input.dtype)
@@ -234,7 +233,7 @@ def mixed_labels(
     target_a: Tensor, target_b: Tensor, lam: float | Tensor, num_classes: int, label_smoothing: float,
     threshold: float | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Compute ``(1 - eps) (lam [c = a] + (1 - lam) [c = b]) + eps / C``, (N,C), or whether it exceeds the threshold."""
+    """Compute ``(1 - eps) (lam [c = a] + (1 - lam) [c = b]) + eps / C``, (N,C), or if it exceeds the threshold."""
     share = lam[:, None] if isinstance(lam, Tensor) and lam.dim() else lam
     classes = torch.arange(num_classes, device=target_a.device)
     one_hot_a, one_hot_b = ((target[:, None] == classes).to(dtype) for target in (target_a, target_b))
