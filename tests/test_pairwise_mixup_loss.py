@@ -8,6 +8,7 @@ import torch
 from conftest import compiler, error, interpreted
 
 import mixfeat as mf
+from mixfeat import reference
 from mixfeat.ops import fallback
 from mixfeat.ops.pairwise_mixup_loss import merged_nodes, pairwise_mixup_block
 
@@ -84,6 +85,25 @@ def test_skipping_is_exact(activation, dtype):
 def check_instruction_set():
     for activation in ACTIVATIONS:
         skipping(activation, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("runs", ["", "w", "w and readout"])
+@pytest.mark.parametrize("activation", [POLY, mf.PolyReLU(4, 0.01), mf.Power(3), mf.Identity()], ids=repr)
+def test_signs_as_readout(activation, runs, dtype):
+    """They are folded into the kernels' loops. Vectors hold filters of either sign, or of both, or are half full."""
+    for shape in [(9, 12, 20, 3, 10), (17, 5, 3, 4, 7), (7, 1, 2, 3, 1), (5, 3, 4, 2, 16)]:
+        x, w, y = make_inputs(shape, torch.float64, "cpu", runs=runs)
+        for share in (0.0, 0.3, 1.0):
+            drawn = torch.rand(*[3] * ("readout" in runs), *shape[-2:], dtype=torch.float64)
+            readout = torch.where(drawn < share, -0.3, 0.3)
+            nodes = NODES["any"] if share == 0.3 else {}
+            options = {"readout": readout, **nodes}
+            found = results(mf.pairwise_mixup_loss, x.to(dtype), w.to(dtype), y, activation, options)
+            options.update((name, value.tolist()) for name, value in nodes.items())
+            truth = results(reference.pairwise_mixup_loss, x, w, y, activation, options)
+            for result, true in zip(found, truth, strict=True):
+                assert error([result], [true]) <= (1e-13 if dtype == torch.float64 else 1e-5)
 
 
 @pytest.mark.parametrize("need_grad", [False, True])

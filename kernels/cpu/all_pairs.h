@@ -3,6 +3,7 @@
 
 #include <array>
 #include <numeric>
+#include <optional>
 
 #include "library.h"
 
@@ -26,6 +27,30 @@ struct Order {
     }
     for (int64_t y : this->target) STD_TORCH_CHECK(y >= 0 && y < classes, "target out of range");
   }
+};
+
+// A fixed readout of +-1: how many filters of each class, (1 or R, C), the first ones, have -1. None: all have 1.
+class Negative {
+ public:
+  Negative(const std::optional<Tensor>& filters, int64_t runs, int64_t classes, int64_t filters_per_class, int64_t patches) {
+    if (!filters) return;
+    STD_TORCH_CHECK(filters->dim() == 2 && filters->scalar_type() == ScalarType::Long && filters->is_contiguous(), "unexpected signs");
+    STD_TORCH_CHECK((filters->size(0) == 1 || filters->size(0) == runs) && filters->size(1) == classes, "unexpected signs");
+    filters_.assign(data<int64_t>(*filters), data<int64_t>(*filters) + filters->numel());
+    for (int64_t n : filters_) STD_TORCH_CHECK(n >= 0 && n <= filters_per_class, "unexpected signs");
+    stride_ = filters->size(0) == 1 ? 0 : classes;
+    for (int64_t n : filters_) pre_activations_.push_back(n * patches);
+  }
+
+  // (C,), or null: none
+  const int64_t* filters(int64_t run) const { return filters_.empty() ? nullptr : filters_.data() + run * stride_; }
+  const int64_t* pre_activations(int64_t run) const {
+    return filters_.empty() ? nullptr : pre_activations_.data() + run * stride_;
+  }
+
+ private:
+  std::vector<int64_t> filters_, pre_activations_;
+  int64_t stride_ = 0;
 };
 
 // The pairs of groups of blocks in rounds: no two of one round share a row group or a column group, so that they may run at once,

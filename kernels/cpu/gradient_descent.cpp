@@ -57,7 +57,7 @@ struct Problem {
 
   PairwiseMixup<T> pair_sizes() const {
     return {classes, filters / classes * patches, padded_length, classes, pairs.block, {},   {}, 0, 0,
-            false,   false,                       nullptr,       nullptr, activation,  true};
+            false,   false,                       nullptr,       nullptr, nullptr,     activation,  true};
   }
 
   // The column of sample n's first patch, and the distance of its patches.

@@ -141,6 +141,8 @@ struct MixupSide {
 };
 
 // With a readout, each filter is a class of its own, and the logit of class c is sum_m readout[c,m] (sum of filter (c, m)).
+//
+// A fixed readout of +-1 needs none of that: in each class the filters of -1 come first, with all their patches.
 template <typename T>
 struct PairwiseMixup {
   int64_t classes, length, padded_length;  // C; P*M; and that in whole vectors. With a readout C*M, and P
@@ -152,6 +154,7 @@ struct PairwiseMixup {
   bool distinct, different_class;  // whether pairs of a sample with itself, or of one class, do not count
   const T* readout;                // (C, M), or null: ones
   double* readout_grad;            // (C, M), added to, or null: not wanted
+  const int64_t* negative;         // (C,): how many of the first pre-activations have a readout of -1; or null: none
   Polynomial activation;
   bool skip;  // whether to look for blocks that are zero or linear
 };

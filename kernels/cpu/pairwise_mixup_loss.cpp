@@ -39,12 +39,17 @@ struct Samples {
     std::copy_n(s.strides().begin(), 5, stride.begin());
   }
 
-  // Calls f(filters of one patch and class, their offset in a packed sample) for sample n of run r.
+  // Calls f(filters of one patch and class, their offset in a packed sample, how many) for sample n of run r. The first
+  // `negative` filters of a class come first, with all their patches.
   template <typename F>
-  void visit(int64_t r, int64_t n, int64_t padded_length, const F& f) const {
+  void visit(int64_t r, int64_t n, int64_t padded_length, const int64_t* negative, const F& f) const {
     for (int64_t p = 0; p < size[2]; ++p) {
       T* s = data + r * stride[0] + n * stride[1] + p * stride[2];
-      for (int64_t c = 0; c < size[3]; ++c) f(s + c * stride[3], c * padded_length + p * size[4]);
+      for (int64_t c = 0; c < size[3]; ++c) {
+        const int64_t first = negative ? negative[c] : 0, rest = size[4] - first;
+        if (first) f(s + c * stride[3], c * padded_length + p * first, first);
+        f(s + c * stride[3] + first * stride[4], c * padded_length + size[2] * first + p * rest, rest);
+      }
     }
   }
 };
@@ -77,10 +82,11 @@ template <typename T>
 struct Side {
   const Layout<T>& layout;
   int64_t run;
+  const int64_t* negative;
   T *t, *bounds, *grad;
 
-  Side(const Layout<T>& layout, int64_t run, bool need_grad, T* workspace)
-      : layout(layout), run(run), t(workspace), bounds(t + layout.size), grad(need_grad ? bounds + layout.bounds_size : nullptr) {
+  Side(const Layout<T>& layout, int64_t run, const int64_t* negative, bool need_grad, T* workspace)
+      : layout(layout), run(run), negative(negative), t(workspace), bounds(t + layout.size), grad(need_grad ? bounds + layout.bounds_size : nullptr) {
     if (!need_grad) return;
     for_each_block([&](int64_t first, int64_t last) {
       std::fill(grad + first * layout.sample_size, grad + round_up(last, kSampleGroup) * layout.sample_size, T(0));
@@ -103,8 +109,9 @@ struct Side {
       std::fill(t + last * layout.sample_size, t + round_up(last, kSampleGroup) * layout.sample_size, T(0));
       for (int64_t k = first; k < last; ++k) {
         T* to = t + k * layout.sample_size;
-        layout.s.visit(run, index()[k], layout.padded_length,
-                       [&](const T* from, int64_t f) { scale(from, layout.s.stride[4], factor, to + f, 1, layout.s.size[4]); });
+        layout.s.visit(run, index()[k], layout.padded_length, negative, [&](const T* from, int64_t f, int64_t count) {
+          scale(from, layout.s.stride[4], factor, to + f, 1, count);
+        });
       }
       if (!with_bounds) return;
       typed_kernels<T>().pairwise_mixup_loss.bounds(t + first * layout.sample_size, last - first, layout.classes, layout.length,
@@ -117,8 +124,9 @@ struct Side {
     for_each_block([&](int64_t first, int64_t last) {
       for (int64_t k = first; k < last; ++k) {
         const T* from = grad + k * layout.sample_size;
-        to.visit(run, index()[k], layout.padded_length,
-                 [&](T* filters, int64_t f) { scale(from + f, 1, factor, filters, to.stride[4], to.size[4]); });
+        to.visit(run, index()[k], layout.padded_length, negative, [&](T* filters, int64_t f, int64_t count) {
+          scale(from + f, 1, factor, filters, to.stride[4], count);
+        });
       }
     });
   }
@@ -133,7 +141,8 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
                const std::optional<Tensor>& column_target, const std::vector<double>& lam, const std::vector<double>& lam_weight,
                const Polynomial& activation, const std::optional<Tensor>& row_grad, const std::optional<Tensor>& column_grad,
                const std::vector<double>& label_lam, double label_smoothing, int64_t pairs_that_count,
-               const std::optional<Tensor>& readout, const std::optional<Tensor>& readout_grad, bool skip) {
+               const std::optional<Tensor>& readout, const std::optional<Tensor>& readout_grad, bool skip,
+               const std::optional<Tensor>& negative_filters) {
   const PairwiseMixupKernels<T>& kernel = typed_kernels<T>().pairwise_mixup_loss;
   const bool symmetric = !column, need_grad = row_grad || column_grad;
   STD_TORCH_CHECK(lam.size() == lam_weight.size() && row.dim() == 5 && (symmetric || column->dim() == 5), "unexpected shape");
@@ -150,6 +159,7 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
   STD_TORCH_CHECK(!readout_grad || (readout && need_grad && readout_grad->numel() == runs * classes &&
                                     readout_grad->is_contiguous() && readout_grad->scalar_type() == kType<T>),
                   "unexpected readout");
+  const Negative negative(negative_filters, runs, classes, row.size(4), row.size(2));
   const int64_t labels = readout ? readout->size(1) : classes;
 
   const int64_t padded_length = round_up(length, kernel.lanes);
@@ -165,7 +175,7 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
 
   const int64_t work = pairs.work * int64_t(lam.size());
   PairwiseMixup<T> sizes{classes, length,         padded_length, labels, pairs.block, {}, {}, 0, label_smoothing,
-                         pairs_that_count == 1 && symmetric, pairs_that_count == 2, nullptr, nullptr, activation, skip};
+                         pairs_that_count == 1 && symmetric, pairs_that_count == 2, nullptr, nullptr, nullptr, activation, skip};
   if (readout) sizes.readout = data<T>(*readout);  // for the size of the scratch memory
   const T factor = T(activation.scale / activation.threshold);
   Tensor loss = empty({runs}, kType<T>);
@@ -173,9 +183,9 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
   // One network, by as many threads as are free.
   auto run_network = [&](int64_t r, void* memory) {
     T* workspace = static_cast<T*>(memory);
-    const Side<T> row_side(rows, r, need_grad, workspace);
+    const Side<T> row_side(rows, r, negative.filters(r), need_grad, workspace);
     std::optional<Side<T>> column_side;
-    if (columns) column_side.emplace(*columns, r, need_column_grad, workspace + row_size);
+    if (columns) column_side.emplace(*columns, r, negative.filters(r), need_column_grad, workspace + row_size);
     std::vector<double> losses(pairs.schedule.rows, 0.0), readout_sums(readout_grad ? pairs.schedule.rows * classes : 0);
     for (size_t k = 0; k < lam.size(); ++k) {
       row_side.pack(T(lam[k] / activation.threshold), skip);
@@ -187,6 +197,7 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
       a.column = column_side ? column_side->with_weight(1 - lam[k], 1 - label) : a.row;
       if (readout) a.readout = data<T>(*readout) + (readout->size(0) > 1 ? r * classes : 0);
       if (readout_grad) a.readout_grad = readout_sums.data();
+      a.negative = negative.pre_activations(r);
       if (symmetric) a.column.grad = a.row.grad;
       pairs.add(a, lam_weight[k], losses.data(), [&](int64_t tasks, int64_t round_work, const auto& f) {
         for_each_task(tasks, round_work, kernel.scratch_bytes(sizes), f);
@@ -218,10 +229,10 @@ Tensor pairwise_mixup_loss(Tensor row, std::optional<Tensor> column, Tensor row_
                            std::vector<double> lam, std::vector<double> lam_weight, std::vector<double> activation,
                            std::optional<Tensor> row_grad, std::optional<Tensor> column_grad, std::vector<double> label_lam,
                            double label_smoothing, int64_t pairs_that_count, std::optional<Tensor> readout,
-                           std::optional<Tensor> readout_grad, bool skip) {
+                           std::optional<Tensor> readout_grad, bool skip, std::optional<Tensor> negative_filters) {
   const auto f = row.scalar_type() == ScalarType::Float ? loss_of<float> : loss_of<double>;
   return f(row, column, row_target, column_target, lam, lam_weight, polynomial_of(activation), row_grad, column_grad, label_lam,
-           label_smoothing, pairs_that_count, readout, readout_grad, skip);
+           label_smoothing, pairs_that_count, readout, readout_grad, skip, negative_filters);
 }
 
 }  // namespace
@@ -231,7 +242,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mixfeat_cpu, m) {
   m.def(
       "pairwise_mixup_loss(Tensor row, Tensor? column, Tensor row_target, Tensor? column_target, float[] lam, "
       "float[] lam_weight, float[] activation, Tensor(a!)? row_grad, Tensor(b!)? column_grad, float[] label_lam, "
-      "float label_smoothing, int pairs_that_count, Tensor? readout, Tensor(c!)? readout_grad, bool skip=True) -> Tensor");
+      "float label_smoothing, int pairs_that_count, Tensor? readout, Tensor(c!)? readout_grad, bool skip=True, "
+      "Tensor? negative_filters=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CPU, m) { m.impl("pairwise_mixup_loss", TORCH_BOX(&mixfeat::pairwise_mixup_loss)); }

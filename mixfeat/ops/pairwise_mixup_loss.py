@@ -43,6 +43,44 @@ class Objective(NamedTuple):
 PAIRS = ("all", "distinct", "different_class")
 
 
+class Signs(NamedTuple):
+    """A readout of one magnitude, +-a, for CPU kernels: filters ordered by sign, and a in the activation's scale.
+
+    Attributes:
+        order: (1 or R,C*M) int64, the filters class by class, those of -a first.
+        negative_filters: (1 or R,C) int64, how many those are.
+        magnitude: a.
+    """
+
+    order: Tensor
+    negative_filters: Tensor
+    magnitude: float
+
+    @classmethod
+    def of(cls, readout: Tensor) -> "Signs | None":
+        """Return the signs of a readout (C,M) or (R,C,M), None where its magnitudes differ or are 0."""
+        readout = readout if readout.dim() == 3 else readout[None]
+        least, magnitude = (v.item() for v in readout.abs().aminmax()) if readout.numel() else (0.0, 0.0)
+        if least != magnitude or not 0 < magnitude < torch.inf:
+            return None
+        classes, filters = readout.shape[1:]
+        positive = readout > 0
+        order = positive.byte().argsort(dim=-1, stable=True) + torch.arange(0, classes * filters, filters)[:, None]
+        return cls(order.flatten(1), filters - positive.sum(-1), magnitude)
+
+    def ordered(self, weight: Tensor) -> Tensor:
+        """Order filters (C*M,D) or (R,C*M,D)."""
+        if len(self.order) == 1:
+            return weight.index_select(-2, self.order[0])
+        return weight.expand(len(self.order), -1, -1).take_along_dim(self.order[..., None], -2)
+
+    def as_given(self, weight: Tensor) -> Tensor:
+        """Undo :meth:`ordered` for filters (R,C*M,D)."""
+        if len(self.order) == 1:
+            return torch.empty_like(weight).index_copy_(-2, self.order[0], weight)
+        return torch.empty_like(weight).scatter_(-2, self.order[..., None].expand_as(weight), weight)
+
+
 def pairwise_mixup_loss(
     input: Tensor,
     weight: Tensor,
@@ -109,8 +147,12 @@ def _block(
     need_grad: bool,
     objective: Objective,
     readout: Tensor | None,
+    negative_filters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Compute the same for any objective and ``readout`` (R or 1,C,M); return the gradient to it (R,C,M) too."""
+    """Compute the same for any objective and ``readout`` (R or 1,C,M); return the gradient to it (R,C,M) too.
+
+    ``negative_filters`` is for the CPU kernels, as :class:`Signs` has it.
+    """
     name = backends.serving_network(row.device.type, row.dtype, polynomial)
     arguments = (row, column, row_target, column_target, lam, lam_weight, polynomial, need_grad)
     if name == "triton":
@@ -148,6 +190,7 @@ def _block(
         PAIRS.index(objective.pairs),
         readout,
         readout_grad,
+        negative_filters=negative_filters,
     )
     return loss, row_grad, column_grad, readout_grad
 
@@ -232,9 +275,14 @@ def _forward(
         )
     else:
         _check_values(target, num_classes, lam, lam_weight)
+    name = backends.serving_network(device, input.dtype, polynomial)
     x, w = input.flatten(-3, -2), weight.flatten(-3, -2)  # (..., N*P, D), (..., C*M, D)
-    if backends.serving_network(device, input.dtype, polynomial) != "triton":
+    if name != "triton":
         x, w = x.to(dtype), w.to(dtype)
+    signs = Signs.of(readout) if readout is not None and not need_readout and name == "cpu" else None
+    if signs:
+        w, readout = signs.ordered(w), None
+        polynomial = polynomial._replace(scale=polynomial.scale * signs.magnitude)
     with torch.autocast(device, enabled=False) if _checks.autocast_is_enabled(device) else contextlib.nullcontext():
         s = (x @ w.mT).view(num_runs, num_samples, num_patches, num_classes, filters)
         readout_grad = None
@@ -256,7 +304,7 @@ def _forward(
             second_layer = None if readout is None else readout if readout.dim() == 3 else readout[None]
             loss, grad, column_grad, readout_grad = _block(
                 row, column, row_target, column_target, nodes, shares, polynomial, need_grad,
-                Objective(labels, label_smoothing, pairs), second_layer,
+                Objective(labels, label_smoothing, pairs), second_layer, signs and signs.negative_filters,
             )  # fmt: skip
             if grad is not None and column_grad is not None:
                 grad = torch.cat([grad, column_grad], 1)
@@ -269,7 +317,9 @@ def _forward(
         if grad is not None:
             grad = grad.reshape(num_runs, num_samples * num_patches, w.shape[-2])
             if need_weight:
-                weight_grad = (grad.mT @ x.to(dtype)).view(num_runs, *weight.shape[-3:])
+                weight_grad = grad.mT @ x.to(dtype)
+                weight_grad = signs.as_given(weight_grad) if signs else weight_grad
+                weight_grad = weight_grad.view(num_runs, *weight.shape[-3:])
             if need_input:
                 input_grad = (grad @ w.to(dtype)).view(num_runs, *input.shape[-3:])
     return (

@@ -5,6 +5,9 @@
 // activation again. All tiles of a pair of blocks go through one class before the next, whose pre-activations then stay in the
 // first-level cache. Only the logits of the pairs are stored, for one pair of blocks at a time.
 //
+// Vectors of a readout of -1 come before those of 1, at most one has both. Signs are applied to sums of vectors between those, not
+// to the vectors.
+//
 // A vector whose every t, over a pair of blocks, lies where the activation is 0 is left out. Where the activation is linear, its
 // sum separates into a row's share and a column's.
 
@@ -66,6 +69,7 @@ struct Buffers {
   T *row_d, *column_d;                   // (C, block): sums of D, for classes that have linear vectors
   int32_t *active_count, *linear_count;  // (C,): whole vectors
   int32_t* half;                         // (C,): whether half a vector follows the active ones
+  int32_t* negative_count;               // (C,): how many active vectors, the first ones, are negative as a whole
   int32_t *active, *linear;              // (C, vectors)
   Lane<T> *row_target, *column_target;   // (block, pairs of a row or a column of a tile): targets by lane, -1 for padding
 
@@ -80,6 +84,7 @@ struct Buffers {
         active_count(scratch.take<int32_t>(a.classes)),
         linear_count(scratch.take<int32_t>(a.classes)),
         half(scratch.take<int32_t>(a.classes)),
+        negative_count(scratch.take<int32_t>(a.classes)),
         active(scratch.take<int32_t>(a.classes * (a.padded_length / kLanes<T>))),
         linear(scratch.take<int32_t>(a.classes * (a.padded_length / kLanes<T>))),
         row_target(scratch.take<Lane<T>>(a.block * kColumns<T>)),
@@ -90,6 +95,19 @@ template <typename T>
 int64_t scratch_bytes(const PairwiseMixup<T>& a) {
   return Buffers<T>(a, nullptr).scratch.bytes();
 }
+
+// The active vectors of a class, in order of their signs: the vectors before ends[0] have signs[0], and so on.
+template <typename T>
+struct Signs {
+  int count = 0;  // of changes of sign
+  const int32_t* ends[3];
+  Vec<T> signs[3];
+
+  void add(const int32_t* end, Vec<T> sign) {
+    ends[count] = end;
+    signs[count++] = sign;
+  }
+};
 
 template <typename T, int kDegree>
 struct BlockPair {
@@ -127,6 +145,24 @@ struct BlockPair {
 
   int64_t offset(int64_t n, int64_t c) const { return (n * a.classes + c) * a.padded_length; }
   int64_t vectors() const { return a.padded_length / kLanes<T>; }
+  int64_t negative(int64_t c) const { return a.negative ? a.negative[c] : 0; }
+  int sign(int64_t c, int64_t f) const { return f < negative(c) ? -1 : 1; }  // of a vector that is not mixed
+  bool is_mixed(int64_t c, int64_t f) const { return f < negative(c) && negative(c) < min(f + kLanes<T>, a.length); }
+
+  Signs<T> signs(int64_t c) const {
+    Signs<T> result;
+    const int32_t *begin = buffers.active + c * vectors(), *end = begin + buffers.active_count[c];
+    const int32_t* first = begin + buffers.negative_count[c];
+    const Vec<T> one = Vec<T>{} + 1;
+    if (first > begin) result.add(first, -one);
+    if (first < end && is_mixed(c, *first)) {
+      Vec<T> sign;
+      for (int k = 0; k < kLanes<T>; ++k) sign[k] = *first + k < negative(c) ? T(-1) : T(1);
+      result.add(++first, sign);
+    }
+    result.add(end, one);
+    return result;
+  }
 
   // Sorts the vectors of each class into zero for all pairs of the blocks (left out), linear for all, and active.
   void list_vectors(int64_t row_block, int64_t column_block) {
@@ -136,21 +172,23 @@ struct BlockPair {
     for (int64_t c = 0; c < a.classes; ++c) {
       const T* row = a.row.bounds + (row_block * a.classes + c) * 2 * a.padded_length;
       const T* column = a.column.bounds + (column_block * a.classes + c) * 2 * a.padded_length;
-      int32_t active = 0, linear = 0;
+      int32_t active = 0, linear = 0, negative_count = 0;
       for (int64_t f = 0; f < a.padded_length; f += kLanes<T>) {
         if (a.skip) {
           if (max_lane<T>(load(row + a.padded_length + f) + load(column + a.padded_length + f)) <= zero_max) continue;
-          if (-max_lane<T>(-(load(row + f) + load(column + f))) >= linear_min) {
+          if (!is_mixed(c, f) && -max_lane<T>(-(load(row + f) + load(column + f))) >= linear_min) {
             buffers.linear[c * vectors() + linear++] = int32_t(f);
             continue;
           }
         }
+        negative_count += !is_mixed(c, f) && f < negative(c);
         buffers.active[c * vectors() + active++] = int32_t(f);
       }
       const int64_t last = a.padded_length - kLanes<T>;
-      const bool half = kHalfBytes < kVectorBytes && a.length - last <= kLanes<T> / 2;
+      const bool half = kHalfBytes < kVectorBytes && a.length - last <= kLanes<T> / 2 && negative(c) <= last;
       buffers.half[c] = half && active && buffers.active[c * vectors() + active - 1] == last;
       buffers.active_count[c] = active - buffers.half[c];
+      buffers.negative_count[c] = negative_count;
       buffers.linear_count[c] = linear;
       if (linear) sum_linear(c);
     }
@@ -161,10 +199,10 @@ struct BlockPair {
     const T degree = T(a.activation.degree), scale = T(a.activation.scale / a.activation.degree);
     const int32_t* linear = buffers.linear + c * vectors();
     int64_t lanes = 0;
-    for (int32_t k = 0; k < buffers.linear_count[c]; ++k) lanes += min(kLanes<T>, a.length - linear[k]);
+    for (int32_t k = 0; k < buffers.linear_count[c]; ++k) lanes += sign(c, linear[k]) * min(kLanes<T>, a.length - linear[k]);
     auto sum = [&](const T* t, T constant) {
       Vec<T> total = {};
-      for (int32_t k = 0; k < buffers.linear_count[c]; ++k) total += load(t + linear[k]);
+      for (int32_t k = 0; k < buffers.linear_count[c]; ++k) total += broadcast(T(sign(c, linear[k]))) * load(t + linear[k]);
       T result = 0;
       for (int k = 0; k < kLanes<T>; ++k) result += total[k];
       return scale * (degree * result + constant);
@@ -225,6 +263,7 @@ struct BlockPair {
   void logits(int64_t c) const {
     const int64_t stride = a.classes * a.padded_length;
     const int32_t *begin = buffers.active + c * vectors(), *end = begin + buffers.active_count[c];
+    const Signs<T> signs = this->signs(c);
     const Vec<T> scale = broadcast(T(a.activation.scale / a.activation.degree));
     const bool linear = buffers.linear_count[c];
     const Phi<kVectorBytes> phi(a.activation.lower, a.activation.upper);
@@ -232,8 +271,13 @@ struct BlockPair {
       const T *x = a.row.t + offset(i, c), *y = a.column.t + offset(j, c);
       T* out = logits + c * kPairs<T>;
       Vec<T> sums[kPairs<T>] = {};
-      for (const int32_t* active = begin; active < end; ++active) {
-        add_phi<kVectorBytes>(phi, visited, x + *active, y + *active, stride, sums);
+      const int32_t* active = begin;
+      for (int s = 0;; ++s) {
+        for (; active < signs.ends[s]; ++active) add_phi<kVectorBytes>(phi, visited, x + *active, y + *active, stride, sums);
+        if (s + 1 == signs.count) break;
+        const Vec<T> change = signs.signs[s] * signs.signs[s + 1];
+#pragma GCC unroll 16
+        for (int k = 0; k < kPairs<T>; ++k) sums[k] *= change;
       }
       if constexpr (kHalfBytes < kVectorBytes) {
         Vec<T, kHalfBytes> halves[kPairs<T>];
@@ -259,11 +303,12 @@ struct BlockPair {
 
   // Adds the gradient of a tile, given its D, to a vector of each sample.
   template <int kBytes, typename Pairs>
-  void add_gradient(const Phi<kBytes>& phi, Pairs visited, const T* d, const T* x, const T* y, T* dx, T* dy) const {
+  void add_gradient(const Phi<kBytes>& phi, Pairs visited, Vec<T, kBytes> sign, const T* d, const T* x, const T* y, T* dx,
+                    T* dy) const {
     constexpr int rows = kRows<T>, columns = kColumns<T>;
     const int64_t stride = a.classes * a.padded_length;
-    const Vec<T, kBytes> row_weight = broadcast<kBytes>(T(a.row.weight));
-    const Vec<T, kBytes> column_weight = broadcast<kBytes>(T(a.column.weight));
+    const Vec<T, kBytes> row_weight = broadcast<kBytes>(T(a.row.weight)) * sign;
+    const Vec<T, kBytes> column_weight = broadcast<kBytes>(T(a.column.weight)) * sign;
     Vec<T, kBytes> second[columns], by_column[columns] = {};
 #pragma GCC unroll 4
     for (int k = 0; k < columns; ++k) second[k] = load<kBytes>(y + k * stride);
@@ -289,18 +334,22 @@ struct BlockPair {
   void gradient(int64_t c) const {
     const int32_t *begin = buffers.active + c * vectors(), *end = begin + buffers.active_count[c];
     const bool linear = buffers.linear_count[c];
+    const Signs<T> signs = this->signs(c);
     const Phi<kVectorBytes> phi(a.activation.lower, a.activation.upper);
     for_each_tile([&](auto visited, const T* logits, int64_t i, int64_t j) {
       const T *x = a.row.t + offset(i, c), *y = a.column.t + offset(j, c), *d = logits + c * kPairs<T>;
       T *dx = a.row.grad + offset(i, c), *dy = a.column.grad + offset(j, c);
-      for (const int32_t* active = begin; active < end; ++active) {
-        const int64_t f = *active;
-        add_gradient<kVectorBytes>(phi, visited, d, x + f, y + f, dx + f, dy + f);
+      const int32_t* active = begin;
+      for (int s = 0; s < signs.count; ++s) {
+        for (; active < signs.ends[s]; ++active) {
+          const int64_t f = *active;
+          add_gradient<kVectorBytes>(phi, visited, signs.signs[s], d, x + f, y + f, dx + f, dy + f);
+        }
       }
       if constexpr (kHalfBytes < kVectorBytes) {
         if (buffers.half[c]) {
           const Phi<kHalfBytes> half_phi(a.activation.lower, a.activation.upper);
-          add_gradient<kHalfBytes>(half_phi, visited, d, x + *end, y + *end, dx + *end, dy + *end);
+          add_gradient<kHalfBytes>(half_phi, visited, Vec<T, kHalfBytes>{} + 1, d, x + *end, y + *end, dx + *end, dy + *end);
         }
       }
       if (linear) {
@@ -318,7 +367,7 @@ struct BlockPair {
     const int32_t *begin = buffers.linear + c * vectors(), *end = begin + buffers.linear_count[c];
     auto add = [&](T* grad, double weight, T d) {
       for (const int32_t* linear = begin; linear < end; ++linear) {
-        store(grad + *linear, load(grad + *linear) + broadcast(T(weight) * d));
+        store(grad + *linear, load(grad + *linear) + broadcast(T(sign(c, *linear) * weight) * d));
       }
     };
     for (int64_t i = row_begin; i < row_end; ++i) {
