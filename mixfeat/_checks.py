@@ -1,9 +1,9 @@
 """Every check of an argument, written once.
 
-Each check raises a TypeError, ValueError or IndexError that names the argument, what it got and what it needs, and
-returns the argument as the code behind it takes it. NumPy's integers and floats are numbers. The first parts look at
-types, shapes, dtypes and devices only, which torch.compile can trace; the last one reads values, and only where that
-does not wait for a device.
+Each check raises a TypeError, ValueError or IndexError that names the argument, the value and the requirement. It
+returns the argument in the form that the caller uses. NumPy's integers and floats are numbers. The first parts look at
+types, shapes, dtypes and devices only, which torch.compile can trace. The last part reads values, but only on the CPU,
+where that waits for no device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def accumulation(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which sums over ``dtype`` are formed."""
+    """Return the dtype in which sums over ``dtype`` accumulate."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -31,13 +31,13 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
 
 
 def integer(name: str, value: Any, least: int | None = None, most: int = 2**63 - 1) -> int:
-    """Check an integer of 64 bits in [least, most]."""
+    """Check a 64-bit integer in [least, most]."""
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if not isinstance(value, (int, torch.SymInt)):
         try:
             value = operator.index(value)
-        except TypeError:  # a tensor has __index__, and refuses
+        except TypeError:  # a tensor has __index__, which may raise
             raise TypeError(f"{name} must be an integer, got {value!r}") from None
     if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -49,14 +49,14 @@ def integer(name: str, value: Any, least: int | None = None, most: int = 2**63 -
 
 def real(name: str, value: Any, wanted: str = "a number") -> float:
     """Check a number, finite or not."""
-    if type(value) is float:  # the usual one, ahead of Real, which is slow to ask
+    if type(value) is float:  # the common case first, because isinstance(value, Real) is slow
         return value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {wanted}, got {value!r}")
     try:
         return float(value)
     except OverflowError:
-        return math.inf  # of either sign: no argument may be as large as that
+        return math.inf  # for either sign, because no argument may be that large
 
 
 def finite(name: str, value: Any, least: float | None = None) -> float:
@@ -136,12 +136,12 @@ def activation(value: Any) -> None:
 
 
 def is_strided(value: Any) -> bool:
-    """Return whether a value is a tensor that is neither sparse nor nested nor distributed."""
+    """Return whether a value is a tensor that is not sparse, nested or distributed."""
     return isinstance(value, Tensor) and value.layout == torch.strided and not is_distributed(value)
 
 
 def is_distributed(value: Tensor) -> bool:
-    """Return whether a tensor is a DTensor, as FSDP2 makes parameters outside of a module's forward."""
+    """Return whether a tensor is a DTensor, as FSDP2's parameters are outside a module's forward."""
     return type(value) not in (Tensor, torch.nn.Parameter) and hasattr(value, "full_tensor")
 
 
@@ -175,7 +175,7 @@ def floating(name: str, value: Any) -> None:
 
 
 def int64_tensor(name: str, value: Any, what: str = "") -> None:
-    """Check a strided tensor of int64; ``what`` says of what."""
+    """Check a strided int64 tensor; ``what`` completes the message."""
     if not is_strided(value) or value.dtype != torch.int64:
         raise TypeError(f"{name} must be an int64 tensor{what}, got {kind(value)}")
 
@@ -196,16 +196,16 @@ def constant(name: str, value: Tensor, why: str) -> None:
 
 
 def autocast_is_enabled(device_type: str) -> bool:
-    """Return whether autocast is active for a type of device; a few types, "meta" among them, do not know it."""
+    """Return whether autocast is active for a device type; some types, such as "meta", do not support it."""
     if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):
         return False
     return torch.is_autocast_enabled(device_type)
 
 
 def network(input: Any, weight: Any, activation_: Any, autocast: bool = True) -> tuple[Tensor, Tensor]:
-    """Check samples (N,P,D) or (R,N,P,D) against filters (C,M,D) or (R,C,M,D); return both, cast as autocast says.
+    """Check samples (N,P,D) or (R,N,P,D) against filters (C,M,D) or (R,C,M,D); return both, cast under autocast.
 
-    Without ``autocast`` it casts input to the weight's dtype only.
+    With ``autocast=False`` an active autocast only casts input to the weight's dtype.
     """
     activation(activation_)
     _network_tensor("input", input, "(N,P,D) or (R,N,P,D)")
@@ -301,7 +301,7 @@ def labels(label_lam: Any, label_smoothing: Any, pairs: Any, nodes_: Tensor | No
 
 
 def classes(name: str, target: Any, shape: tuple[int, ...], device: torch.device) -> None:
-    """Check one class for each sample: of this shape, or of its last dimension alone."""
+    """Check one class for each sample, in the given shape or its last dimension alone."""
     int64_tensor(name, target, " of classes")
     if target.shape != shape and target.shape != shape[-1:]:
         shapes = " or ".join(str(tuple(s)) for s in dict.fromkeys((shape[-1:], shape)))
@@ -310,7 +310,7 @@ def classes(name: str, target: Any, shape: tuple[int, ...], device: torch.device
 
 
 def any_target(name: str, target: Any, samples: int, device: torch.device) -> None:
-    """Check classes (N, ...) or floating targets (N,C,...) of ``samples`` samples."""
+    """Check classes (N, ...) or floating targets (N,C,...), N = ``samples``."""
     if not is_strided(target) or not (target.dtype == torch.int64 or target.is_floating_point()):
         raise TypeError(f"{name} must be an int64 tensor of classes, or floating, got {kind(target)}")
     if target.shape[:1] != (samples,) or (target.is_floating_point() and target.dim() < 2):
@@ -322,9 +322,7 @@ def any_target(name: str, target: Any, samples: int, device: torch.device) -> No
 def mixing(
     index: Any, lam: Any, samples: int, device: torch.device, dtype: torch.dtype, patches: int | None = None
 ) -> Tensor:
-    """Check partners and their weights for ``samples`` samples, or for ``patches`` of each of them; return lam as
-    :func:`sample_lam`.
-    """
+    """Check partners and weights for ``samples`` samples, or for each of their ``patches``; return lam as a tensor."""
     if index is None:
         raise ValueError(f"index is needed where lam is given (lam = {lam})")
     if lam is None:
@@ -342,7 +340,7 @@ def pairing(index: Any, samples: int, device: torch.device) -> None:
 
 
 def image_shape(shape: Any, name: str = "input_shape") -> tuple[int, int, int, int]:
-    """Check a batch of images' shape."""
+    """Check the shape of a batch of images."""
     if isinstance(shape, str) or not isinstance(shape, Sequence):
         raise TypeError(f"{name} must be a shape (N,ch,H,W), got {shape!r}")
     if len(shape) != 4:
@@ -353,7 +351,7 @@ def image_shape(shape: Any, name: str = "input_shape") -> tuple[int, int, int, i
 
 
 def box(value: Any, samples: int, device: torch.device) -> None:
-    """Check a box (4,), or one for each of ``samples`` images. :func:`box_values` reads them."""
+    """Check a box (4,), or one for each of ``samples`` images; :func:`box_values` reads the values."""
     int64_tensor("box", value)
     if value.shape not in ((4,), (samples, 4)):
         raise ValueError(f"box must have shape (4,) or ({samples},4): y0, y1, x0, x1; got {tuple(value.shape)}")
@@ -361,8 +359,9 @@ def box(value: Any, samples: int, device: torch.device) -> None:
 
 
 def sample_lam(lam: Any, samples: int, device: torch.device, dtype: torch.dtype, patches: int | None = None) -> Tensor:
-    """Check the weights of ``samples`` samples, or of their ``patches``, where not None; return them as a tensor in
-    which ``dtype`` is accumulated.
+    """Check the weights of ``samples`` samples, or of each of their ``patches`` if that is not None.
+
+    Return them as a tensor of the dtype in which ``dtype`` accumulates.
     """
     dtype = accumulation(dtype)
     if not isinstance(lam, Tensor):
@@ -379,9 +378,9 @@ def sample_lam(lam: Any, samples: int, device: torch.device, dtype: torch.dtype,
 
 
 def nodes(lam: Any, lam_weight: Any) -> tuple[Tensor, Tensor]:
-    """Check quadrature nodes and their weights; return both as (K,) tensors on the CPU. :func:`node_values` reads them.
+    """Check quadrature nodes and their weights; return both as (K,) tensors on the CPU.
 
-    A number ``lam`` is one node of weight 1.
+    A number ``lam`` is one node of weight 1. :func:`node_values` reads the values.
     """
     if not isinstance(lam, Tensor):
         number = fraction("lam", lam, "a number, or a tensor of nodes with lam_weight")
@@ -406,7 +405,7 @@ def nodes(lam: Any, lam_weight: Any) -> tuple[Tensor, Tensor]:
 
 
 def lr(value: Any, runs: tuple[int, ...], steps: int) -> Tensor:
-    """Check step sizes; return them as (1 or R, 1 or steps), float64 on the CPU. :func:`lr_values` reads them."""
+    """Check step sizes; return them as (1 or R, 1 or steps), float64 on the CPU; :func:`lr_values` reads them."""
     if not isinstance(value, Tensor):
         return torch.full((1, 1), finite("lr", value, 0), dtype=torch.float64, device="cpu")
     floating("lr", value)
@@ -438,22 +437,22 @@ def momentum(value: Any) -> float:
 
 
 def sampling(alpha_: Any, lam: Any, generator_: Any) -> tuple[float, float | None]:
-    """Check how lam is drawn; return alpha and the fixed lam, if there is one."""
+    """Check how lam is drawn; return alpha and the fixed lam, if any."""
     checked = alpha(alpha_), None if lam is None else fraction("lam", lam)
     generator(generator_)
     return checked
 
 
-def logits(input: Any, name: str = "input", *, dense: bool = False) -> None:
-    """Check logits (N,C), or also (N,C,d1,...) of a ``dense`` prediction."""
+def logits(input: Any, name: str = "input", *, positions: bool = False) -> None:
+    """Check logits (N,C), or with ``positions`` also (N,C,d1,...)."""
     float_tensor(name, input)
-    if (input.dim() != 2 and not (dense and input.dim() > 2)) or input.shape[1] == 0:
-        shape = "(N,C) or (N,C,d1,...)" if dense else "(N,C)"
+    if (input.dim() != 2 and not (positions and input.dim() > 2)) or input.shape[1] == 0:
+        shape = "(N,C) or (N,C,d1,...)" if positions else "(N,C)"
         raise ValueError(f"{name} must have shape {shape} with C at least 1, got {tuple(input.shape)}")
 
 
-def dense_classes(name: str, target: Any, shape: tuple[int, ...], device: torch.device) -> None:
-    """Check one class for each position of a dense prediction."""
+def position_classes(name: str, target: Any, shape: tuple[int, ...], device: torch.device) -> None:
+    """Check one class for each sample or, beyond one dimension, each position."""
     int64_tensor(name, target, " of classes")
     if target.shape != shape:
         of = "sample" if len(shape) == 1 else "position"
@@ -462,7 +461,7 @@ def dense_classes(name: str, target: Any, shape: tuple[int, ...], device: torch.
 
 
 def class_weight(name: str, value: Any, input: Tensor) -> Tensor:
-    """Check a weight for each class of logits; return it in the dtype in which they are accumulated."""
+    """Check a weight for each class of logits; return it in the dtype in which they accumulate."""
     floating(name, value)
     if value.shape != input.shape[1:2]:
         raise ValueError(
@@ -484,7 +483,7 @@ def soft_target(target: Any, input: Tensor) -> None:
 
 
 def loss_options(label_smoothing: Any, ignore_index: Any, reduction: Any) -> tuple[float, int, str]:
-    """Check the options of a cross-entropy; return them as numbers and a word."""
+    """Check the options of a cross-entropy and return them."""
     smoothing = fraction("label_smoothing", label_smoothing)
     ignored = integer("ignore_index", ignore_index, -(2**63))
     if reduction not in ("mean", "sum", "none"):
@@ -492,13 +491,13 @@ def loss_options(label_smoothing: Any, ignore_index: Any, reduction: Any) -> tup
     return smoothing, ignored, reduction
 
 
-# Values, which are read where the CPU holds them; on another device they give NaN instead of an error
+# Values, which are read on the CPU only; on another device an invalid one gives NaN instead of an error
 
 
 def explained(operator: Callable[..., Any], args: Sequence[Any], check: Callable[..., Any], *checked: Any) -> Any:
-    """Call an operator of the CPU library, which refuses values out of range; ``check(*checked)`` says which.
+    """Call an operator of the CPU library; if it refuses a value, ``check(*checked)`` raises the error that names it.
 
-    Values are thus checked where they are read, and once more only to name the error.
+    Kernels check values as they read them, so valid ones are read only once.
     """
     try:
         return operator(*args)
@@ -509,7 +508,7 @@ def explained(operator: Callable[..., Any], args: Sequence[Any], check: Callable
 
 
 def lam_values(lam: Tensor) -> None:
-    """Refuse weights outside [0, 1], NaN among them."""
+    """Refuse weights outside [0, 1], including NaN."""
     if lam.device.type == "cpu" and lam.numel():
         low, high = (float(bound) for bound in lam.aminmax())
         if not (low >= 0 and high <= 1):
@@ -517,7 +516,7 @@ def lam_values(lam: Tensor) -> None:
 
 
 def node_values(lam: Tensor, lam_weight: Tensor) -> None:
-    """Refuse nodes outside [0, 1] and weights that do not sum to 1 as exactly as their dtype lets them."""
+    """Refuse nodes outside [0, 1] and weights that do not sum to 1 within their dtype's precision."""
     values, weights = lam.tolist(), lam_weight.tolist()
     if not all(0 <= value <= 1 for value in values):
         raise ValueError(f"lam must be in [0, 1], got {values}")
@@ -526,7 +525,7 @@ def node_values(lam: Tensor, lam_weight: Tensor) -> None:
 
 
 def label_lam_values(label_lam: Tensor) -> None:
-    """Refuse shares of labels outside [0, 1]."""
+    """Refuse label shares outside [0, 1]."""
     values = label_lam.tolist()
     if not all(0 <= value <= 1 for value in values):
         raise ValueError(f"label_lam must be in [0, 1], got {values}")

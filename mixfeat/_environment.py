@@ -1,4 +1,4 @@
-"""Facts that results depend on, for bug reports and beside results."""
+"""Facts about the machine and the software, for bug reports and for results."""
 
 import importlib.metadata
 import os
@@ -14,7 +14,7 @@ __all__ = ["environment"]
 
 
 def environment() -> dict[str, Any]:
-    """Return what results depend on here: versions, processor, devices, backends and compiler."""
+    """Return the facts that results depend on: versions, processor, devices, backends and compiler."""
 
     def version(package: str) -> str | None:
         try:

@@ -9,7 +9,7 @@ __all__ = ["replacing"]
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``, whose file replaces that of ``path``; after an error nothing is left."""
+    """Yield a temporary path whose file then replaces ``path``; after an error it is deleted."""
     temporary = path.with_name(f".{path.name}.part")
     try:
         yield temporary

@@ -1,11 +1,11 @@
-"""Which kernels serve a tensor: ``"triton"`` (CUDA, ROCm), ``"cpu"`` (native C++) or ``"reference"`` (plain PyTorch).
+"""The backends that serve tensors: ``"triton"`` (CUDA, ROCm), ``"cpu"`` (native C++), ``"reference"`` (plain PyTorch).
 
-``"cuda"``, CUDA C++ where Triton falls short, serves whole training runs (``gradient_descent``); the other operators on
-the same tensors are Triton's.
+``"cuda"`` is CUDA C++ and serves whole training runs (``gradient_descent``); Triton serves the other operators on the
+same tensors.
 
 The best available backend serves by default. ``with mixfeat.backend("reference"):`` or the environment variable
-``MIXFEAT_BACKEND`` chooses another. ``with`` overrides the environment, for the thread that enters it and for the
-backward passes of its calls.
+``MIXFEAT_BACKEND`` chooses another. The ``with`` block overrides the environment, for the thread that enters it and for
+the backward passes of its calls.
 """
 
 import functools
@@ -31,7 +31,7 @@ _environment = os.environ.get("MIXFEAT_BACKEND")
 
 @functools.cache
 def _why_not(name: str) -> str | None:
-    """Return why a backend is not to be had in this process, or None."""
+    """Return why a backend is unavailable in this process, or None."""
     if name == "cpu":
         from mixfeat.kernels import cpu
 
@@ -55,12 +55,12 @@ def _why_not(name: str) -> str | None:
 
 @functools.cache
 def interpreted() -> bool:
-    """Return whether Triton kernels run in its interpreter: ``TRITON_INTERPRET=1`` when they are first needed."""
+    """Return whether Triton's interpreter runs its kernels, by ``TRITON_INTERPRET`` at their first use."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def available() -> tuple[str, ...]:
-    """Name the backends that can run in this process; builds the CPU library if that has not been done."""
+    """Return the names of the backends that can run in this process, after building the CPU library if needed."""
     return tuple(name for name in NAMES if _why_not(name) is None)
 
 
@@ -69,7 +69,7 @@ def backend(name: str) -> Iterator[None]:
     """Serve every operator called inside the ``with`` block, in this thread, by the named backend.
 
     Raises:
-        ValueError: no such backend, or it is not available here; the message says why.
+        ValueError: an unknown backend, or one that is unavailable here; the message says why.
     """
     token = _chosen.set(_checked(name, "backend"))
     try:
@@ -79,12 +79,12 @@ def backend(name: str) -> Iterator[None]:
 
 
 def chosen() -> str | None:
-    """Return the choice of the ``with`` block around this call, to be kept for its backward pass."""
+    """Return the backend chosen by the ``with`` block around this call, so that its backward pass can restore it."""
     return _chosen.get()
 
 
 def as_chosen(name: str | None) -> AbstractContextManager[None]:
-    """Enter the block of a forward call again for its backward pass, which may run later, in another thread."""
+    """Restore a forward call's choice for its backward pass, which may run later, in another thread."""
     return nullcontext() if name is None else backend(name)
 
 
@@ -103,7 +103,7 @@ def _from_environment() -> str | None:
 
 
 def _stacklevel() -> int:
-    """Return the ``stacklevel`` by which our caller's warning points at the user's line, outside mixfeat and torch."""
+    """Return the ``stacklevel`` at which our caller's warning names the user's line, outside mixfeat and torch."""
     frame, level = sys._getframe(1), 1
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("mixfeat", "torch"):
         frame, level = frame.f_back, level + 1
@@ -118,7 +118,7 @@ def _default(device_type: str) -> str:
         if name == "cpu":
             from mixfeat.kernels import cpu
 
-            cpu.check_capability()  # a typo is refused, not served by something else
+            cpu.check_capability()  # refuse a typo instead of falling back
         warnings.warn(
             f"mixfeat falls back to plain PyTorch on {device_type} tensors: {reason}",
             RuntimeWarning,
@@ -149,18 +149,18 @@ def serving(device_type: str, dtype: torch.dtype = torch.float32) -> str:
 
 
 def serving_network(device_type: str, dtype: torch.dtype, polynomial: Polynomial) -> str:
-    """Return the name of the backend that serves a network: the kernels do not have every activation."""
+    """Return the name of the backend that serves a network; kernels do not cover every activation."""
     name = serving(device_type, dtype)
     return "reference" if polynomial.negative_slope else name
 
 
 def serves_cuda() -> bool:
-    """Return whether CUDA C++ kernels serve the operators that have one, on CUDA tensors in this thread."""
+    """Return whether CUDA C++ kernels serve the operators that have them, on CUDA tensors in this thread."""
     return (_chosen.get() or _from_environment()) in (None, "cuda") and _why_not("cuda") is None
 
 
 def describe() -> dict[str, Any]:
-    """Describe for a bug report: ``"backends"``, the state of each, and how the CPU library is built and runs."""
+    """Return the state of each backend, the CPU library's build and instruction set, and the compiler's version."""
     from mixfeat.kernels import cpu
 
     facts: dict[str, Any] = {"backends": {name: _why_not(name) or "available" for name in NAMES}}

@@ -570,13 +570,13 @@ def mixup_cross_entropy(
         IndexError: a target out of range on a CPU. On CUDA, where it cannot be read without waiting for the device, it
             makes that row's loss and gradient NaN.
     """
-    _checks.logits(input, dense=True)
+    _checks.logits(input, positions=True)
     smoothing, ignored, reduction = _checks.loss_options(label_smoothing, ignore_index, reduction)
     options = (smoothing, _checks.finite("lse_square_scale", lse_square_scale, 0), ignored, reduction)
     _checks.boolean("return_lse", return_lse)
     shape = (*input.shape[:1], *input.shape[2:])
     for name, target in (("target_a", target_a), ("target_b", target_b)):
-        _checks.dense_classes(name, target, shape, input.device)
+        _checks.position_classes(name, target, shape, input.device)
     lam = _checks.sample_lam(lam, input.shape[0], input.device, input.dtype)
     if input.dim() > 2:  # each position becomes a row
         lam = lam.view(-1, *[1] * (len(shape) - 1)).expand(shape).flatten() if lam.dim() else lam
@@ -710,7 +710,7 @@ def soft_target_cross_entropy(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes or devices that do not fit, label_smoothing outside [0, 1], an unknown reduction.
     """
-    _checks.logits(input, dense=True)
+    _checks.logits(input, positions=True)
     label_smoothing, _, reduction = _checks.loss_options(label_smoothing, -100, reduction)
     _checks.soft_target(target, input)
     shape = (*input.shape[:1], *input.shape[2:])

@@ -14,7 +14,7 @@ INK, MUTED = "#1f2430", "#6b7280"
 
 @contextmanager
 def default_style() -> Iterator[None]:
-    """Draw with matplotlib's defaults, whatever the user's matplotlibrc says; serves as a decorator too."""
+    """Draw with matplotlib's defaults and ignore the user's matplotlibrc; also works as a decorator."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -23,7 +23,7 @@ def default_style() -> Iterator[None]:
 
 
 def plain(axes: "Axes", values: Literal["x", "y", "both"] = "y") -> None:
-    """Reduce the frame to a baseline, with grid lines across the axis along which ``values`` are read."""
+    """Reduce the frame to a baseline, with grid lines for reading ``values``."""
     axes.tick_params(colors=MUTED, length=3)
     axes.grid(axis=values, color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""The operators as PyTorch sees them (``torch.ops.mixfeat``): a module each, which the operator's name tells.
+"""The operators as PyTorch sees them (``torch.ops.mixfeat``): one module for each, named after it.
 
-A module declares its operator (:mod:`mixfeat.ops.registration`), and chooses the kernel of the backend that serves.
+A module declares its operator (:mod:`mixfeat.ops.registration`) and chooses the kernel of the serving backend.
 """

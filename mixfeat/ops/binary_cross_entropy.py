@@ -27,7 +27,7 @@ def mixup_binary_cross_entropy(
     threshold: float | None,
     reduction: str,
 ) -> Tensor:
-    """Return the loss, () or (N,C); lam and pos_weight of the loss's dtype."""
+    """Return the loss, () or (N,C); lam and pos_weight have the loss's dtype."""
     options = (label_smoothing, threshold, reduction)
     return _mixup_binary_cross_entropy(input, target_a, target_b, lam, pos_weight, *options, False)
 
@@ -50,7 +50,7 @@ def _forward(
     if name == "cpu":
         run = torch.ops.mixfeat_cpu.mixup_binary_cross_entropy.default
         native = (rows_of(input), *arguments, scale, reduce, need_grad)
-        loss, grad = _checks.explained(run, native, _values, *arguments[:3], input.shape[1])  # the loss summed already
+        loss, grad = _checks.explained(run, native, _values, *arguments[:3], input.shape[1])  # the loss is summed
     else:
         _values(target_a, target_b, lam, input.shape[1])
         loss = input.new_empty(input.shape[: 1 if reduce else 2], dtype=_checks.accumulation(input.dtype))

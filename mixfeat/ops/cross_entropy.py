@@ -1,7 +1,7 @@
 """``torch.ops.mixfeat.mixup_cross_entropy`` and ``soft_target_cross_entropy``: losses of logits, with gradients.
 
-Each is one pass over the logits, which also yields the gradient; backward only scales it by the loss's upstream
-gradient, and where that is 1, as in the usual training step, has nothing left to do.
+Each is one pass over the logits, which also yields the gradient. Backward scales it by the loss's upstream gradient,
+and does nothing if that is 1, as in the usual training step.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ def mixup_cross_entropy(
     reduction: str,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return the loss, () or (N,), and the logsumexp, (N,) or, if it is not needed, empty; lam of the loss's dtype."""
+    """Return the loss, () or (N,), and the logsumexp, (N,) or, if not needed, empty; lam has the loss's dtype."""
     options = (label_smoothing, lse_square_scale, ignore_index, reduction, need_lse)
     return _mixup_cross_entropy(input, target_a, target_b, lam, *options, False)
 
@@ -47,7 +47,7 @@ def weighted_mixup_cross_entropy(
     ignore_index: int,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the same with a weight (C,) for each class, in plain PyTorch; lam and weight of the loss's dtype."""
+    """Compute the same with class weights (C,), in plain PyTorch; lam and weight have the loss's dtype."""
     _checks.lam_values(lam)
     num_classes, valid = input.shape[1], []
     for key, target in (("a", target_a), ("b", target_b)):
@@ -72,7 +72,7 @@ def soft_target_cross_entropy(input: Tensor, target: Tensor, label_smoothing: fl
 
 
 def folds_mean(dtype: torch.dtype) -> bool:
-    """Return whether forward's gradient has the mean's 1/N in it: float16 would lose small numbers to it."""
+    """Return whether forward's gradient includes the mean's 1/N, which would underflow in float16."""
     return dtype != torch.float16
 
 
@@ -104,7 +104,7 @@ def _mixup_forward(
         return loss / num_samples if mean and not fold else loss, lse, grad, _empty_counts(input, reduction, need_grad)
 
     _checks.lam_values(lam)
-    if input.device.type == "cpu":  # elsewhere a target that is out of range gives NaN
+    if input.device.type == "cpu":  # on other devices a target out of range gives NaN
         for key, target in (("a", target_a), ("b", target_b)):
             bad_ones = target[(target != ignore_index) & ((target < 0) | (target >= num_classes))]
             if len(bad_ones):
@@ -137,9 +137,9 @@ def _mixup_forward(
 
 
 def _counts_serve(input: Tensor) -> bool:
-    """Whether backward needs to know how many targets count: where a GPU's kernels may serve, whichever backend does.
+    """Return whether backward needs the number of targets that are not ignored, which GPU kernels use.
 
-    What decides is the device, for a backward pass that was compiled may be found in a cache.
+    The device decides, not the backend, because a compiled backward pass may come from a cache.
     """
     return input.device.type != "cpu"
 
@@ -162,7 +162,7 @@ def _mixup_backward(
     ignore_index: int,
     mean: bool,
 ) -> Tensor:
-    """Compute the gradient anew, given those of the loss and of the logsumexp, and forward's ``counts``."""
+    """Recompute the gradient, given those of the loss and of the logsumexp, and forward's ``counts``."""
     name = backends.serving(input.device.type, input.dtype)
     factor = lam.new_zeros(()) if grad is None else grad
     if name == "cpu":
@@ -214,20 +214,20 @@ def _soft_target_forward(
 
 
 def _empty(input: Tensor, need_grad: bool) -> tuple[Tensor, Tensor]:
-    """Memory for the loss of each row and for the gradient, if there is to be one."""
+    """Allocate the loss of each row and, if needed, the gradient."""
     loss = input.new_empty(input.shape[0], dtype=_checks.accumulation(input.dtype))
     return loss, input.new_empty(input.shape if need_grad else 0)
 
 
 def rows_of(tensor: Tensor) -> Tensor:
-    """With the classes of a row side by side."""
+    """Return the tensor with the classes of each row contiguous, copied if needed."""
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
 
 
 def _reduce(loss: Tensor, reduction: str, folded: bool) -> Tensor:
     if reduction == "none":
         return loss
-    # the mean of nothing is not a number, the sum is
+    # the mean of no rows is NaN, the sum is 0
     return loss.sum() if reduction == "sum" or (folded and len(loss)) else loss.mean()
 
 
@@ -242,11 +242,12 @@ def _fill(loss: Tensor, grad: Tensor, rows: tuple[Tensor, Tensor | None]) -> Non
 
 
 def scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """Return the gradient times a factor, () or (N,), in the gradient's dtype."""
     return (grad * (factor if factor.dim() == 0 else factor[:, None])).to(grad.dtype)
 
 
 def scaled_in_place(grad: Tensor, factor: Tensor) -> Tensor:
-    """Compute the same in grad's own memory, which nobody else will read."""
+    """Compute :func:`scaled` in grad's memory, which nobody else will read."""
     if grad.device.type == "cpu" and factor.dim() == 0 and factor.item() == 1:
         return grad
     if grad.is_cuda and backends.serving("cuda", grad.dtype) == "triton":
@@ -286,7 +287,7 @@ def _backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor]:
 
 
 def gradient_may_be_overwritten(ctx: Any) -> Callable[[Tensor], bool]:
-    """Return what tells, given the upstream gradient, whether nobody else will read the gradient that is saved now."""
+    """Return a predicate of the upstream gradient: whether backward alone will read the saved gradient."""
     is_alone = ctx.direct and not saved_tensors_are_hooked()
     return lambda grad: is_alone and not graph_is_kept() and not is_batched(grad)
 
@@ -308,7 +309,7 @@ def _mixup_backward_of(ctx: Any, grads: tuple[Tensor | None, Tensor | None], nee
 
 
 def _write_again(input_grad: Tensor, counts: Tensor, ctx: Any, grad: Tensor) -> None:
-    """Write the gradient where forward left one, which ends at once if it is that."""
+    """Rewrite the gradient in forward's memory; the kernel returns at once if the gradient is already correct."""
     from mixfeat.kernels.triton import cross_entropy as kernels
 
     _, _, input, target_a, target_b, lam = ctx.saved_tensors

@@ -14,27 +14,27 @@ __all__ = ["cutmix"]
 
 
 def cutmix(input: Tensor, index: Tensor, box: Tensor) -> Tensor:
-    """Return the images with a box of their partners', in input's memory format."""
+    """Return the images with a box pasted from their partners, in input's memory format."""
     return _cutmix(input, index, box)
 
 
 def _image_order(images: Tensor) -> list[int]:
-    """Return the dimensions in memory: channels last, or else first."""
-    order = sample_order(images)  # as they are, if they are contiguous
+    """Return the order of dimensions in memory: channels last, or else first."""
+    order = sample_order(images)
     return order if order == [0, 2, 3, 1] else [0, 1, 2, 3]
 
 
 def _run(images: Tensor, index: Tensor, box: Tensor, backward: bool) -> Tensor:
     name = backends.serving(images.device.type, images.dtype)
     num_samples, channels, height, width = images.shape
-    by_formula = name == "reference" or (backward and box.dim() == 2)  # a gradient to images with a box each is rare
+    by_formula = name == "reference" or (backward and box.dim() == 2)  # gradients with a box for each image are rare
     if by_formula or name != "cpu":
         index = _values(index, box, num_samples, height, width)
     if by_formula:
         result = (fallback.cutmix_backward if backward else fallback.cutmix)(images, index, box)
         return _in_format_of(result, images)
     order = _image_order(images)
-    samples, pixel = samples_of(images, order), 1 if order[1] == 1 else channels  # elements side by side
+    samples, pixel = samples_of(images, order), 1 if order[1] == 1 else channels  # contiguous elements of a pixel
     if name == "cpu":
         run = torch.ops.mixfeat_cpu.cutmix_backward if backward else torch.ops.mixfeat_cpu.cutmix
         arguments = (samples, index.contiguous(), box.contiguous(), height, width, pixel)

@@ -1,7 +1,7 @@
 """The operators' forward and backward passes in plain PyTorch, where no kernel serves.
 
-Forward is :mod:`mixfeat.reference`; what autograd would derive from it is written out here, in less memory. A target
-or partner out of range gives NaN where reading it would wait for the device; on a CPU it was refused before.
+Forward is :mod:`mixfeat.reference`. The derivatives are written out here and take less memory than autograd's. Targets
+and partners out of range give NaN on other devices than the CPU, where they were refused before.
 """
 
 from collections.abc import Sequence
@@ -23,34 +23,33 @@ __all__ = [
 
 
 def _existing(index: Tensor, lam: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """Replace partners that do not exist by the first sample, with a weight of NaN."""
+    """Replace partners out of range by the first sample, with a weight of NaN."""
     if index.device.type == "cpu":
         return index, lam
     exists = (index >= 0) & (index < samples)
-    of_lam = exists[:, None] if lam.dim() == 2 else exists
-    return index.where(exists, 0), lam.where(of_lam, torch.nan)
+    return index.where(exists, 0), lam.where(exists[:, None] if lam.dim() == 2 else exists, torch.nan)
 
 
 def mixup(input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> Tensor:
-    """Mix samples (N, ...) in lam's dtype, and round to ``dtype``."""
+    """Mix samples (N, ...) in lam's dtype and round to ``dtype``."""
     index, lam = _existing(index, lam, input.shape[0])
     return reference.mixup(input.to(lam.dtype), index, lam, dtype=dtype)
 
 
 def mixup_backward(grad: Tensor, index: Tensor, lam: Tensor) -> Tensor:
-    """Gradient of :func:`mixup` to input: ``dL/dx_i = lam_i grad_i + sum_{n: index_n = i} (1 - lam_n) grad_n``."""
+    """Compute dL/dx of :func:`mixup`: ``dL/dx_i = lam_i grad_i + sum_{n: index_n = i} (1 - lam_n) grad_n``."""
     index, lam = _existing(index, lam, grad.shape[0])
     return _spread(grad.to(lam.dtype), index, lam, 0).to(grad.dtype)
 
 
 def _spread(grad: Tensor, index: Tensor, lam: Tensor, dim: int) -> Tensor:
-    """Give each sample along ``dim`` its own share of the mixed samples' gradient, and its partner the rest."""
+    """Distribute the mixed samples' gradient along ``dim``: lam to each sample, 1 - lam to its partner."""
     lam = reference.across(lam.to(grad.dtype), grad, dim)
     return (lam * grad).index_add(dim, index, (1 - lam) * grad)
 
 
 def cutmix(input: Tensor, index: Tensor, box: Tensor) -> Tensor:
-    """Paste boxes (N,ch,H,W). A partner that does not exist gives NaN, or in bytes 0."""
+    """Paste boxes into images (N,ch,H,W). A partner out of range gives NaN, or 0 for uint8."""
     if input.device.type == "cpu":
         return reference.cutmix(input, index, box)
     exists = ((index >= 0) & (index < input.shape[0])).view(-1, 1, 1, 1)
@@ -60,7 +59,7 @@ def cutmix(input: Tensor, index: Tensor, box: Tensor) -> Tensor:
 
 
 def cutmix_backward(grad: Tensor, index: Tensor, box: Tensor) -> Tensor:
-    """Gradient of :func:`cutmix` to input: outside the box ``grad_i``, inside the sum of grad_n over index_n = i."""
+    """Compute dL/dx of :func:`cutmix`: outside the box ``grad_i``, inside the sum of grad_n over index_n = i."""
     inside = reference.in_box(grad, box)
     exists = (index >= 0) & (index < grad.shape[0])
     pasted = grad.where(inside & exists.view(-1, 1, 1, 1), 0)
@@ -79,7 +78,7 @@ def patch_conv(
 def patch_conv_backward(
     grad: Tensor, input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, polynomial: Polynomial
 ) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of :func:`patch_conv` to input and weight, given ``grad`` = dL/dg, all of one dtype::
+    """Compute dL/dx and dL/dw of :func:`patch_conv`, given ``grad`` = dL/dg, all of one dtype::
 
     E[n,p,c,m]  = dL/dg[n,c] phi'(s[n,p,c,m])
     dL/dw[c,m]  = sum_{n,p} E[n,p,c,m] z[n,p]
@@ -113,7 +112,7 @@ def patch_conv_double_backward(
     """Differentiate :func:`patch_conv_backward`, weighted by two factors, to ``grad``, input and weight::
 
     A          = <u, dL/dx> + <v, dL/dw>,  u = input_factor, v = weight_factor; None is 0
-    r[n,p,c,m] = <u[n,p], w[c,m]> + <z[n,p], v[c,m]>, where u is mixed as z is
+    r[n,p,c,m] = <u[n,p], w[c,m]> + <z[n,p], v[c,m]>, with u mixed like z
     H[n,p,c,m] = dL/dg[n,c] phi''(s[n,p,c,m]) r[n,p,c,m]
     dA/dG[n,c] = sum_{p,m} phi'(s[n,p,c,m]) r[n,p,c,m]
     dA/dw[c,m] = sum_{n,p} H[n,p,c,m] z[n,p] + E[n,p,c,m] u[n,p]
@@ -143,7 +142,7 @@ def patch_conv_double_backward(
         return (slope * r).sum((-3, -1)), z_grad, weight_grad.sum_to_size(weight.shape)
 
     step = num_samples = input.shape[-3]
-    if input.device.type == "cpu":  # what fits a cache takes less than new memory for all
+    if input.device.type == "cpu":  # chunks that fit the cache are faster than one large allocation
         step = 2**16 * num_samples // max(1, grad.numel() * input.shape[-2] * weight.shape[-2])
     step = max(1, step)
     factors = [None] * max(1, num_samples) if u is None else u.split(step, -3)
@@ -171,18 +170,18 @@ def pairwise_mixup_block(
     pairs: str = "all",
     readout: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Compute the sum over pairs of row and column samples, and its gradients, from pre-activations, as formulas::
+    """Compute the sum over pairs of row and column samples, and its gradients, from pre-activations::
 
         t_ijpcm = lam row_ipcm + (1 - lam) column_jpcm;  h_ijcm = sum_p phi(t_ijpcm);  g_ijc = sum_m a_cm h_ijcm
         q_ijc   = (1 - eps) (l [c = y_i] + (1 - l) [c = y_j]) + eps / C,  l = label_lam, or lam
         L       = - sum_{i,j} lam_weight sum_c q_ijc log softmax(g_ij)_c, summed over the nodes lam
-        D_ijc   = lam_weight (softmax(g_ij)_c - q_ijc), or 0 for a pair that does not count
+        D_ijc   = lam_weight (softmax(g_ij)_c - q_ijc), or 0 for a pair outside ``pairs``
         dL/drow_ipcm = lam sum_j D_ijc a_cm phi'(t_ijpcm);  dL/dcolumn_jpcm = (1 - lam) sum_i D_ijc a_cm phi'(t_ijpcm)
         dL/da_cm     = sum_{i,j} D_ijc h_ijcm
 
-    ``row`` (R,N,P,C,M), ``column`` (R,N',P,C,M) or None for row itself; targets (N,) or (R,N); ``readout`` a, (R or
-    1,C,M), None for ones. Returns the loss (R,) and the gradients, in float32, or float64 for float64; a few rows at a
-    time, so in memory linear in N and N'. A target out of range makes them NaN.
+    ``row`` is (R,N,P,C,M), ``column`` (R,N',P,C,M) or None for row itself. Targets are (N,) or (R,N). ``readout`` is a,
+    (R or 1,C,M), None for ones. Return the loss (R,) and the gradients, in float32, or float64 for float64. Strips of
+    rows keep memory linear in N and N'. A target out of range makes the results NaN.
     """
     dtype = accumulation(row.dtype)
     num_classes = row.shape[3]
@@ -231,7 +230,7 @@ def _mixed(first: Tensor, second: Tensor, share: float, label_smoothing: float) 
 
 
 def _counts(row_label: Tensor, column_label: Tensor, rows: Tensor, pairs: str) -> Tensor:
-    """Tell which pairs (R,n,N') of the rows at these places and all columns count; labels are one-hot."""
+    """Return the mask (R,n,N') of the pairs that count, rows at these places with all columns; labels are one-hot."""
     if pairs == "different_class":
         return (row_label[:, :, None] * column_label[:, None]).sum(-1) == 0
     shape = (row_label.shape[0], len(rows), column_label.shape[1])
@@ -255,10 +254,10 @@ def pairwise_mixup_loss(
     *,
     linear_memory: bool,
 ) -> Tensor:
-    """Compute the sum (R,) over the pairs that count, over the number of all pairs; differentiable any number of times.
+    """Compute the sum (R,) over the pairs that count, divided by the number of all pairs.
 
-    ``num_rows`` > 0 pairs these first samples with all others. With ``linear_memory`` autograd computes a few rows'
-    activations again instead of keeping those of all pairs.
+    Autograd can differentiate it any number of times. ``num_rows`` > 0 pairs that many first samples with all others.
+    With ``linear_memory`` autograd recomputes the activations strip by strip instead of storing those of all pairs.
     """
     dtype, num_samples = accumulation(input.dtype), input.shape[-3]
     s = torch.einsum("...npd,...cmd->...npcm", input.to(dtype), weight.to(dtype))
@@ -309,16 +308,16 @@ def mixup_cross_entropy_rows(
     factor: Tensor | None = None,
     lse_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compute loss and logsumexp (N,) of each row, and the gradient (N,C) to ``input``, of lam's dtype::
+    """Compute loss and logsumexp (N,) of each row and the gradient (N,C) to ``input``, in lam's dtype::
 
         L_n      = log sum_c exp x_nc
         loss_n   = sum over both targets y of w_n (CE(x_n, y_n) + scale L_n^2),  w = lam or 1 - lam, 0 if y is ignored
         label_nc = sum over both of w_n ((1 - eps) [c = y_n] + eps / C)
         grad_nc  = softmax(x_n)_c (sum_k label_nk + 2 scale L_n sum w_n) - label_nc
 
-    The gradient is that of ``factor_n loss_n + lse_grad_n L_n``, None being 1 and 0. ``total_weight`` is what the
-    targets that count make up together, and the mean over no targets NaN; None gives each a weight of 1. A target that
-    counts and is out of range makes its row NaN, one of weight 0 adds nothing, whatever the logits.
+    The gradient is that of ``factor_n loss_n + lse_grad_n L_n``; None stands for 1 and 0. ``total_weight`` is the total
+    weight of the targets that are not ignored, and the mean over none is NaN; None gives each target weight 1. A target
+    out of range makes its row NaN unless it is ignored. A target of weight 0 adds nothing, whatever the logits.
     """
     num_classes = input.shape[1]
     lse = input.logsumexp(1)
@@ -360,7 +359,7 @@ def mixup_binary_cross_entropy(
     label_smoothing: float,
     threshold: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the loss (N,C) of each class, and its derivative, of lam's dtype::
+    """Compute the loss (N,C) of each class and its derivative, in lam's dtype::
 
         w_nc    = 1 + (pos_weight_c - 1) q_nc
         loss_nc = (1 - q_nc) x_nc - w_nc log sigmoid(x_nc);  slope_nc = 1 - q_nc - w_nc sigmoid(-x_nc)
@@ -377,7 +376,7 @@ def mixup_binary_cross_entropy(
 
 
 def soft_target_cross_entropy_rows(input: Tensor, label: Tensor, need_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Compute the loss (N,) of each row, and its gradient (N,C) to ``input``, given the weight of each class::
+    """Compute the loss (N,) of each row and its gradient (N,C) to ``input``, given the weight of each class::
 
     loss_n  = - sum_c label_nc log softmax(x_n)_c
     grad_nc = softmax(x_n)_c sum_k label_nk - label_nc
@@ -389,9 +388,9 @@ def soft_target_cross_entropy_rows(input: Tensor, label: Tensor, need_grad: bool
 def _cross_entropy_grad(
     input: Tensor, label: Tensor, counts: Tensor | None = None, more: Tensor | None = None
 ) -> Tensor:
-    """Compute the gradient of rows of cross-entropies, 0 in rows that do not count; ``more`` (N,) adds softmax."""
+    """Compute the gradient of rows of cross-entropies, 0 in rows that do not count; ``more`` (N,) weights softmax."""
     p = input.softmax(1)
-    p = p / p.sum(1, keepdim=True)  # softmax adds up long rows with less care than sum
+    p = p / p.sum(1, keepdim=True)  # softmax sums long rows less accurately than sum
     total = label.sum(1) if more is None else label.sum(1) + more
     grad = p * total[:, None] - label
     return grad if counts is None else grad.where(counts, 0)

@@ -1,7 +1,7 @@
 """``torch.ops.mixfeat.gradient_descent``: whole runs of full-batch gradient descent, many networks in one call.
 
-The operator takes and returns the momentum buffer, so that a run that is cut in pieces is the unbroken run, bit for
-bit. It works in float32 and float64; callers cast half precision.
+The operator takes and returns the momentum buffer, so a run that is split over several calls is the unbroken run, bit
+for bit. It works in float32 and float64; callers cast half precision.
 """
 
 import contextlib
@@ -43,8 +43,8 @@ def gradient_descent(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Take ``steps`` steps from ``weight`` and return the weight, the loss of each step and the momentum buffer.
 
-    With R = 1 where neither input nor weight has runs. Cutting a run does not change its bits, if the returned weight
-    and momentum buffer are passed on.
+    R = 1 if neither input nor weight has runs. Splitting a run does not change its bits if the returned weight and
+    momentum buffer are passed on.
 
     Args:
         input, weight: (N,P,D) or (R,N,P,D), and (C,M,D) or (R,C,M,D); both float32 or both float64.
@@ -52,10 +52,10 @@ def gradient_descent(
         lam, lam_weight: nodes and their weights (K,), on the CPU; None for plain cross-entropy.
         polynomial: the activation.
         lr: float64 on the CPU, (1 or R, 1 or steps).
-        steps, momentum, weight_decay: as :class:`torch.optim.SGD` has them.
-        momentum_buffer: (R,C,M,D), as the call before returned it; None for zeros.
-        readout: the second layer, (C,M) or (R,C,M), which stays as it is; None for ones.
-        label_lam, label_smoothing, pairs: as :func:`mixfeat.pairwise_mixup_loss` has them; label_lam (K,) or None.
+        steps, momentum, weight_decay: as :class:`torch.optim.SGD` takes them.
+        momentum_buffer: (R,C,M,D), as the previous call returned it; None for zeros.
+        readout: the second layer, (C,M) or (R,C,M), which is not trained; None for ones.
+        label_lam, label_smoothing, pairs: as :func:`mixfeat.pairwise_mixup_loss` takes them; label_lam (K,) or None.
 
     Returns:
         weight (R,C,M,D), loss (R,steps), and the momentum buffer (R,C,M,D), empty if momentum is 0.
@@ -146,9 +146,9 @@ def _cross_entropy(
     fields: Sequence[float],
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the mean cross-entropy of the samples (R,), 0 of none, and its gradient to weight (R,C,M,D)."""
+    """Compute the mean cross-entropy (R,), 0 without samples, and its gradient to weight (R,C,M,D)."""
     classes = weight.shape[-3]
-    filters = weight if readout is None else weight.flatten(1, 2)[:, :, None]  # each a class of its own
+    filters = weight if readout is None else weight.flatten(1, 2)[:, :, None]  # each filter is a class of its own
     logits, slope = torch.ops.mixfeat.patch_conv.default(input, filters, None, None, fields, 0)
     if readout is not None:
         logits = (logits.unflatten(-1, (classes, -1)) * readout[..., None, :, :]).sum(-1)
@@ -176,7 +176,7 @@ def _loop(
     momentum: float,
     weight_decay: float,
 ) -> Tensor:
-    """Update ``weight`` and ``buffer`` in place; returns the losses (R,steps)."""
+    """Update ``weight`` and ``buffer`` in place; return the losses (R,steps)."""
     loss = weight.new_zeros(weight.shape[0], steps)
     rates = lr.to(weight.device, weight.dtype, non_blocking=True).expand(-1, steps)[:, :, None, None, None]
     position = torch.zeros(1, dtype=torch.int64, device=weight.device)
@@ -195,11 +195,11 @@ def _loop(
     return loss
 
 
-_EAGER_STEPS = 3  # compile the kernels and allocate workspaces, so that capturing needs neither
+_EAGER_STEPS = 3  # steps that compile the kernels and allocate workspaces before the capture
 
 
 def _repeat(step: Callable[[], None], count: int, device: torch.device) -> None:
-    """Call ``step`` so often, which only reads and writes tensors in place; on CUDA by replays of one graph."""
+    """Call ``step`` ``count`` times, on CUDA by replaying one graph; it may only read and write tensors in place."""
     captures = device.type == "cuda" and count > 2 * _EAGER_STEPS and not torch.cuda.is_current_stream_capturing()
     if not captures:
         for _ in range(count):
@@ -234,7 +234,7 @@ def _backward(*_: Any) -> tuple[None, ...]:
 
 
 def _flops(input: Tensor, weight: Tensor, *rest: Any) -> int:
-    """Count the operations of the products of all patches with all filters, two of them a step."""
+    """Count the operations of the products of all patches with all filters, two products in each step."""
     steps = rest[5]
     filters = weight.shape[-3] * weight.shape[-2]
     return 4 * steps * count_runs(input, weight) * math.prod(input.shape[-3:]) * filters

@@ -34,7 +34,7 @@ def sample_order(tensor: Tensor) -> list[int]:
 
 
 def samples_of(tensor: Tensor, order: list[int]) -> Tensor:
-    """Flatten to (N,K): a view if each sample is one run of memory in this order, else a copy."""
+    """Flatten to (N,K): a view if each sample is contiguous in this order, else a copy."""
     if tensor.dim() == 2 and tensor.stride(1) == 1:
         return tensor
     samples = tensor.permute(order).flatten(1) if tensor.dim() > 1 else tensor[:, None]
@@ -42,7 +42,7 @@ def samples_of(tensor: Tensor, order: list[int]) -> Tensor:
 
 
 def in_shape_of(samples: Tensor, tensor: Tensor, order: list[int]) -> Tensor:
-    """Return the inverse: (N,K), samples in this order, in the shape of ``tensor``."""
+    """Undo :func:`samples_of`: give samples (N,K) in this order the shape of ``tensor``."""
     if tensor.is_contiguous():
         return samples if tensor.dim() == 2 else samples.view_as(tensor)
     shaped = samples.view([tensor.shape[d] for d in order])
@@ -50,17 +50,17 @@ def in_shape_of(samples: Tensor, tensor: Tensor, order: list[int]) -> Tensor:
 
 
 def _by_patch(input: Tensor, index: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return input (N,P,...), partners and weights (N,P) as N P samples, each a patch that is mixed with another."""
+    """Return input (N,P,...), partners and weights (N,P) as N P samples, one for each patch."""
     samples, patches = lam.shape
-    index = _checks.partners(index, lam, samples)  # before a product that may not fit into 64 bits
+    index = _checks.partners(index, lam, samples)  # before a product that may overflow 64 bits
     if index.device.type != "cpu":
-        index = index.clamp(-1, samples)  # so that the product of one that does not exist is none that does
+        index = index.clamp(-1, samples)  # an invalid partner must stay invalid after the product
     partner = index[:, None] * patches + torch.arange(patches, device=index.device)
     return input.flatten(0, 1), partner.flatten(), lam.flatten()
 
 
 def _native(run: Callable[..., Tensor], batch: Tensor, index: Tensor, lam: Tensor, *rest: Any) -> Tensor:
-    """Run an operator of the CPU library, which takes contiguous batches as they are: views cost microseconds."""
+    """Run an operator of the CPU library; pass contiguous batches unchanged, because views cost microseconds."""
     order = None if batch.is_contiguous() else sample_order(batch)
     native = (batch if order is None else samples_of(batch, order), index.contiguous(), lam, *rest)
     result = _checks.explained(run, native, _checks.partners, index, lam, batch.shape[0])
@@ -70,8 +70,7 @@ def _native(run: Callable[..., Tensor], batch: Tensor, index: Tensor, lam: Tenso
 def _forward(input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> Tensor:
     name = backends.serving(input.device.type, dtype)
     if lam.dim() == 2:
-        patches, partner, of_patch = _by_patch(input, index, lam)
-        return _forward(patches, partner, of_patch, dtype).unflatten(0, lam.shape)
+        return _forward(*_by_patch(input, index, lam), dtype).unflatten(0, lam.shape)
     if name == "cpu":
         return _native(torch.ops.mixfeat_cpu.mixup.default, input, index, lam, dtype)
     order = sample_order(input)
@@ -107,6 +106,7 @@ def _backward(grad: Tensor, index: Tensor, lam: Tensor) -> Tensor:
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an empty tensor of the shape and sample order of ``tensor``."""
     order = sample_order(tensor)
     return in_shape_of(tensor.new_empty([tensor.shape[d] for d in order], dtype=dtype), tensor, order)
 
@@ -130,7 +130,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _fold(size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> Folded:
-    """Make a batch of inputs a part of each sample, or of each patch that has a weight of its own."""
+    """Fold a batch of inputs into each sample, or into each patch if patches have weights."""
     input, index, lam, dtype = args
     at = max(1, lam.dim())
     return (input.movedim(in_dims[0], at), index, lam, dtype), lambda mixed: mixed.movedim(at, 0)

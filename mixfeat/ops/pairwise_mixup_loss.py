@@ -1,9 +1,9 @@
 """``torch.ops.mixfeat.pairwise_mixup_loss``: cross-entropy of all mixed pairs of samples, with its gradients.
 
-Samples are convolved once, by plain matrix products; kernels take it from there. They see a block of row samples and a
-block of column samples, so that both can be parts of a larger problem. The loss's upstream gradient is one number per
-run: forward yields the gradients with the loss, backward scales them. Of samples that are spread over a process group,
-every rank holds a block (:mod:`mixfeat.ops.sharding`).
+Plain matrix products convolve the samples once; kernels take the pre-activations. A kernel sees a block of row samples
+and a block of column samples, which may be parts of a larger problem. The loss's upstream gradient is one number per
+run, so forward returns the gradients with the loss and backward scales them. With a process group every rank holds a
+block of the samples (:mod:`mixfeat.ops.sharding`).
 """
 
 import contextlib
@@ -23,11 +23,11 @@ __all__ = ["PAIRS", "pairwise_mixup_block", "pairwise_mixup_loss"]
 
 
 class Objective(NamedTuple):
-    """What a pair's label is, and which pairs count.
+    """The label of a pair, and the pairs that count.
 
     Attributes:
         label_lam: the first sample's share of the label at each node; None for the nodes themselves.
-        label_smoothing: how much of each label goes to all classes alike.
+        label_smoothing: the share of each label that is spread evenly over all classes.
         pairs: "all", "distinct" or "different_class".
     """
 
@@ -36,7 +36,7 @@ class Objective(NamedTuple):
     pairs: str = "all"
 
     def labels(self, nodes: Sequence[float]) -> list[float]:
-        """Return the shares at the nodes."""
+        """Return the first sample's share of the label at each node."""
         return list(nodes if self.label_lam is None else self.label_lam)
 
 
@@ -95,10 +95,11 @@ def pairwise_mixup_loss(
     num_rows: int = 0,
     group: str = "",
 ) -> Tensor:
-    """Return the loss (R,), with R = 1 where neither input nor weight has runs.
+    """Return the loss (R,), with R = 1 if neither input nor weight has runs.
 
-    Nodes, their weights and their shares of the labels (K,), on the CPU; ``num_rows`` > 0 pairs these first samples
-    with all others, instead of all with all; the name of the process group whose samples are all meant, "" for none.
+    ``lam``, ``lam_weight`` and ``label_lam`` are (K,) on the CPU. ``num_rows`` > 0 pairs that many first samples with
+    all others, instead of all with all. ``group`` is the name of a process group over which samples are sharded, "" for
+    none.
     """
     options = (polynomial, label_smoothing, pairs, num_rows, group)
     arguments = (input, weight, readout, target, lam, lam_weight, label_lam)
@@ -121,16 +122,15 @@ def pairwise_mixup_block(
         g_ijc = sum_{p,m} phi(lam_k row_ipcm + (1 - lam_k) column_jpcm)
 
     Args:
-        row, column: (R,N,P,C,M) and (R,N',P,C,M), any strides; ``column`` None for row itself, all ordered pairs of it.
-            There lam and 1 - lam should be one node, and lam = 1/2 costs half.
-        row_target, column_target: (N,) or (R,N), and likewise of the columns, int64.
-        lam, lam_weight: the nodes and their weights, of any sum.
+        row, column: (R,N,P,C,M) and (R,N',P,C,M), any strides; ``column`` None for all ordered pairs of rows. Then lam
+            and 1 - lam should be merged into one node, and lam = 1/2 costs half.
+        row_target, column_target: int64 classes of the rows, (N,) or (R,N), and likewise of the columns.
+        lam, lam_weight: the nodes and their weights, with any sum.
         polynomial: phi.
-        need_grad: whether gradients are wanted.
+        need_grad: whether to compute gradients.
 
     Returns:
-        the loss, and its gradients with respect to row and column, None where there are none; float32, float64 for
-        float64.
+        The loss and its gradients to row and column, None if not computed; float32, or float64 for float64.
     """
     arguments = (row, column, row_target, column_target, lam, lam_weight, polynomial, need_grad)
     return _block(*arguments, Objective(), None)[:3]
@@ -149,7 +149,7 @@ def _block(
     readout: Tensor | None,
     negative_filters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Compute the same for any objective and ``readout`` (R or 1,C,M); return the gradient to it (R,C,M) too.
+    """Compute the same for any objective and ``readout`` (R or 1,C,M); also return the gradient to it (R,C,M).
 
     ``negative_filters`` is for the CPU kernels, as :class:`Signs` has it.
     """
@@ -172,7 +172,7 @@ def _block(
         readout_grad = readout.new_empty(row.shape[0], *readout.shape[1:]) if need_grad else None
 
     def of_filters(s: Tensor | None) -> Tensor | None:
-        """With a readout every filter is a class of its own."""
+        """Make every filter a class of its own if there is a readout."""
         return s if s is None or readout is None else s.flatten(3)[..., None]
 
     loss = torch.ops.mixfeat_cpu.pairwise_mixup_loss.default(
@@ -196,7 +196,7 @@ def _block(
 
 
 def merged_nodes(lam: Tensor, lam_weight: Tensor, dtype: torch.dtype) -> dict[float, float]:
-    """Weights by node. With pairs (i, j) go pairs (j, i): lam and 1 - lam are one node, where dtype says so."""
+    """Return weights by node, with lam and 1 - lam merged: the pair (i, j) at lam is (j, i) at 1 - lam."""
     merged: dict[float, float] = {}
     for node, weight in zip(lam.tolist(), lam_weight.tolist(), strict=True):
         mirrored = (other for other in merged if abs(other + node - 1) <= 2 * torch.finfo(dtype).eps)
@@ -208,7 +208,7 @@ def merged_nodes(lam: Tensor, lam_weight: Tensor, dtype: torch.dtype) -> dict[fl
 def _nodes(
     lam: Tensor, lam_weight: Tensor, label_lam: Tensor | None, dtype: torch.dtype, symmetric: bool
 ) -> tuple[list[float], list[float], list[float] | None]:
-    """Nodes, their weights and shares of the labels; those of mirror images are one where pairs are symmetric."""
+    """Return nodes, weights and label shares; mirror images are merged if pairs are symmetric."""
     if label_lam is None and symmetric:
         merged = merged_nodes(lam, lam_weight, dtype)
         return list(merged), list(merged.values()), None
@@ -216,7 +216,7 @@ def _nodes(
 
 
 def _pair_factor(target: Tensor, pairs: str, num_rows: int, num_classes: int) -> Tensor | float:
-    """Return the factor from the mean over all pairs to the mean over the pairs that count, a number or (1 or R,)."""
+    """Return the number of all pairs over that of the pairs that count, a number or (1 or R,)."""
     num_samples = target.shape[-1]
     if pairs == "all":
         return 1.0
@@ -230,13 +230,14 @@ def _pair_factor(target: Tensor, pairs: str, num_rows: int, num_classes: int) ->
 
 
 def _of_runs(factor: Tensor | float, tensor: Tensor) -> Tensor | float:
-    """Return a factor (1 or R,) in the dtype of a tensor (R, ...), with which it broadcasts."""
+    """Return a factor (1 or R,) that broadcasts with a tensor (R, ...), in its dtype."""
     if isinstance(factor, float):
         return factor
     return factor.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1))
 
 
 def count_runs(input: Tensor, weight: Tensor) -> int:
+    """Return R, 1 if neither tensor has runs."""
     return input.shape[0] if input.dim() == 4 else weight.shape[0] if weight.dim() == 4 else 1
 
 
@@ -347,7 +348,7 @@ def _backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | No
             grads.append(None)
             continue
         factor = grad.view(-1, *[1] * (saved.dim() - 1))
-        shape = tensor.shape if tensor.dim() == saved.dim() else (1, *tensor.shape)  # shared by all runs: their sum
+        shape = tensor.shape if tensor.dim() == saved.dim() else (1, *tensor.shape)  # sum over runs that share it
         grads.append((factor * saved).sum_to_size(shape).view(tensor.shape).to(tensor.dtype))
     return grads
 
@@ -371,10 +372,10 @@ def _definition(*args: Any) -> Tensor:
 
 
 def _fold(size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> Folded:
-    """Make batches of inputs, weights, readouts and targets runs."""
+    """Turn batches of inputs, weights, readouts and targets into runs."""
     _forbid_group(args[11], _TRANSFORMED)
     arguments, runs = fold_runs(size, in_dims, args, {0: 3, 1: 3, 2: 2, 3: 1})
-    if arguments[0].dim() == arguments[1].dim() == 3:  # the batch is one of readouts or targets
+    if arguments[0].dim() == arguments[1].dim() == 3:  # readouts or targets are batched
         arguments[1] = arguments[1].expand(size, -1, -1, -1)
     return arguments, lambda loss: loss.view(size, 1 if runs is None else runs)
 
@@ -409,9 +410,9 @@ def _fake(input: Tensor, weight: Tensor, readout: Tensor | None, *rest: Any) -> 
 
 
 def _flops(input: Tensor, weight: Tensor, *rest: Any) -> int:
-    """Count the operations of the products of all patches with all filters, for pre-activations and wanted gradients.
+    """Count the operations of the products of all patches with all filters, for pre-activations and gradients.
 
-    The sums over pairs are no matrix products.
+    The sums over pairs are not matrix products, and so are not counted.
     """
     patches = input.shape[-3] * input.shape[-2]
     filters = weight.shape[-3] * weight.shape[-2]

@@ -1,7 +1,7 @@
 """``torch.ops.mixfeat.patch_conv``: the fused patch convolution and its backward pass.
 
-Beside the logits it returns the activation's slopes phi' for the first ``saved`` samples, which the backward pass then
-need not compute again; on a GPU of long patches, for all samples or none.
+Besides the logits it returns the activation's slopes phi' for the first ``saved`` samples, which spares the backward
+pass their recomputation. On a GPU it saves those of all samples if patches are long, else none.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ from mixfeat.ops.registration import Folded, Operator, fold_runs, is_batched, is
 
 __all__ = ["patch_conv"]
 
-# What the CPU backend may keep of the activation's slopes for the backward pass, which saves one of three matrix
-# products. With this the memory of a forward and backward pass stays within 64 MiB of the input's and the weight's;
-# samples beyond it are computed again.
+# The slopes that the CPU backend may save for the backward pass, which spares one of three matrix products. This limit
+# keeps the memory of a forward and backward pass within 64 MiB of the input's and the weight's; the slopes of further
+# samples are recomputed.
 SAVED_BYTES = 32 << 20
 
 
@@ -31,9 +31,9 @@ def patch_conv(
 
 
 def _samples_to_save(input: Tensor, weight: Tensor) -> int:
-    """For how many samples forward keeps the activation's slopes, where gradients will be asked for."""
-    *_, samples, patches, features = input.shape
-    if torch.compiler.is_dynamo_compiling():  # which cannot see the choice of a backend
+    """Return the number of samples whose slopes forward saves if gradients are needed."""
+    *_, samples, patches, patch_dim = input.shape
+    if torch.compiler.is_dynamo_compiling():  # Dynamo cannot trace the choice of a backend
         on_triton = input.device.type == "cuda"
     else:
         on_triton = backends.serving(input.device.type, input.dtype) == "triton"
@@ -41,30 +41,30 @@ def _samples_to_save(input: Tensor, weight: Tensor) -> int:
         from mixfeat.kernels.triton import configs
 
         filters = weight.shape[-3:-1].numel()
-        return samples if configs.keeps_slopes(input.dtype, filters, features) else 0
+        return samples if configs.keeps_slopes(input.dtype, filters, patch_dim) else 0
     if input.device.type != "cpu":
         return 0
-    slopes = weight.numel() // max(1, features) * patches  # of one sample
+    slopes = weight.numel() // max(1, patch_dim) * patches  # of one sample
     if input.dim() == 4 and weight.dim() == 3:
         slopes *= input.shape[0]
     return min(samples, SAVED_BYTES // max(1, slopes * _slope_dtype(input).itemsize))
 
 
 def _request(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments with which forward keeps slopes for the backward pass."""
+    """Return the arguments with which forward saves slopes for the backward pass."""
     input, weight, index, lam, fields, _ = args
     if input.dtype == torch.float16 and not Polynomial.of(fields).upper:
-        return args  # a power may be out of its range
+        return args  # a power may overflow float16
     return input, weight, index, lam, fields, _samples_to_save(input, weight)
 
 
 def _slope_dtype(input: Tensor) -> torch.dtype:
-    """Return the slopes' dtype: the input's. A CPU computes float16 as float32."""
+    """Return the slopes' dtype: the input's, but float32 for float16 on a CPU."""
     return torch.float32 if input.device.type == "cpu" and input.dtype == torch.float16 else input.dtype
 
 
 def _slope_shape(input: Tensor, weight: Tensor, saved: int) -> tuple[int, int, int, int]:
-    """(B, saved, P, columns): runs that share the data are columns of one product."""
+    """Return (B, saved, P, columns); runs that share the data are columns of one product."""
     columns = weight.shape[-3] * weight.shape[-2]
     if input.dim() == 4:
         return input.shape[0], saved, input.shape[2], columns
@@ -78,7 +78,7 @@ def _forward(
     name = backends.serving_network(input.device.type, input.dtype, polynomial)
     if name == "cpu":
         index = None if index is None else index.contiguous()
-        # tuple(): PyTorch takes 0.8 us longer to convert a NamedTuple
+        # tuple(): PyTorch converts a NamedTuple 0.8 us slower
         native = (*_native(input, weight), index, lam, tuple(polynomial), saved)
         run = torch.ops.mixfeat_cpu.patch_conv.default
         logits, slope = _checks.explained(run, native, _values, index, lam, input.shape[-3])
@@ -138,7 +138,7 @@ def _backward(
         )
         if grads[0] is not None:
             input_grad = grads[0].view(input.shape)
-        if grads[1] is not None:  # one weight that serves the data of several runs gets the sum over them
+        if grads[1] is not None:  # a weight that all runs share gets the sum of their gradients
             summed = input.dim() == 4 and weight.dim() == 3
             weight_grad = grads[1].sum(0) if summed else grads[1].view(weight.shape)
     else:
@@ -156,14 +156,14 @@ def _values(index: Tensor | None, lam: Tensor | None, num_samples: int) -> Tenso
 
 
 def _native(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """As the CPU library takes them: not in float16, patches contiguous, weight contiguous."""
+    """Return input and weight as the CPU library takes them: no float16, contiguous patches and weight."""
     if input.dtype == torch.float16:
         input, weight = input.float(), weight.float()
     return input if input.stride(-1) == 1 or input.shape[-1] <= 1 else input.contiguous(), weight.contiguous()
 
 
 def _as_networks(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """As Triton's kernels take them: (B,N,P,D) and (B,C,M,D)."""
+    """Return input (B,N,P,D) and weight (B,C,M,D), as Triton's kernels take them."""
     if input.dim() == 3:
         return input[None], weight.flatten(0, -3)[None]
     return input, weight if weight.dim() == 4 else weight.expand(input.shape[0], *weight.shape)
@@ -172,7 +172,7 @@ def _as_networks(input: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def _slope(
     input: Tensor, weight: Tensor, index: Tensor | None, lam: Tensor | None, polynomial: Polynomial, saved: int
 ) -> Tensor:
-    """phi' of the first ``saved`` samples from a backend that does not yield it, as the schema promises."""
+    """Compute the slopes of the first ``saved`` samples, for a backend whose forward does not return them."""
     if saved == 0:
         return input.new_empty(_slope_shape(input, weight, 0), dtype=_slope_dtype(input))
     x, w = (t.to(_checks.accumulation(input.dtype)) for t in _as_networks(input, weight))
@@ -247,13 +247,13 @@ def _definition(
 
 
 def _fold(size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> Folded:
-    """Make batches of inputs and weights runs."""
+    """Turn batches of inputs and weights into runs."""
     arguments, runs = fold_runs(size, in_dims, args, {0: 3, 1: 3})
     return arguments, lambda logits: logits if runs is None else logits.unflatten(0, (size, runs))
 
 
 def _flops(input: Tensor, weight: Tensor, products: int) -> int:
-    """Count the operations of products of all patches with all filters, 2 R N P D C M each."""
+    """Count the operations of ``products`` products of all patches with all filters, 2 R N P D C M each."""
     runs = weight.shape[0] if input.dim() == 3 and weight.dim() == 4 else 1
     return 2 * products * runs * input.numel() * weight.shape[-3] * weight.shape[-2]
 

@@ -1,6 +1,6 @@
 """The one way to register an operator with PyTorch, and the only user of PyTorch's private names.
 
-An :class:`Operator` is declared once, with all that PyTorch needs to know of it::
+An :class:`Operator` is declared once, with everything that PyTorch needs to know about it::
 
     _double = Operator(
         "double(Tensor input) -> Tensor",
@@ -11,11 +11,11 @@ An :class:`Operator` is declared once, with all that PyTorch needs to know of it
         backward=lambda ctx, grad, needs: (2 * grad,),
     )
 
-It is then ``torch.ops.mixfeat.double``, and calling it takes the shortest way: through PyTorch's dispatcher when
-tracing, a mode, a transform or a tensor subclass is active, otherwise straight to ``forward``. For a small problem the
-dispatcher takes longer than the kernel.
+It is then ``torch.ops.mixfeat.double``. A call goes through PyTorch's dispatcher when tracing, a mode, a transform or a
+tensor subclass is active, and otherwise straight to ``forward``: for a small problem the dispatcher takes longer than
+the kernel.
 
-Every private name is looked up with a fallback, so that a release of PyTorch without it is served by public ones.
+Every private name is looked up with a fallback, so a release of PyTorch without it is served by public names.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,31 +38,30 @@ Folded = tuple[Sequence[Any], Callable[[Tensor], Tensor]]
 class Operator:
     """An operator of PyTorch, ``torch.ops.mixfeat.NAME``.
 
-    Of several outputs the first is the result, or as many as ``results`` says; the others serve the backward pass and
-    have no derivative. Where ``results`` is more than 1, what is a result or a gradient of it below is a tuple of them.
+    The first ``results`` outputs are results. The others serve the backward pass and have no derivative. If ``results``
+    is more than 1, "result" and its gradient below are tuples.
 
     Args:
-        schema: name, arguments and outputs, in PyTorch's language for them.
+        schema: name, arguments and outputs, in PyTorch's schema language.
         forward: computes the outputs on any device. Outputs are new tensors, and no argument is mutated.
-        fake: returns empty outputs, of the shapes, dtypes and strides that ``forward`` would give them.
+        fake: returns empty outputs with the shapes, dtypes and strides that ``forward`` gives them.
         results: the number of results.
         differentiable: names of the arguments that have a gradient.
-        request: ``request(args)`` returns the arguments with which ``forward`` also forms what ``backward`` needs, for
-            those tensors that require grad. Callers pass the arguments for no gradient.
-        setup_context: ``setup_context(ctx, inputs, output)`` saves what the backward pass needs, as that of a
-            :class:`torch.autograd.Function`. ``ctx.direct`` tells that only the operator holds its further outputs.
+        request: ``request(args)`` returns the arguments with which ``forward`` also computes the outputs that
+            ``backward`` needs, for those tensors that require grad. Callers pass the arguments for no gradient.
+        setup_context: ``setup_context(ctx, inputs, output)`` saves tensors for the backward pass, as for a
+            :class:`torch.autograd.Function`. ``ctx.direct`` is true if only the operator holds its further outputs.
         backward: ``backward(ctx, grad, needs)`` returns the gradients of the differentiable arguments, given that of
-            the result; ``needs`` tells which of them are wanted. It runs without recording and on the backend that
-            served the forward call.
-        recorded_backward: the same in plain PyTorch, for gradients that are to be differentiated again.
+            the result; ``needs`` selects them. It runs without recording and on the backend of the forward call.
+        recorded_backward: the same in plain PyTorch, for gradients that are differentiated again.
         definition: ``definition(*args)`` returns the result in plain PyTorch. It serves the transforms of
             :mod:`torch.func` and forward-mode differentiation.
-        foldable: names of the tensors whose batches under :func:`torch.func.vmap` one call can serve. Where another one
-            is batched, and under other transforms, the definition serves.
-        fold: ``fold(size, in_dims, args)`` returns the arguments of that call, which does the work of all ``size``, and
-            what puts the batch first in its result.
-        flops: ``flops(*args)`` returns the floating-point operations of the matrix products, which is what
-            :class:`torch.utils.flop_counter.FlopCounterMode` counts. An operator without any needs none.
+        foldable: names of the tensors whose batches under :func:`torch.func.vmap` one call can serve. The definition
+            serves if another tensor is batched, and under other transforms.
+        fold: ``fold(size, in_dims, args)`` returns the arguments of one call for a batch of ``size``, and a function
+            that moves the batch first in its result.
+        flops: ``flops(*args)`` returns the floating-point operations of the matrix products, which
+            :class:`torch.utils.flop_counter.FlopCounterMode` counts; 0 by default.
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class Operator:
             self._register_vmap(qualified)
 
     def __call__(self, *args: Any) -> Any:
-        """Return the result, or a tuple of several; the further outputs are for the backward pass alone."""
+        """Return the result, or a tuple of several."""
         output: Any
         if can_bypass_dispatcher(args, self._tensors):
             if self._apply is not None and torch.is_grad_enabled():
@@ -127,7 +126,7 @@ class Operator:
         return output[0] if self._results == 1 else output[: self._results]
 
     def outputs(self, *args: Any) -> Any:
-        """Return all outputs, without a derivative; the first two arguments may be batches of gradients."""
+        """Return all outputs, without derivatives; the first two arguments may be batches of gradients."""
         if (
             can_bypass_dispatcher(args, self._tensors)
             and not any(  # in this order: Dynamo cannot trace is_batched
@@ -142,8 +141,8 @@ class Operator:
     def _dispatched(self, *args: Any) -> Any:
         """Call through PyTorch's dispatcher.
 
-        Its module of FLOP counters imports Triton, which decides then whether it interprets: so a formula is not
-        registered with it ahead, but with each counter that is active at a call.
+        The FLOP formula is registered with each counter that is active at the call, not at import: PyTorch's module of
+        FLOP counters imports Triton, which then decides whether it interprets.
         """
         if not torch.compiler.is_compiling():
             for registry in _flop_registries():
@@ -151,7 +150,7 @@ class Operator:
         return self.overload(*args)
 
     def backward(self, ctx: Any, results_grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
-        """Return a gradient, or None, for each argument, given those of the results."""
+        """Return a gradient or None for each argument, given those of the results."""
         grads: list[Tensor | None] = [None] * self._num_arguments
         if self._backward is None or all(grad is None for grad in results_grads):
             return grads
@@ -173,7 +172,7 @@ class Operator:
             self._register_derivative_publicly(qualified)
             return
         below_autograd, operator = _below_autograd, self
-        compute, request, save = self.forward, self._request, self._save  # once, as small calls are counted in us
+        compute, request, save = self.forward, self._request, self._save  # looked up once: small calls take only us
 
         def forward(ctx: Any, direct: bool, *args: Any) -> Any:
             if request is not None:
@@ -195,7 +194,7 @@ class Operator:
         )
         self._apply = _apply_of(function)
 
-        # torch.library.register_autograd does the same at three times the cost of a call.
+        # torch.library.register_autograd does the same, and makes a call three times as expensive.
         def autograd(*args: Any) -> Any:
             if torch.is_grad_enabled() and any(
                 args[place] is not None and args[place].requires_grad for place in operator._places
@@ -224,12 +223,12 @@ class Operator:
             result = unfold(self(*arguments))
             if not self._several:
                 return result, 0
-            return (result, *(result.new_empty(0) for _ in rest)), (0, *rest)  # what serves backward is below vmap
+            return (result, *(result.new_empty(0) for _ in rest)), (0, *rest)  # backward runs below vmap
 
         torch.library.register_vmap(qualified, batch)
 
     def _is_foldable(self, args: Sequence[Any]) -> bool:
-        """Return whether vmap is the only transform, at any depth, and what is batched is foldable."""
+        """Return whether vmap is the only transform, at any depth, and all batched tensors are foldable."""
         if self._fold is None or _transforms is None or _is_batch is None or _has_tangent(args):
             return False
         if not all(str(level.key()).endswith("Vmap") for level in _transforms()):
@@ -240,7 +239,7 @@ class Operator:
         )
 
     def _save(self, ctx: Any, args: tuple[Any, ...], output: Any, direct: bool) -> Any:
-        """Save for the backward pass, and return the outputs that autograd sees."""
+        """Save tensors for the backward pass and return the outputs that autograd sees."""
         ctx.chosen, ctx.direct = backends.chosen(), direct
         ctx.set_materialize_grads(False)
         self._setup_context(ctx, args, output)  # type: ignore[misc]
@@ -255,16 +254,16 @@ class Operator:
 def fold_runs(
     size: int, in_dims: Sequence[Any], args: Sequence[Any], dims: dict[int, int]
 ) -> tuple[list[Any], int | None]:
-    """Make runs of the batch of :func:`torch.func.vmap`: arguments whose runs are the batch times the runs there were.
+    """Turn the batch of :func:`torch.func.vmap` into runs: the batch size times the number of existing runs.
 
     Args:
-        size: of the batch.
-        in_dims: the place of the batch among each argument's dimensions, or None.
-        args: of one call.
-        dims: by place, the number of a tensor's dimensions without runs; those that have none are shared by all.
+        size: size of the batch.
+        in_dims: dimension of the batch in each argument, or None.
+        args: arguments of one call.
+        dims: number of each tensor's dimensions without runs, by its place; all runs share a tensor without runs.
 
     Returns:
-        the arguments, and the number of runs that there were, or None.
+        The arguments, and the number of existing runs, or None.
     """
     folded, runs = list(args), None
     for place in dims:
@@ -294,7 +293,7 @@ class _Forbidden(torch.autograd.Function):
 
 
 def forbid_backward(message: str, tensor: Tensor) -> Tensor:
-    """Return a tensor whose differentiation raises, instead of passing for a constant."""
+    """Return a tensor whose backward pass raises, instead of treating it as a constant."""
     return _Forbidden.apply(message, tensor.detach().requires_grad_())
 
 
@@ -339,22 +338,22 @@ def _has_tangent(args: Sequence[Any]) -> bool:
 
 
 def _flop_registries() -> list[dict[Any, Any]]:
-    """Return the formulas of the FLOP counters that are active."""
+    """Return the registries of the active FLOP counters."""
     modes = [] if _dispatch_modes is None else _dispatch_modes()
     registries = (getattr(getattr(mode, "counter", None), "flop_registry", None) for mode in modes)
     return [registry for registry in registries if registry is not None]
 
 
 def is_batched(grad: Tensor) -> bool:
-    """Return whether ``torch.autograd.grad(..., is_grads_batched=True)`` hands over several gradients at once."""
+    """Return whether ``torch.autograd.grad(..., is_grads_batched=True)`` passes several gradients at once."""
     return _is_legacy_batch is not None and _is_legacy_batch(grad)
 
 
 def can_bypass_dispatcher(args: Sequence[Any], tensors: Sequence[int]) -> bool:
-    """Return whether PyTorch's dispatcher would do nothing but call the operator's ``forward``.
+    """Return whether PyTorch's dispatcher would only call the operator's ``forward``.
 
-    That is without tracing, a mode, a functorch transform, dual numbers, a tensor subclass or a lazily negated view;
-    ``tensors`` tells which arguments are tensors, or None.
+    It would unless tracing, a mode, a functorch transform, dual numbers, a tensor subclass or a lazily negated view is
+    involved. ``tensors`` lists the places of arguments that are tensors or None.
     """
     if (
         not _knows_the_state
@@ -377,11 +376,11 @@ def graph_is_kept() -> bool:
 
 
 def saved_tensors_are_hooked() -> bool:
-    """Return whether hooks may hold on to tensors that are saved for the backward pass now."""
+    """Return whether hooks may keep tensors that are saved for the backward pass now."""
     return _default_hooks is None or _default_hooks(True) is not None
 
 
 def _apply_of(function: Any) -> Callable[..., Any]:
-    """Return ``function.apply`` without its preparations for functorch's transforms."""
+    """Return ``function.apply`` without its setup for functorch's transforms."""
     base = _private(torch._C, "_FunctionBase")
     return function.apply if base is None else super(torch.autograd.Function, function).apply
