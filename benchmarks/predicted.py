@@ -57,9 +57,9 @@ PREDICTIONS = (
         "test_gradient_descent.py::test_runs[theory-12-midpoint-128]", "`gradient_descent`",
         "32 steps of 128 networks (50,12,20,10,5) float32", (2600, 2600), (12800, 16000), 1760,
     ),
-    _loss("vocabulary-256", "(256,50257)", (31, 31), (30, 34), 17),
+    _loss("vocabulary-256", "(256,50257)", (24, 25), (30, 34), 17),
     _loss("imagenet", "(1024,1000)", (8, 8), (10, 12), 1.4),
-    _loss("vocabulary", "(4096,50257)", (350, 430), (420, 540), 275),
+    _loss("vocabulary", "(4096,50257)", (300, 380), (420, 540), 275),
     Prediction(
         "test_mixup.py::test_operator[imagenet-bfloat16-forward]", "`mixup`, forward",
         "(256,3,224,224) bfloat16", (56, 56), (70, 77), 51,

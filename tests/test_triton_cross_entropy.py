@@ -344,7 +344,7 @@ CHECKS = {
         ]
         for s in (0.0, 0.1)
     },
-    **{f"classes-50257-{d}": partial(check_classes, 1, 50257, d, 0.1) for d in (torch.float32, torch.bfloat16)},
+    **{f"classes-50257-{d}": partial(check_classes, 3, 50257, d, 0.1) for d in (torch.float32, torch.bfloat16)},
     "dense-50257": partial(check_dense, 1, 50257, torch.float32, torch.float32, 0.1),
     **{
         f"mean-{n}-{weight}-{one}": partial(check_mean, n, classes, weight, one)

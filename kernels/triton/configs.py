@@ -416,6 +416,7 @@ class CrossEntropyConfig:
 CROSS_ENTROPY_CONFIGS = {
     "short": CrossEntropyConfig(8, 128, 128, min_warps=4),
     "half": CrossEntropyConfig(32, 128, 80),
+    "half with edges": CrossEntropyConfig(32, 128, 128),  # for which 80 registers are too few
     "float32": CrossEntropyConfig(32, 128, 128, max_warps=16),
     "other": CrossEntropyConfig(16, 96, 80),  # dense targets take as many registers again, single elements masks
 }
@@ -430,13 +431,18 @@ MEAN_ROWS, MEAN_LOGITS = 4096, 1 << 24
 BINARY_CROSS_ENTROPY_CONFIG = CrossEntropyConfig(8, 128, 128, min_warps=4, max_warps=4)
 
 
-def cross_entropy_config(num_classes: int, itemsize: int, vector: int, dense: bool) -> CrossEntropyConfig:
-    """Return the configuration for rows loaded ``vector`` logits at once; ``dense`` if targets are probabilities."""
+def cross_entropy_config(
+    num_classes: int, itemsize: int, vector: int, dense: bool, edges: bool = False
+) -> CrossEntropyConfig:
+    """Return the configuration for rows loaded ``vector`` logits at once, which may have ``edges`` of single ones.
+
+    ``dense`` if targets are probabilities.
+    """
     if num_classes <= 128:
         return CROSS_ENTROPY_CONFIGS["short"]
     if dense or vector * itemsize < 16:
         return CROSS_ENTROPY_CONFIGS["other"]
-    return CROSS_ENTROPY_CONFIGS["half" if itemsize == 2 else "float32"]
+    return CROSS_ENTROPY_CONFIGS["float32" if itemsize == 4 else "half with edges" if edges else "half"]
 
 
 def vector_size(itemsize: int, *sizes: int) -> int:

@@ -22,7 +22,8 @@ NaN; a logit -inf of a class that is not the target changes nothing.
 
 A program owns rows that fit into its registers, and reads them once. It reads a longer row twice, a block at a time:
 first for the maximum and the sum, which is rescaled when the maximum changes; then backwards for the gradient, starting
-with the block that was read last and is still in the L2 cache.
+with the block that was read last and is still in the L2 cache. Where rows of odd length do not begin with a whole
+vector of 16 bytes, blocks begin at the first one; the columns before it and after the last are one more block, "edges".
 
 A product is never the direct operand of a sum across lanes: the compiler would fuse it into the first exchange, after
 which lanes that hold the same sum differ in its last bit. A select keeps the two apart.
@@ -52,6 +53,7 @@ class Form(NamedTuple):
 
     Attributes:
         vector: logits that are loaded at once.
+        edges: logits in a vector of rows that have edges, or 0.
         block_n: rows of a tile.
         block_c: logits of each row in a tile.
         whole: whether a tile holds whole rows.
@@ -65,6 +67,7 @@ class Form(NamedTuple):
     """
 
     vector: int
+    edges: int
     block_n: int
     block_c: int
     whole: bool
@@ -129,18 +132,41 @@ def _label(target, start, columns, C, one_minus_eps, eps_share, DENSE: tl.conste
         q = tl.fma(t, one_minus_eps, eps_share)
         return q, tl.sum(tl.where(in_row, q, 0.0), 1)[:, None]
     else:
-        return eps_share, eps_share * tl.minimum(C - start, columns.shape[1]).to(tl.float32)
+        return eps_share, eps_share * tl.maximum(tl.minimum(C - start, columns.shape[1]), 0).to(tl.float32)
 
 
 @triton.jit
-def _gradient(e, q, c, scale, row_weight, classes, SPREAD: tl.constexpr):
-    """``scale e - W q - (1 - eps) (wa [c = a] + wb [c = b])``, or 0 in rows that do not count."""
+def _add_block(x, in_row, q, part, row_max, shift, accum, label_sum, dot, SPREAD: tl.constexpr):
+    """Return the sums of a row with those of a block of its logits: from ``row_max`` on."""
+    last_max, last_shift = row_max, shift
+    row_max = tl.maximum(row_max, tl.max(x, 1)[:, None])
+    shift = tl.where(row_max == float("-inf"), 0.0, row_max)  # -inf - -inf is not a number
+    z = x - shift
+    accum = accum * _exp(last_max - shift) + tl.sum(_exp(z), 1)[:, None]
+    if SPREAD:
+        dot += label_sum * (last_shift - shift) + tl.sum(tl.where(in_row, q * z, 0.0), 1)[:, None]
+        label_sum += part
+    return row_max, shift, accum, label_sum, dot
+
+
+@triton.jit
+def _gradient(e, q, c, first, scale, row_weight, classes, SPREAD: tl.constexpr):
+    """``scale e - W q - (1 - eps) (wa [c = a] + wb [c = b])``, or 0 in rows that do not count.
+
+    Columns of a block begin with ``first``, so that only blocks that hold a or b look for them; None: it may hold them.
+    """
     g = e * scale
     if SPREAD:
         g = tl.fma(q, -row_weight, g)
     if classes is not None:
         a, share_a, b, share_b, has_weight = classes
-        g -= tl.where(c == a, share_a, 0.0) + tl.where(c == b, share_b, 0.0)
+        if first is None:
+            g -= tl.where(c == a, share_a, 0.0) + tl.where(c == b, share_b, 0.0)
+        else:
+            last = first + c.shape[1]
+            holds = ((a >= first) & (a < last)) | ((b >= first) & (b < last))
+            if tl.max(tl.max(holds.to(tl.int32), 1), 0) != 0:
+                g -= tl.where(c == a, share_a, 0.0) + tl.where(c == b, share_b, 0.0)
         g = tl.where(has_weight, g, 0.0)
     return g
 
@@ -191,19 +217,30 @@ def cross_entropy_forward_kernel(
         row_max = tl.full([FORM.block_n, 1], float("-inf"), tl.float32)
         shift = tl.zeros([FORM.block_n, 1], tl.float32)
         accum, label_sum, dot = shift, shift, shift
+        begin, end, middle = 0, C, rows  # of the columns in blocks
+        if FORM.edges:
+            offset = n[:, None] * stride_input.to(tl.int64)
+            first = (offset + (FORM.edges - 1)) // FORM.edges * FORM.edges
+            begin = (first - offset).to(tl.int32)
+            end = (C - begin) // FORM.edges * FORM.edges
+            middle = input + first
+            edge = tl.arange(0, 2 * FORM.edges)[None, :]
+            in_edge = (edge >= FORM.edges) | (edge < begin)
+            edge = tl.where(edge < FORM.edges, edge, edge - FORM.edges + begin + end)
+            in_edge &= edge < C
+            x_edge = tl.load(rows + edge, mask=in_edge, other=float("-inf")).to(tl.float32)
+            part = eps_share * (C - end).to(tl.float32)
+            row_max, shift, accum, label_sum, dot = _add_block(
+                x_edge, in_edge, eps_share, part, row_max, shift, accum, label_sum, dot, SPREAD
+            )
         for start in range(0, C, FORM.block_c):
             c = start + columns
-            in_row = c < C
-            x = tl.load(rows + c, mask=in_row, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
-            last_max, last_shift = row_max, shift
-            row_max = tl.maximum(row_max, tl.max(x, 1)[:, None])
-            shift = tl.where(row_max == float("-inf"), 0.0, row_max)  # -inf - -inf is not a number
-            z = x - shift
-            accum = accum * _exp(last_max - shift) + tl.sum(_exp(z), 1)[:, None]
-            q, part = _label(labels, start, columns, C, one_minus_eps, eps_share, FORM.dense)
-            if SPREAD:
-                dot += label_sum * (last_shift - shift) + tl.sum(tl.where(in_row, q * z, 0.0), 1)[:, None]
-                label_sum += part
+            in_row = c < end
+            x = tl.load(middle + c, mask=in_row, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
+            q, part = _label(labels, start, columns, end, one_minus_eps, eps_share, FORM.dense)
+            row_max, shift, accum, label_sum, dot = _add_block(
+                x, in_row, q, part, row_max, shift, accum, label_sum, dot, SPREAD
+            )
 
     log_sum = tl.log(accum)
     if FORM.dense:
@@ -262,20 +299,25 @@ def cross_entropy_forward_kernel(
         tl.store((loss + n)[:, None], value)
 
     if grad is not None:
-        grad = _pointers(grad, n, stride_grad, FORM.vector)
+        grad_rows = _pointers(grad, n, stride_grad, FORM.vector)
         if FORM.whole:
-            g = _gradient(e, q, columns, scale, row_weight, classes, SPREAD)
-            tl.store(grad + columns, g.to(grad.dtype.element_ty), mask=in_row)
+            g = _gradient(e, q, columns, None, scale, row_weight, classes, SPREAD)
+            tl.store(grad_rows + columns, g.to(grad.dtype.element_ty), mask=in_row)
         else:
+            grad_middle = grad_rows
+            if FORM.edges:
+                g_edge = _gradient(_exp(x_edge - shift), eps_share, edge, None, scale, row_weight, classes, SPREAD)
+                tl.store(grad_rows + edge, g_edge.to(grad.dtype.element_ty), mask=in_edge)
+                grad_middle = grad + first
             blocks = tl.cdiv(C, FORM.block_c)
             for block in range(blocks):
                 start = (blocks - 1 - block) * FORM.block_c
                 c = start + columns
-                in_row = c < C
-                x = tl.load(rows + c, mask=in_row, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
-                q, _ = _label(labels, start, columns, C, one_minus_eps, eps_share, FORM.dense)
-                g = _gradient(_exp(x - shift), q, c, scale, row_weight, classes, SPREAD)
-                tl.store(grad + c, g.to(grad.dtype.element_ty), mask=in_row, eviction_policy="evict_first")
+                in_row = c < end
+                x = tl.load(middle + c, mask=in_row, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+                q, _ = _label(labels, start, columns, end, one_minus_eps, eps_share, FORM.dense)
+                g = _gradient(_exp(x - shift), q, begin + c, begin + start, scale, row_weight, classes, SPREAD)
+                tl.store(grad_middle + c, g.to(grad.dtype.element_ty), mask=in_row, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["N", "ignored"])
@@ -432,13 +474,18 @@ def _run(
     with nullcontext() if grad is None else launch.rounded(grad) as result:
         strides = (input.stride(0), stride_target, 0 if result is None else result.stride(0))
         vector = configs.vector_size(itemsize, num_classes, *strides)
-        config = configs.cross_entropy_config(num_classes, itemsize, vector, dense)
+        # Long rows that are not whole vectors have edges, if the gradient's rows begin as those of the logits do.
+        edges = 0 if dense or (result is not None and strides[0] != strides[2]) else 16 // itemsize
+        config = configs.cross_entropy_config(num_classes, itemsize, edges or vector, dense, edges > vector)
+        if vector == edges or config.holds(num_classes):
+            edges, config = 0, configs.cross_entropy_config(num_classes, itemsize, vector, dense)
         sides = loss is not None and loss.dim() == 2
         smooth = label_smoothing > 0
         whole = config.holds(num_classes)
+        vector, tile = 1 if edges else vector, config.tile(num_classes)
         form = Form(
-            vector, *config.tile(num_classes), whole, dense, smooth, sides, written, weights, factors, lse_grads
-        )
+            vector, edges, *tile, whole, dense, smooth, sides, written, weights, factors, lse_grads
+        )  # fmt: skip
         sizes = _in_vectors(input, vector, strides)
         arguments = (input, *targets, float(label_smoothing), *sizes, loss, lse, result)
         _launch(cross_entropy_forward_kernel, config, input, arguments, FORM=form)
