@@ -27,14 +27,14 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 Arguments = dict[str, Any]
 Results = dict[str, Tensor]  # "value", and "<argument> grad" for each differentiated argument
 
-# A few numbers may cancel, and then their relative error is large. So arguments are drawn until this many numbers or
+# A few numbers may cancel, which makes their relative error large. So arguments are drawn until this many numbers or
 # samples are compared.
 _ENOUGH, _MOST_DRAWS = 64, 16
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of a call's arguments, by the letters of their dimensions, and its options."""
+    """The sizes of a call's arguments, by the letters of their dimensions, and its options."""
 
     sizes: tuple[int, ...]
     dims: str = ""
@@ -48,7 +48,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Draw:
-    """Arguments of one call, the upstream gradient of its value, and the definition's results."""
+    """The arguments of one call, the upstream gradient of its value, and the definition's results."""
 
     operator: "Operator"
     arguments: Arguments
@@ -73,22 +73,22 @@ class Operator:
     Attributes:
         function: the operator.
         formula: its definition, which takes the same arguments and is differentiated by autograd.
-        draw: arguments on the CPU for a case's sizes and options, drawn by a generator. Those in float64 get the dtype
-            under test, except those in ``on_cpu``.
+        draw: draws arguments on the CPU for a case's sizes and options, with a generator. Those in float64 are cast to
+            the dtype under test, except those in ``on_cpu``.
         differentiated: the arguments that have gradients; none if the operator has no derivative.
-        main: a small case of each way through the code, with at least 2 samples. The first has no options.
+        main: a small case of each code path, with at least 2 samples. The first has no options.
         variants: every option, at small sizes.
         degrees: every degree of every family of activations, at small sizes.
         wide: sizes beyond a kernel's block, dimension by dimension.
         large: enough work for several threads, and memory for many allocations.
-        empty: sizes of which one is 0.
-        quick, full, interpreted: what ``mixfeat check`` runs: small, larger, and in Triton's interpreter, in which
-            every operation takes long.
+        empty: sizes with one size 0.
+        quick, full, interpreted: cases of ``mixfeat check``: small ones, larger ones, and those for Triton's
+            interpreter, in which every operation is slow.
         on_cpu: arguments that stay on the CPU.
         accumulates: whether the value of half-precision arguments is float32.
         autocasts: whether autocast casts the differentiated arguments.
-        composed: whether the Triton backend calls other operators of the table for it, whose tests are not repeated.
-        linear: whether the value is linear in them, and so has no second derivative.
+        composed: whether the Triton backend calls other operators of the table, whose tests are not repeated.
+        linear: whether the value is linear in the differentiated arguments, and so has no second derivative.
         budgets: largest relative error by dtype. Half precision may have twice the error of plain PyTorch.
     """
 
@@ -117,14 +117,14 @@ class Operator:
         return self.name
 
     def problem(self, shape: tuple[int, int, int, int, int]) -> tuple[Case, ...]:
-        """Make cases of a user's problem (N,P,D,C,M); none where the operator takes images."""
+        """Make cases of a user's problem (N,P,D,C,M); none if the operator takes images."""
         n, p, d, c, _ = shape
         sizes = {"NPDCM": shape, "N": (n, p, d), "NC": (n, c)}.get(self.main[0].dims)
         return tuple(replace(case, sizes=sizes) for case in self.main) if sizes else ()
 
     @property
     def activates(self) -> bool:
-        """Tell whether the operator has an activation."""
+        """Return whether the operator has an activation."""
         return self.main[0].dims == "NPDCM"
 
     def of_activation(self, cases: tuple[Case, ...], activation: Activation) -> tuple[Case, ...]:
@@ -157,9 +157,9 @@ class Operator:
         generator: torch.Generator,
         lay_out: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> Iterator[Draw]:
-        """Draw arguments and upstream gradients until their numbers are enough for a meaningful error.
+        """Draw arguments and upstream gradients until there are enough numbers for a meaningful error.
 
-        ``lay_out`` places each argument in memory. It may change the numbers, except those of ``on_cpu``.
+        ``lay_out`` places each argument in memory, except those of ``on_cpu``. It may change the numbers.
         """
         for count in itertools.count(1):
             arguments = self.arguments(case, dtype, device, generator)
@@ -193,7 +193,7 @@ class Operator:
         return {"value": value.detach()} | {f"{name} grad": grad for name, grad in zip(leaves, grads, strict=True)}
 
     def result_dtype(self, output: str, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype of a result of arguments of this dtype."""
+        """Return the dtype of a result for arguments of this dtype."""
         return torch.promote_types(dtype, torch.float32) if output == "value" and self.accumulates else dtype
 
     def budget(self, dtype: torch.dtype, plain_error: float) -> float:
@@ -202,7 +202,7 @@ class Operator:
 
 
 def relative_error(results: list[Tensor], truths: list[Tensor]) -> float:
-    """Return the error in the 2-norm; infinite where a number is finite in one and not in the other."""
+    """Return the relative error in the 2-norm, infinite if a number is finite in only one of them."""
     square = scale = 0.0
     for result, truth in zip(results, truths, strict=True):
         if result.shape != truth.shape or not torch.equal(result.isnan(), truth.isnan()):
@@ -214,7 +214,7 @@ def relative_error(results: list[Tensor], truths: list[Tensor]) -> float:
 
 
 def same_bits(a: Results, b: Results) -> bool:
-    """Return whether two results are equal in every bit, or not a number in the same places."""
+    """Return whether two results are equal bit for bit, with NaN in the same places."""
     return a.keys() == b.keys() and all(
         torch.equal(a[key].isnan(), b[key].isnan()) and torch.equal(a[key].nan_to_num(), b[key].nan_to_num())
         for key in a
@@ -223,7 +223,7 @@ def same_bits(a: Results, b: Results) -> bool:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Use PyTorch's deterministic algorithms: results repeat on a GPU too, and new memory starts as NaN."""
+    """Use PyTorch's deterministic algorithms, so that GPU results repeat and new memory starts as NaN."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -241,7 +241,7 @@ def _normal(generator: torch.Generator, *size: int) -> Tensor:
 
 
 def _draw_lam(generator: torch.Generator, sizes: tuple[int, ...], kind: str) -> float | Tensor:
-    """Draw weights of samples, or of patches, of ``sizes`` (N,P,...)."""
+    """Draw weights for samples or patches of ``sizes`` (N,P,...)."""
     if kind == "number":
         return 0.3
     dims = {"one for all": 0, "per sample": 1, "per patch": 2}[kind]
@@ -283,7 +283,7 @@ def _draw_network(
     generator: torch.Generator, sizes: tuple[int, ...], activation: Activation = _POLY, runs: str = "",
     readout: bool = False,
 ) -> Arguments:  # fmt: skip
-    """Draw pre-activations of the order of the threshold. ``runs`` names the arguments that have R = 3."""
+    """Draw a network whose pre-activations are near the threshold; ``runs`` names the arguments that have R = 3."""
     samples, patches, dim, classes, filters = sizes
     input = _normal(generator, *[3] * ("input" in runs), samples, patches, dim)
     weight = _normal(generator, *[3] * ("weight" in runs), classes, filters, dim)
@@ -307,7 +307,7 @@ def _draw_pairwise(
     partners: int = 0, label_lam: float | None = None, label_smoothing: float = 0.0, pairs: str = "all",
     **options: Any,
 ) -> Arguments:  # fmt: skip
-    """``lam`` is a number, ``nodes`` a quadrature's number of nodes or "any"; without them lam is left out."""
+    """Draw with ``lam`` a number, or ``nodes`` a number of quadrature nodes or "any"; without them lam is omitted."""
     drawn = _draw_network(generator, sizes, runs=runs, **options)
     given = {"label_lam": (label_lam, None), "label_smoothing": (label_smoothing, 0.0), "pairs": (pairs, "all")}
     drawn |= {name: value for name, (value, default) in given.items() if value != default}
@@ -325,7 +325,7 @@ def _draw_pairwise(
     return drawn
 
 
-#: Mixed inputs and pre-activations that the reference of the all-pairs loss may have in memory at a time.
+#: The number of mixed inputs and pre-activations that the reference of the all-pairs loss may hold in memory.
 _MOST_IN_PAIRS = 2**24
 
 
@@ -333,7 +333,7 @@ def _draw_gradient_descent(
     generator: torch.Generator, *sizes: int, erm: bool = False, steps: int = 3, schedule: bool = False,
     momentum: float = 0.0, weight_decay: float = 0.0, **options: Any,
 ) -> Arguments:  # fmt: skip
-    """``erm`` descends on the mean cross-entropy; ``schedule`` draws a step size for each step."""
+    """Draw with ``erm`` for the mean cross-entropy, or ``schedule`` for a step size of each step."""
     drawn = _draw_pairwise(generator, *sizes, **options)
     lr = torch.rand(steps, generator=generator, dtype=torch.float32) / 10 if schedule else 0.05
     drawn |= {"lr": lr, "steps": steps, "momentum": momentum, "weight_decay": weight_decay}
@@ -348,7 +348,7 @@ def _gradient_descent_formula(lam: float | Tensor | None = 0.5, lam_weight: Tens
 
 
 def _pairwise_formula(lam: float | Tensor = 0.5, lam_weight: Tensor | None = None, **arguments: Any) -> Tensor:
-    """Call the reference, which takes nodes as numbers, of many samples for some rows of pairs at a time."""
+    """Call the reference, which takes nodes as numbers, with many samples in strips of rows."""
     nodes = lam.tolist() if isinstance(lam, Tensor) else lam
     weights = None if lam_weight is None else lam_weight.tolist()
     loss = functools.partial(reference.pairwise_mixup_loss, lam=nodes, lam_weight=weights)

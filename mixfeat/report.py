@@ -1,7 +1,7 @@
-"""What the compilers make of the kernels that ship: registers, spills, matrix instructions. Needs no GPU.
+"""Compiler statistics of the kernels that ship: registers, spills, matrix instructions. No GPU is needed.
 
-Each :class:`Case` calls an operator on meta tensors and records what it would launch: so exactly the kernels that run
-are compiled, for any target.
+Each :class:`Case` calls an operator on meta tensors and records the launches it would make, so exactly the kernels that
+run are compiled, for any target.
 """
 
 import os
@@ -40,7 +40,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A call of an operator, by all that decides which kernel serves it: a subclass for each operator."""
+    """A call of an operator, with everything that selects its kernel; each operator has a subclass."""
 
     kernel: ClassVar[str]
     direction: str
@@ -52,7 +52,7 @@ class Case:
         return f"{self.kernel}-{self.direction}-{_name(self.dtype)}{precision}-{self.sizes()}"
 
     def sizes(self) -> str:
-        """Return what tells it from other cases, in brief."""
+        """Return a short text that distinguishes this case from others."""
         raise NotImplementedError
 
     def call(self) -> None:
@@ -60,15 +60,15 @@ class Case:
         raise NotImplementedError
 
     def place(self) -> int:
-        """Which of the kernels that it launches is meant."""
+        """Return the index of the case's kernel among its launches."""
         return -1
 
     def launch(self, launches: list[Any]) -> Any:
-        """Return the launch that is meant."""
+        """Return the launch of the case's kernel."""
         return launches[self.place()]
 
     def record(self, backend: str) -> AbstractContextManager[list[Any]]:
-        """List the launches that follow, as on GPUs of this backend, instead of making them."""
+        """Record the launches that follow, as on GPUs of this backend, instead of making them."""
         from mixfeat.kernels.triton import launch
 
         return launch.record(backend)
@@ -79,8 +79,10 @@ _PATCHES, _CLASSES = 12, 10
 
 @dataclass(frozen=True)
 class PatchConvCase(Case):
-    """Direction "forward", "backward_input" or "backward_weight"; "kept_input" or "kept_weight", the same of slopes
-    that forward kept; "mix", the kernel that mixes first, or "sum", that adds up partial sums.
+    """A call of patch_conv.
+
+    Directions are "forward", "backward_input" and "backward_weight"; "kept_input" and "kept_weight", which read slopes
+    that forward saved; "mix", the kernel that mixes first; and "sum", which adds up partial sums.
     """
 
     kernel = "patch_conv"
@@ -88,7 +90,7 @@ class PatchConvCase(Case):
     activation: Activation
     mix: bool = False
     filters: int = 10
-    samples: int = 4096  # where they are few, a tile has several patches of each
+    samples: int = 4096  # with few samples a tile has several patches of each
 
     def sizes(self) -> str:
         mix = "-mix" if self.mix else ""
@@ -122,7 +124,7 @@ class PatchConvCase(Case):
 
 @dataclass(frozen=True)
 class PairwiseCase(Case):
-    """Direction "pack", "logits", "softmax", "gradient" or "readout": the kernels that a call launches, by name."""
+    """A call of pairwise_mixup_loss; directions are its kernels: "pack", "logits", "softmax", "gradient", "readout"."""
 
     kernel = "pairwise_mixup_loss"
     activation: Activation
@@ -158,8 +160,9 @@ class PairwiseCase(Case):
 
 @dataclass(frozen=True)
 class MixupCase(Case):
-    """Direction "forward", "backward", or "inverse", which comes before the latter, of samples of ``width`` elements;
-    ``source`` is the input's dtype.
+    """A call of mixup on samples of ``width`` elements; ``source`` is the input's dtype.
+
+    Directions are "forward", "backward", and "inverse", which runs before "backward".
     """
 
     kernel = "mixup"
@@ -182,9 +185,10 @@ class MixupCase(Case):
 
 @dataclass(frozen=True)
 class CrossEntropyCase(Case):
-    """Direction "classes" or "dense", by its targets, with or without smoothing; or what comes before or after:
-    "count" or "mean", for a mean, "scale", the gradient's scaling, "written" and "backward", the gradient where forward
-    has left it and that of loss and logsumexp.
+    """A call of a cross-entropy.
+
+    Directions are the targets, "classes" or "dense"; "count" and "mean", for a mean; "scale", which scales the
+    gradient; "written", which rewrites the gradient that forward left; and "backward", from loss and logsumexp.
     """
 
     kernel = "cross_entropy"
@@ -228,7 +232,7 @@ class CrossEntropyCase(Case):
 
 @dataclass(frozen=True)
 class CutmixCase(Case):
-    """Direction "forward" or "backward", of square images with three channels."""
+    """A call of cutmix, direction "forward" or "backward", on square images with three channels."""
 
     kernel = "cutmix"
     side: int
@@ -248,7 +252,7 @@ class CutmixCase(Case):
 
 @dataclass(frozen=True)
 class BinaryCrossEntropyCase(Case):
-    """Direction "forward", of the loss and its gradient; with weights of classes and a threshold, or without."""
+    """A call of mixup_binary_cross_entropy, "forward"; ``options`` adds class weights and a threshold."""
 
     kernel = "binary_cross_entropy"
     classes: int
@@ -270,8 +274,9 @@ class BinaryCrossEntropyCase(Case):
 
 @dataclass(frozen=True)
 class GradientDescentCase(Case):
-    """Direction "midpoint", "nodes" or "erm", by the objective. The CUDA C++ kernel is laid out and compiled for one
-    problem on GPUs of one compute capability.
+    """A call of gradient_descent, direction "midpoint", "nodes" or "erm", by the objective.
+
+    The CUDA C++ kernel is compiled for one problem on GPUs of one compute capability.
     """
 
     kernel = "gradient_descent"
@@ -303,9 +308,10 @@ class GradientDescentCase(Case):
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """A compiled kernel. For AMD, registers are vector registers, stack and local accesses are scratch memory.
+    """A compiled kernel.
 
-    ``vector_accesses`` counts the loads and stores of 16 bytes of global memory.
+    For AMD, registers are vector registers; stack and local accesses are scratch memory. ``vector_accesses`` counts the
+    16-byte loads and stores of global memory.
     """
 
     kernel: str
@@ -323,10 +329,10 @@ class CompiledKernel:
     assembly: str = field(repr=False)
 
     def evaluation_loops(self) -> list[tuple[int, int]]:
-        """Instructions and evaluations of PolyReLU in one iteration of each innermost loop that evaluates it (NVIDIA).
+        """Count instructions and evaluations of PolyReLU in each innermost loop that evaluates it (NVIDIA).
 
-        In gradient descent: the logits' loop and the gradient's. Every evaluation clamps the sum of two pre-activations
-        in one instruction, an addition, or in the gradient of the all-pairs loss a scaling and an addition.
+        Gradient descent has two such loops, for the logits and the gradient. Every evaluation clamps the sum of two
+        pre-activations in one instruction: an addition, or in the gradient of the all-pairs loss a multiply-add.
         """
         return [(len(loop), loop.count("FADD.SAT") or loop.count("FFMA.SAT")) for loop in self._evaluation_loops()]
 
@@ -335,23 +341,23 @@ class CompiledKernel:
         return [loop for loop in loops if "FADD.SAT" in loop] or [loop for loop in loops if "FFMA.SAT" in loop]
 
     def occupancy(self) -> float | None:
-        """Return what share of a multiprocessor's 64 or 48 warps its registers and shared memory can hold (NVIDIA)."""
+        """Return the share of a multiprocessor's 64 or 48 warps that registers and shared memory allow (NVIDIA)."""
         shared = _SHARED_BYTES.get(self.target)
         if shared is None:
             return None
         warps, most = self.config["num_warps"], _WARPS.get(self.target, 64)
-        # Each of the 4 schedulers has 16384 registers, and gives them to a warp in units of 256: 8 a thread.
+        # Each of the 4 schedulers has 16384 registers, and allocates them to warps in units of 256: 8 a thread.
         warps_per_scheduler = 16384 // (32 * (self.registers + 7 & ~7))
         programs = [most // warps, 4 * warps_per_scheduler // warps]
         if self.shared_bytes:
-            programs.append(shared // (self.shared_bytes + 1024))  # the system takes 1 KiB per program
+            programs.append(shared // (self.shared_bytes + 1024))  # CUDA reserves 1 KiB per program
         return min(programs) * warps / most
 
     def row(self) -> dict[str, Any]:
-        """Everything but the assembly, for a table or JSON.
+        """Return everything but the assembly, for a table or JSON.
 
-        Of the main loop, the first that evaluates the activation for pairs, also its instructions, and what
-        share of them is arithmetic: as a loop's instructions issue one per cycle, the share of peak that it can reach.
+        The row includes the main loop, the first that evaluates the activation for pairs: its instructions and the
+        share of them that is arithmetic. One instruction issues per cycle, so this share bounds the fraction of peak.
         """
         row = {name: value for name, value in asdict(self).items() if name != "assembly"}
         row |= dict.fromkeys(_LOOP_COLUMNS)
@@ -367,7 +373,7 @@ class CompiledKernel:
 
 
 _LOOP_COLUMNS = ("loop_instructions", "evaluations_per_iteration", "instructions_per_evaluation", "fraction_of_peak")
-# of a multiprocessor; in sm_120 it holds 48 warps, in the others 64
+# shared memory and warps of a multiprocessor; 64 warps unless named
 _SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10, "sm_120": 100 << 10}
 _WARPS = {"sm_120": 48}
 
@@ -383,7 +389,7 @@ KERNELS = tuple(
 
 
 def shipped(target: str) -> list[Case]:
-    """Cases that cover every configuration that ships for a target, and every way in which a kernel is specialised.
+    """List cases that cover every configuration that ships for a target, and every specialisation of a kernel.
 
     Without NVRTC the CUDA C++ kernels are left out.
     """
@@ -398,7 +404,7 @@ def shipped(target: str) -> list[Case]:
         cases += [PatchConvCase(direction, dtype, 256, default) for dtype in (half, single)]
         if TARGETS[target][0] == "cuda":
             cases += [PatchConvCase(direction, single, 256, default, matmul_precision="high")]
-    # Three filters per class make the narrow tiles of forward the better ones.
+    # With three filters per class forward takes its narrow tiles.
     for direction, filters in (("forward", 10), ("forward", 3), ("backward_input", 10), ("backward_weight", 10)):
         case = partial(PatchConvCase, direction, filters=filters)
         cases += [case(half, dim, default) for dim in (32, 64, 128, 256)]
@@ -406,7 +412,7 @@ def shipped(target: str) -> list[Case]:
         cases += [case(single, dim, default) for dim in (32, 64, 128)]
         cases += [case(single, 32, default, mix=True), case(half, 64, ReLU())]
         cases += [case(half, 64, default, samples=samples) for samples in (1, 9)]
-        if TARGETS[target][0] == "cuda":  # AMD's matrix units take float32 as it is
+        if TARGETS[target][0] == "cuda":  # AMD's matrix units take float32 directly
             cases += [case(single, dim, default, matmul_precision="high") for dim in (32, 64, 128)]
             cases += [case(single, 32, default, mix=True, matmul_precision="high")]
     cases += [PatchConvCase("backward_input", half, 64, default, filters=filters) for filters in (1, 3)]
@@ -426,7 +432,7 @@ def shipped(target: str) -> list[Case]:
         for direction in ("logits", "gradient")
         for activation in (PolyReLU(15, 0.5, False), Power(16), ReLU())
     ]
-    # rows that are aligned, that are not, and shorter ones than a tile
+    # aligned rows, unaligned rows, and rows shorter than a tile
     for dtype in (single, half):
         cases += [MixupCase("forward", dtype, width, dtype) for width in (150528, 147, 10)]
         cases += [MixupCase("backward", dtype, width, dtype) for width in (150528, 10)]
@@ -452,7 +458,7 @@ def shipped(target: str) -> list[Case]:
     cases += [CrossEntropyCase(direction, single, 1000) for direction in ("count", "mean")]
     backend, capability, _ = TARGETS[target]
     if backend == "cuda" and cuda.unavailable() is None:
-        patches = 5 if target == "sm_120" else 12  # of the shared memory that there is
+        patches = 5 if target == "sm_120" else 12  # limited by shared memory
         descent = partial(GradientDescentCase, dtype=single, capability=int(capability))
         cases += [descent("midpoint", num_patches=patches)]
         cases += [descent(objective, num_patches=min(patches, 8)) for objective in ("nodes", "erm")]
@@ -460,7 +466,7 @@ def shipped(target: str) -> list[Case]:
 
 
 def compile_case(case: Case, target: str) -> CompiledKernel:
-    """Compile one case for one target, in a process in which Triton does not interpret its kernels."""
+    """Compile one case for one target, in a process where Triton does not interpret its kernels."""
     launch = recorded_launch(case, TARGETS[target][0])
     return compile_launch(launch, target, case.kernel, case.direction, _name(case.dtype))
 
@@ -506,14 +512,14 @@ def _compile_cuda(launch: Any, target: str) -> tuple[dict[str, Any], dict[str, A
 
 
 def compile_pool(jobs: int | None = None) -> ProcessPoolExecutor:
-    """Start processes to run :func:`compile_case` in; they compile whatever TRITON_INTERPRET is here."""
+    """Start processes for :func:`compile_case`; they ignore this process's TRITON_INTERPRET."""
     return ProcessPoolExecutor(jobs or os.cpu_count(), get_context("spawn"), initializer=_no_interpreter)
 
 
 def compile_report(
     targets: Iterable[str] = TARGETS, kernels: Iterable[str] = KERNELS, jobs: int | None = None
 ) -> Iterator[tuple[Case, CompiledKernel]]:
-    """Compile what ships of these kernels for each target, ``jobs`` at a time (default: one per core)."""
+    """Compile the shipped cases of these kernels for each target, ``jobs`` at a time (default: one per core)."""
     cases = [(case, target) for target in targets for case in shipped(target) if case.kernel in kernels]
     with compile_pool(jobs) as pool:
         futures = [(case, pool.submit(compile_case, case, target)) for case, target in cases]
@@ -526,7 +532,7 @@ def _no_interpreter() -> None:
 
 
 def recorded_launch(case: Case, backend: str = "cuda") -> Any:
-    """Return the launch that a case means, on GPUs of this backend."""
+    """Return the launch of a case's kernel on GPUs of this backend."""
     matmul = torch.backends.cuda.matmul
     previous = matmul.fp32_precision
     matmul.fp32_precision = "ieee" if case.matmul_precision == "highest" else "tf32"
@@ -553,7 +559,7 @@ _DTYPES = {
 
 
 def _type(value: Any) -> str:
-    """Triton's name for the type of a kernel's argument."""
+    """Return Triton's name for the type of a kernel's argument."""
     if isinstance(value, torch.Tensor):
         return "*" + _DTYPES[value.dtype]
     return "constexpr" if value is None else "fp32" if isinstance(value, float) else "i32"
@@ -622,7 +628,7 @@ def _innermost_loops(sass: str) -> list[list[str]]:
         elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
             opcodes.append(instruction[1])
             target = re.search(r"\.L_x_\d+", instruction[2])
-            if instruction[1].startswith("BRA") and target and target[0] in labels:  # backwards: its label came before
+            if instruction[1].startswith("BRA") and target and target[0] in labels:  # backward: its label came before
                 loops.append((labels[target[0]], len(opcodes)))
     inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     return [opcodes[begin:end] for begin, end in inner]

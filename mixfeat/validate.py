@@ -1,7 +1,7 @@
-"""``mixfeat check``: every operator on every backend that runs here, against the reference in float64.
+"""``mixfeat check``: compare every operator on every backend that runs here with the reference in float64.
 
-An error is ||result - truth|| / ||truth||, of values and of gradients. float32 and float64 have fixed budgets; half
-precision has twice what plain PyTorch errs in that dtype on the same inputs, formed by the reference.
+The error of values and gradients is ||result - truth|| / ||truth||. float32 and float64 have fixed budgets. The budget
+of half precision is twice the error of the reference in that dtype on the same inputs.
 """
 
 import itertools
@@ -23,11 +23,11 @@ __all__ = ["DTYPES", "OPERATORS", "Outcome", "check", "checks"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """One operator on one backend in one dtype: the worst of all shapes.
+    """The result of :func:`check`.
 
     Attributes:
-        worst: for each output (value and gradients), error, plain PyTorch's error, budget and shape of the case whose
-            error is the largest share of its budget.
+        worst: for each output (value and gradients), the case whose error is the largest share of its budget: error,
+            plain PyTorch's error, budget and shape.
         repeats: whether a second call gave the same bits.
         failures: one line for each failure.
     """
@@ -77,14 +77,14 @@ def check(
         operator: a key of ``OPERATORS``.
         backend: "cpu", "triton" (on the GPU, else in the interpreter) or "reference" (on the GPU if there is one).
         dtype: a key of ``DTYPES``.
-        seed: of the inputs.
-        quick: without the larger shapes.
+        seed: seed of the inputs.
+        quick: skip the larger shapes.
         shape: a problem (N,P,D,C,M) that replaces the default shapes: see :meth:`Operator.problem`.
-        activation: replaces the default activations.
-        seconds: repeat with new inputs for so long.
+        activation: an activation that replaces the default ones.
+        seconds: time to repeat with new inputs, 0 for one pass.
 
     Raises:
-        ValueError: the backend is not available here.
+        ValueError: a backend that is unavailable here.
     """
     entry, data_type = OPERATORS[operator], DTYPES[dtype]
     gpu = torch.cuda.is_available() and backend != "cpu"
@@ -105,7 +105,7 @@ def check(
             count += 1
             try:
                 found, again = _errors(entry, case, data_type, "cuda" if gpu else "cpu", generator)
-            except Exception as trouble:  # a kernel that does not even run is a failure like any other
+            except Exception as trouble:  # a kernel that raises is a failure too
                 reason = (str(trouble).strip() or "no message").splitlines()[0]
                 failures.append(f"{case}: {type(trouble).__name__}: {reason}")
                 continue
@@ -128,7 +128,7 @@ def check(
 def _errors(
     entry: Operator, case: Case, dtype: torch.dtype, device: str, generator: torch.Generator
 ) -> tuple[dict[str, tuple[float, float]], bool]:
-    """By output ours, the worse of contiguous and strided inputs, and plain PyTorch's; and whether ours repeats."""
+    """Return each output's error (the worse of contiguous and strided inputs), plain PyTorch's, and if ours repeats."""
     draws = list(entry.draws(case, dtype, device, generator))
     ours, strided, again = (
         [
@@ -151,5 +151,5 @@ def _unchanged(value: Any) -> Any:
 
 
 def _strided(value: Any) -> Any:
-    """Copy the numbers to memory with gaps between them."""
+    """Return a strided copy, with gaps between the elements."""
     return torch.stack([value, value], -1)[..., 0] if isinstance(value, Tensor) else value

@@ -1,8 +1,8 @@
 """Benign and harmful overfitting: the test error of networks that fit their training samples, over samples and signal.
 
 Cao, Chen, Belkin, Gu: "Benign Overfitting in Two-layer Convolutional Neural Networks", NeurIPS 2022 (arXiv 2202.06526).
-Gradient descent on the logistic loss of :func:`mixfeat.data.signal_noise`; with n samples of signal-to-noise ratio
-SNR = |mu| / (sigma_p sqrt(d)) the theorems tell two phases apart by n SNR^q. A run is a point of the grid and a seed.
+Networks descend on the logistic loss of :func:`mixfeat.data.signal_noise`. With n samples of signal-to-noise ratio
+SNR = |mu| / (sigma_p sqrt(d)) the theorems separate two phases by n SNR^q. A run is a point of the grid and a seed.
 """
 
 import itertools
@@ -32,7 +32,7 @@ class Settings(BaseSettings):
     """Everything that determines the numbers of the experiment; ``"auto"`` is resolved on creation.
 
     Raises:
-        TypeError, ValueError: naming the setting, what it got and what it needs.
+        TypeError, ValueError: an invalid setting; the message names it, the value and the requirement.
     """
 
     num_samples: tuple[int, ...] = _setting((10, 14, 20, 28, 40, 56, 80), "training samples (n), at least one number")
@@ -58,7 +58,7 @@ class Settings(BaseSettings):
             }
         )  # fmt: skip
         self._check_positive("noise_std", "init_std", "lr")
-        mf.PowerReLU(self.degree)  # refuses one that is too high
+        mf.PowerReLU(self.degree)  # refuses a degree that is too high
         self._set("num_samples", _values("num_samples", self.num_samples, lambda n, v: _checks.integer(n, v, 2)))
         self._set("signal", _values("signal", self.signal, _checks.positive))
         self._check_device()
@@ -78,7 +78,7 @@ def _values(name: str, values: Any, check: Any) -> tuple[Any, ...]:
 
 
 def grid_identity(settings: Settings) -> dict[str, Any]:
-    """Return what all records depend on, without the values of the grid and the seeds, which may grow."""
+    """Return the settings that all records depend on, without the grid's values and the seeds, which may grow."""
     return {name: v for name, v in identity(settings).items() if name not in ("num_samples", "signal", "seed", "seeds")}
 
 
@@ -86,8 +86,8 @@ def grid_identity(settings: Settings) -> dict[str, Any]:
 class Run:
     """One point of the grid and a seed, a task of :mod:`mixfeat.experiments.engine`.
 
-    The state of its record holds ``weight`` (2,M,D), and once finished numbers (): ``test_error``, the share of wrong
-    test points; ``train_loss``; ``signal_learning`` max_{y,m} <w[y,m], y mu> and ``noise_memorization``
+    The state of its record holds ``weight`` (2,M,D). A finished record adds numbers (): ``test_error``, the share of
+    wrong test points; ``train_loss``; ``signal_learning`` max_{y,m} <w[y,m], y mu> and ``noise_memorization``
     max_{i,m} <w[y_i,m], xi_i>.
     """
 
@@ -98,12 +98,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Return the name of its record."""
+        """Return the name of the run's record."""
         return f"n-{self.num_samples}-signal-{self.signal!r}-seed-{self.seed}"
 
     @property
     def label(self) -> str:
-        """Return its name on the screen."""
+        """Return the run's name on the screen."""
         return f"n {self.num_samples}, signal {self.signal:g}, seed {self.seed}"
 
     @property
@@ -113,12 +113,12 @@ class Run:
 
     @property
     def group(self) -> Hashable:
-        """Return on a GPU the number of samples, for runs to share a launch; None on a CPU: a core for each network."""
+        """Return on a GPU the number of samples, which runs of a launch share, on a CPU None: a network has a core."""
         return self.num_samples if self.settings.device.startswith("cuda") else None
 
     @staticmethod
     def advance(runs: "Sequence[Run]", records: Sequence[Record | None], seconds: float) -> list[Record]:
-        """Train for some seconds, as :class:`mixfeat.experiments.engine.Run` says."""
+        """Train for about ``seconds``, as :class:`mixfeat.experiments.engine.Run` requires."""
         with _deterministic(runs[0].settings.device):
             return _advance(runs, records, seconds)
 
@@ -203,9 +203,9 @@ def summarise(settings: Settings, records: Mapping[str, Record]) -> list[dict[st
 
 
 def boundary(settings: Settings, cells: Sequence[Mapping[str, Any]]) -> dict[int, float | None]:
-    """Return for each n the signal at which the mean test error is 1/4, by linear interpolation; None if nowhere.
+    """Return for each n the signal at which the mean test error is 1/4, by linear interpolation; None if there is none.
 
-    The theorem expects n SNR^q to be the same at all of them.
+    The theorem predicts the same n SNR^q at all of them.
     """
     found: dict[int, float | None] = {}
     for n in settings.num_samples:

@@ -1,4 +1,4 @@
-"""Shared by the experiments: the methods, settings that determine every number, and randomness by key."""
+"""Parts that the experiments share: the methods, settings that determine every number, and randomness by key."""
 
 import hashlib
 import time
@@ -19,7 +19,7 @@ METHODS = {"erm": "ERM", "uniform": "Uniform Mixup", "midpoint": "Midpoint Mixup
 
 
 class DivergedError(Exception):
-    """Training left the finite numbers."""
+    """Training produced numbers that are not finite."""
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -54,13 +54,13 @@ class BaseSettings:
         if self.device == "auto":
             self._set("device", "cuda" if torch.cuda.is_available() else "cpu")
         try:
-            torch.zeros((), device=self.device).item()  # which a meta tensor does not have
+            torch.zeros((), device=self.device).item()  # raises on the meta device
         except (RuntimeError, AssertionError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device must be a torch device of this machine, got {self.device!r}: {reason}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON has them."""
+        """Return the settings in a form for JSON."""
         values: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -71,22 +71,22 @@ class BaseSettings:
 
 
 def identity(settings: BaseSettings) -> dict[str, Any]:
-    """Return all that records depend on, to the last bit: the settings and the software that computes.
+    """Return everything that records depend on, to the last bit: the settings and the software versions.
 
     Raises:
-        ValueError: the backend that was chosen does not serve the settings' device and dtype.
+        ValueError: a chosen backend that does not serve the settings' device and dtype.
     """
     backend = mf.backends.serving(torch.device(settings.device).type, getattr(torch, settings.dtype))
     return {**settings.to_dict(), "backend": backend, "mixfeat": mf.__version__, "torch": torch.__version__}
 
 
 def evaluation_steps(settings: Any) -> list[int]:
-    """Return the steps at which the curves have a point: 0, then evenly spaced up to the last."""
+    """Return the steps at which the curves have a point, evenly spaced from 0 to the last."""
     return [settings.steps * i // settings.evaluations for i in range(settings.evaluations + 1)]
 
 
 class Pace:
-    """Divides a chunk of training into calls: at least one step, and so many that it ends about when it should."""
+    """Divide a chunk of training into calls of at least one step, so that the chunk takes about the given time."""
 
     def __init__(self, seconds: float) -> None:
         self._started, self._seconds = time.monotonic(), seconds
@@ -99,7 +99,7 @@ class Pace:
     def descend(
         self, weight: Tensor, step: int, stop: int, train: Callable[[Tensor, int], Tensor]
     ) -> tuple[Tensor, int]:
-        """Go from ``step`` to ``stop``, or as far as time allows; ``train(weight, count)`` takes so many steps."""
+        """Train from ``step`` to ``stop``, or as far as time allows; ``train(weight, count)`` takes ``count`` steps."""
         while step < stop and not (self._begun and self.seconds() >= self._seconds):
             now, count = time.monotonic(), min(self._stride, stop - step)
             weight = train(weight, count)
@@ -112,8 +112,8 @@ class Pace:
 
 
 def _generator(*key: Any, device: str = "cpu") -> torch.Generator:
-    """Return a generator of its own for every key; the draws of one on the CPU are the same for every device."""
-    seed = int.from_bytes(_digest(key)[:4], "big")  # the CPU's uses 32 bits of a seed
+    """Return a generator seeded by the key; a CPU generator makes the draws independent of the device."""
+    seed = int.from_bytes(_digest(key)[:4], "big")  # a CPU generator uses 32 bits of its seed
     return torch.Generator(device).manual_seed(seed)
 
 
@@ -123,9 +123,9 @@ def _digest(value: Any) -> bytes:
 
 @contextmanager
 def _deterministic(device: str) -> Iterator[None]:
-    """Have a GPU repeat its results bit for bit, as the CPU does anyway."""
+    """Make a GPU repeat its results bit for bit, as the CPU always does."""
     if device == "cpu":
-        yield  # setting the same value again takes torch seconds
+        yield  # setting even the same value takes torch seconds
         return
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

@@ -1,7 +1,7 @@
 """Image data sets: scikit-learn's digits, MNIST-1D, and Fashion-MNIST and CIFAR from their original files in memory.
 
-A file is read once, held to the checksum of the official one, and parsed; nothing is written. Nothing in a pickle is
-run: only lists, dicts, numbers, texts and NumPy arrays can come out of it.
+A file is read once, compared with the official checksum, and parsed; nothing is written. Reading a pickle runs no code:
+it can only contain lists, dicts, numbers, strings and NumPy arrays.
 """
 
 import gzip
@@ -25,11 +25,11 @@ __all__ = ["DATASETS", "Dataset", "DatasetError", "Split", "load"]
 
 
 class DatasetError(Exception):
-    """A data set that cannot be had; the message is one line that names the file, the reason and what to do."""
+    """A data set that cannot be loaded; the message is one line that names the file, the reason and the remedy."""
 
 
 _Arrays = list[tuple[np.ndarray, np.ndarray]]  # images and classes of the training and of the test data
-_Parsed = Callable[[str, Callable[[bytes], Any]], Any]  # what a parser makes of a file's contents
+_Parsed = Callable[[str, Callable[[bytes], Any]], Any]  # reads a file and parses its contents
 
 
 class Split(NamedTuple):
@@ -40,32 +40,32 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """What is known of a data set before it is read."""
+    """The facts about a data set that are known before it is read."""
 
     num_classes: int
     shape: tuple[int, int, int]  # channels, height, width
-    mean: tuple[float, ...]  # of the channels, over values in [0, 1]; as the authors' code has them
+    mean: tuple[float, ...]  # per channel, for values in [0, 1], from the authors' code
     std: tuple[float, ...]
-    url: str  # of the folder that has the files
-    md5: Mapping[str, str]  # of each official file
+    url: str  # folder of the files
+    md5: Mapping[str, str]  # checksum of each official file
     read: Callable[[_Parsed], _Arrays]
 
 
 def load(name: str, folder: Path, *, md5: Mapping[str, str] | None = None) -> tuple[Split, Split]:
-    """Training and test data.
+    """Load training and test data.
 
-    ``digits`` has no test data of its own: every fifth image of each class is a test image.
+    ``digits`` has no test data: every fifth image of each class is a test image.
 
     Args:
         name: a key of ``DATASETS``.
-        folder: that holds the official files, as they are downloaded.
-        md5: checksums of other files of the same names and format, for those that are not the official ones.
+        folder: folder that holds the official files, as downloaded.
+        md5: checksums that replace the official ones, for other files of the same names and format.
 
     Returns:
         (train, test).
 
     Raises:
-        DatasetError: a package is missing, or a file is missing, unreadable, damaged or of another format.
+        DatasetError: a missing package, or a file that is missing, unreadable, damaged or of another format.
     """
     dataset = DATASETS[name]
     sums = {**dataset.md5, **(md5 or {})}
@@ -86,7 +86,7 @@ def load(name: str, folder: Path, *, md5: Mapping[str, str] | None = None) -> tu
 
 
 class _FormatError(Exception):
-    """What data have and should not have."""
+    """Data of a wrong format."""
 
 
 def _contents(path: Path, url: str, md5: str) -> bytes:
@@ -105,7 +105,7 @@ def _contents(path: Path, url: str, md5: str) -> bytes:
 
 
 def _split(dataset: Dataset, images: np.ndarray, target: np.ndarray) -> Split:
-    """From images (N, channels, H, W) in [0, 255] or, if floating, [0, 1]."""
+    """Check and normalise images (N, channels, H, W) in [0, 255] or, if floating, [0, 1]."""
     if len(images) != len(target):
         raise _FormatError(f"{len(images)} images but {len(target)} labels")
     if not len(images):
@@ -128,7 +128,7 @@ def _by(shape: tuple[int, ...]) -> str:
 def _digits(parsed: _Parsed) -> _Arrays:
     digits = _module("sklearn.datasets", "images").load_digits()
     images, target = digits.images[:, None] / 16, digits.target
-    place = np.zeros_like(target)  # of each image among those of its class
+    place = np.zeros_like(target)  # index of each image in its class
     for c in range(10):
         place[target == c] = np.arange((target == c).sum())
     test = place % 5 == 4
@@ -219,7 +219,7 @@ def _cifar(archive: bytes, names: list[str], labels: str) -> _Arrays:
 
 
 class _Unpickler(pickle.Unpickler):
-    """One that makes NumPy arrays and refuses every other class and function."""
+    """An unpickler that makes NumPy arrays and refuses every other class and function."""
 
     _ALLOWED = {  # noqa: RUF012
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],

@@ -2,7 +2,7 @@
 
 A :class:`Run` is a task: a pure function that takes a :class:`Record`, trains for some seconds and returns a later
 record. :func:`train` hands such chunks of work to all workers of a machine or of a Dask cluster. Only the process that
-calls it writes results, so a command that is stopped or killed loses at most the chunks in work. Neither the number of
+calls it writes results, so a command that is stopped or killed loses at most the current chunks. Neither the number of
 workers nor the length of the chunks changes any number.
 """
 
@@ -38,7 +38,7 @@ __all__ = [
     "cpu_count", "software_of", "stack", "train",
 ]  # fmt: skip
 
-CHUNK_SECONDS = 2.0  # of one chunk: about the most that a kill loses of each run in work
+CHUNK_SECONDS = 2.0  # about the most that a kill loses of each run
 _CONNECT_SECONDS, _FIRST_WORKER_SECONDS = 10, 60
 _LOST = "the cluster's scheduler was lost: pass --resume to continue"
 _VERSION = 3  # of the results folder; 2 was an SQLite database
@@ -61,9 +61,9 @@ class WorkerDiedError(Exception):
 
 
 class Record(NamedTuple):
-    """How far one run has come: a checkpoint, or if ``finished`` its result.
+    """The progress of one run: a checkpoint, or if ``finished`` its result.
 
-    A result without a state is that of a run that left the finite numbers before ``step``.
+    A result without a state belongs to a run that diverged before ``step``.
     """
 
     finished: bool
@@ -73,7 +73,7 @@ class Record(NamedTuple):
 
     @property
     def diverged(self) -> bool:
-        """Return whether the run left the finite numbers."""
+        """Return whether the run produced numbers that are not finite."""
         return self.finished and not self.state
 
 
@@ -86,25 +86,25 @@ class Run(Protocol):
 
     @property
     def name(self) -> str:
-        """Return the name of its record, which is part of a file's name."""
+        """Return the name of the run's record, which is part of a file name."""
 
     @property
     def label(self) -> str:
-        """Return its name on the screen."""
+        """Return the run's name on the screen."""
 
     @property
     def steps(self) -> int:
-        """Return the number of its steps."""
+        """Return the run's number of steps."""
 
     @property
     def group(self) -> Hashable:
-        """Equal for runs that are trained in one call; None for a run that is trained alone."""
+        """Return a key that is equal for runs trained in one call, None for a run that is trained alone."""
 
     @staticmethod
     def advance(runs: Sequence[Any], records: Sequence[Record | None], seconds: float) -> list[Record]:
-        """Train runs of one group for so many seconds, at least one step, and return their later records.
+        """Train runs of one group for about ``seconds``, at least one step, and return their new records.
 
-        The records are all at one step, or all None, which stands for the start. A run that diverges disturbs no other.
+        The records are all at the same step, or all None at the start. A run that diverges does not affect the others.
         """
 
 
@@ -112,12 +112,12 @@ def train(
     runs: Sequence[Run], results: "Results | None" = None, workers: "Workers | None" = None,
     report: Callable[[Run, Record | None, Record], Any] = lambda run, before, after: None,
 ) -> dict[str, Record]:  # fmt: skip
-    """Train all runs to their ends, and return their finished records by name, in the order of the runs.
+    """Train all runs to the end and return their finished records by name, in the order of the runs.
 
     Args:
-        runs: start in this order, so the longest had better come first. All have one device and dtype.
-        results: keeps the records; unfinished runs continue from there. By default no record is kept.
-        workers: compute; by default this process.
+        runs: the runs, in the order in which they start, best the longest first. All have the same device and dtype.
+        results: storage for the records, from which unfinished runs continue; by default records are not stored.
+        workers: workers that compute; by default this process.
         report: called after every chunk with each of its runs, the record before it (None at the start of a run) and
             the record after it.
 
@@ -164,7 +164,7 @@ def train(
                 report(run, records.get(run.name), record)
                 records[run.name] = record
             rest = tuple(run for run in batch if not _finished(run, records))
-            if rest:  # goes on before others begin, so that a stopped command leaves whole results
+            if rest:  # continue before starting others, so that a stopped command leaves finished runs
                 queue.appendleft(rest)
             deaths.pop(batch[0].name, None)
     return {run.name: records[run.name] for run in runs}
@@ -174,7 +174,7 @@ def stack(runs: Sequence[Any], records: Mapping[str, Record], curves: Sequence[s
     """Stack the finished records of R runs of one method: ``curves`` (E+1,R,...), all else (R,...); seconds are summed.
 
     Raises:
-        DivergedError: one of them has left the finite numbers.
+        DivergedError: one of the runs diverged.
     """
     found = [records[run.name] for run in runs]
     for run, record in zip(runs, found, strict=True):
@@ -194,7 +194,7 @@ def _finished(run: Run, records: dict[str, Record]) -> bool:
 
 
 def _batches(runs: Sequence[Run], records: dict[str, Record]) -> list[tuple[Run, ...]]:
-    """Put runs together that are trained in one call: those of one group that are at one step."""
+    """Batch runs that are trained in one call: those of the same group at the same step."""
     batches: dict[Hashable, list[Run]] = {}
     for run in runs:
         step = records[run.name].step if run.name in records else 0
@@ -206,10 +206,10 @@ def _batches(runs: Sequence[Run], records: dict[str, Record]) -> list[tuple[Run,
 
 
 class Workers(ABC):
-    """Compute chunks of work; a context manager, which ends the workers.
+    """Workers that compute chunks; a context manager that ends them.
 
     Attributes:
-        slots: chunks that are computed at a time.
+        slots: number of chunks that are computed at a time.
         death: the exception that a chunk's future raises if its worker dies.
         attempts: the number of deaths in a row that ends a run.
     """
@@ -226,7 +226,7 @@ class Workers(ABC):
         """Start a chunk."""
 
     def threads(self, tasks: int) -> int | None:
-        """Return the number of PyTorch's threads for a worker while there are so many tasks; None changes nothing."""
+        """Return the number of PyTorch threads of a worker for this number of tasks; None changes nothing."""
         return None
 
     @abstractmethod
@@ -243,11 +243,11 @@ class Workers(ABC):
 
 
 class Local(Workers):
-    """Use processes of this machine, which loky starts when they are first needed; with one slot use this process.
+    """Processes of this machine, which loky starts at first use; with one slot, this process.
 
     Args:
         slots: number of processes.
-        gpus: each process gets a GPU of its own as its current device.
+        gpus: give each process its own GPU as its current device.
     """
 
     death = BrokenProcessPool
@@ -280,7 +280,7 @@ class Local(Workers):
         return self._last[slot]
 
     def _executor(self, slot: int) -> Executor:
-        """Return an executor of one process, so that the death of a process names its task."""
+        """Return an executor of one process, so that a process that dies identifies its task."""
         from joblib.externals.loky import ProcessPoolExecutor
 
         return ProcessPoolExecutor(
@@ -301,27 +301,27 @@ def _start_worker(parent: int, gpu: int | None) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when its parent has ended, as a killed parent cannot do it."""
+    """End this process after its parent has ended, because a killed parent cannot end it."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 def cpu_count() -> int:
-    """Return the number of cores that this process may use, by its affinity and the limits of its container."""
+    """Return the number of cores that affinity and container limits let this process use."""
     import joblib
 
     return int(joblib.cpu_count())
 
 
 class Cluster(Workers):
-    """Use the workers of a Dask cluster, which may come and go.
+    """The workers of a Dask cluster, which may join and leave.
 
-    If a worker dies, Dask itself runs its chunk again on another one, as often as the scheduler's setting
-    ``allowed-failures`` says.
+    If a worker dies, Dask itself runs its chunk again on another worker, up to the scheduler's ``allowed-failures``
+    times.
 
     Args:
-        address: of the scheduler.
+        address: address of the scheduler.
         software: required of every worker, from :func:`software_of`.
 
     Raises:
@@ -331,8 +331,8 @@ class Cluster(Workers):
     def __init__(self, address: str, software: dict[str, str]) -> None:
         import distributed
 
-        self.death, self.attempts = distributed.KilledWorker, 1  # Dask has tried again already
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # our own error says it in one line
+        self.death, self.attempts = distributed.KilledWorker, 1  # Dask has already retried
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # our error is one line
         try:
             self._client = distributed.Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError, TypeError) as error:
@@ -362,11 +362,11 @@ class Cluster(Workers):
         return max(1, threads)
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        def call(content: bytes) -> Any:  # pickled by value, as it is a local function
+        def call(content: bytes) -> Any:  # a local function is pickled by value
             function, arguments = pickle.loads(content)
             return function(*arguments)
 
-        # The scheduler unpickles messages, and need not have mixfeat: so it gets bytes.
+        # The scheduler unpickles messages and may not have mixfeat, so it gets bytes.
         future: Future[Any] = self._executor.submit(call, pickle.dumps((function, arguments)))
         return future
 
@@ -382,7 +382,7 @@ def software_of(settings: BaseSettings) -> dict[str, str]:
 def _advance(
     software: dict[str, str], runs: Sequence[Run], records: Sequence[Record | None], seconds: float, threads: int | None
 ) -> list[Record]:
-    """Do one chunk of work; called in a worker."""
+    """Compute one chunk, in a worker."""
     refusal = _refusal(software)
     if refusal is not None:
         raise EngineError(f"a worker cannot be used: {refusal}")
@@ -393,7 +393,7 @@ def _advance(
 
 
 def _refusal(software: dict[str, str]) -> str | None:
-    """Return the reason why this process cannot work for one that has this software, or None."""
+    """Return why this process cannot work for a process with this software, or None."""
     for name, found in (("mixfeat", mf.__version__), ("torch", torch.__version__)):
         if found != software[name]:
             return f"it has {name} {found}, and this command has {software[name]}"
@@ -406,11 +406,11 @@ def _refusal(software: dict[str, str]) -> str | None:
 
 
 class Results:
-    """Keep the records of one experiment under one set of settings: a file for each run, in a folder of their own.
+    """A folder with the records of one experiment under one set of settings, one file for each run.
 
-    A file is replaced as a whole: a process that is killed at any moment leaves the record before or the record after.
-    Each file has a checksum over its settings, its name and its content. A folder that is damaged, or that belongs to
-    something else, is refused and left as it was. One process at a time may have the folder open.
+    Files are replaced atomically: a process that is killed at any moment leaves the old record or the new one. Each
+    file has a checksum over its settings, its name and its content. A folder that is damaged, or that belongs to
+    something else, is refused and not changed. One process at a time may open the folder.
 
     Args:
         folder: created if missing.
@@ -475,7 +475,7 @@ class Results:
         """Return the record of that name, or None.
 
         Raises:
-            ResultsError: the file cannot be read, or it is damaged.
+            ResultsError: a file that cannot be read or is damaged.
         """
         path = self._path(name)
         try:
@@ -492,10 +492,10 @@ class Results:
         return Record(**torch.load(io.BytesIO(content), weights_only=True))
 
     def save(self, name: str, record: Record) -> None:
-        """Replace the record of that name, atomically.
+        """Replace the record of that name atomically.
 
         Raises:
-            ResultsError: the file cannot be written.
+            ResultsError: a file that cannot be written.
         """
         buffer = io.BytesIO()
         torch.save(record._asdict(), buffer)

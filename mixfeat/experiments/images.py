@@ -1,11 +1,11 @@
-"""The paper's second experiment: image data made to have two features per class (arXiv 2210.13512, section 5).
+"""The paper's second experiment: images with two features per class (arXiv 2210.13512, section 5).
 
-ERM, Uniform Mixup (one lam ~ U[0, 1] per batch) and Midpoint Mixup (lam = 1/2) train by Adam on
-:class:`mixfeat.data.TwoFeatureImages`; a sample's partner is drawn from the whole training set, with a weight w of its
-own. After every epoch the test error is taken on test images with the second half zero, which is the paper's test, and
-with the first half zero: whether the second feature has been learned.
+ERM, Uniform Mixup (one lam ~ U[0, 1] per batch) and Midpoint Mixup (lam = 1/2) train with Adam on
+:class:`mixfeat.data.TwoFeatureImages`. A sample's partner is drawn from the whole training set, with its own weight w.
+After every epoch the test error is measured with the second half zero, which is the paper's test, and with the first
+half zero, which tests the second feature.
 
-A run is a method and a seed. Runs of one seed share the classes' pairing, the images paired and the initial weights.
+A run is a method and a seed. Runs of one seed share the pairing of classes and images and the initial weights.
 """
 
 import functools
@@ -37,8 +37,8 @@ class Settings(BaseSettings):
     """Everything that determines the numbers of the experiment; ``None`` and ``"auto"`` are resolved on creation.
 
     Raises:
-        TypeError, ValueError: naming the setting, what it got and what it needs. Among them a model ``resnet18`` where
-            torchvision cannot be imported.
+        TypeError, ValueError: an invalid setting, or model ``resnet18`` without torchvision; the message names the
+            setting, the value and the requirement.
     """
 
     dataset: str = _setting("digits", f"one of {', '.join(DATASETS)}")
@@ -84,7 +84,7 @@ class Settings(BaseSettings):
 
     @property
     def patch_shape(self) -> tuple[int, int]:
-        """Return a patch's height and width; data of one row have patches of one row."""
+        """Return the height and width of a patch; images of one row have patches of one row."""
         return 1 if DATASETS[self.dataset].shape[1] == 1 else self.patch_size, self.patch_size
 
 
@@ -94,15 +94,15 @@ _LEAST = {
 
 
 class Problem(NamedTuple):
-    """What the runs of one seed have in common."""
+    """The data that the runs of one seed share."""
 
     train: mf.data.TwoFeatureImages
     tests: tuple[mf.data.TwoFeatureImages, ...]  # of view 0 and of view 1
-    generator: torch.Generator  # has drawn the pairing; batches are drawn from it next, on the device
+    generator: torch.Generator  # has drawn the pairing, and draws the batches next, on the device
 
 
 def make_problem(settings: Settings, data: tuple[Split, Split], seed: int) -> Problem:
-    """Pair the classes and give each image its second half, for training and, with the same classes, for testing."""
+    """Pair the classes and give each image its second half, for training and, with the same pairs, for testing."""
     device, dtype = settings.device, getattr(torch, settings.dtype)
     (images, target), (test_images, test_target) = (Split(x.to(device, dtype), y.to(device)) for x, y in data)
     generator = _generator("images", seed, device=device)
@@ -118,7 +118,7 @@ def make_problem(settings: Settings, data: tuple[Split, Split], seed: int) -> Pr
 
 
 class _PatchModel(nn.Module):
-    """A network on the patches of images; a patch holds both halves' channels, or no filter could tell them apart."""
+    """A network on the patches of images; a patch holds both halves' channels, so filters can distinguish them."""
 
     def __init__(self, network: nn.Module, patch_shape: tuple[int, int]) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class _Block(nn.Module):
 
 
 class _ResNet1d(nn.Module):
-    """A small ResNet along the columns of images of one row: a block each of 16, 32 and 64 channels."""
+    """A small 1-d ResNet on images of one row: one block each with 16, 32 and 64 channels."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -162,8 +162,8 @@ def make_model(settings: Settings, seed: int, images: Tensor) -> nn.Module:
 
     ``patch`` is :class:`mixfeat.TwoLayerPatchCNN`; pre-activations of the patches of ``images`` start with a root mean
     square of ``init_scale`` rho. ``resnet1d`` has seven convolutions of width 3 along the row. ``resnet18`` is
-    torchvision's, with the stem for small images that the authors' has too: a 3 x 3 convolution of stride 1, with twice
-    the channels, and no pooling.
+    torchvision's with the authors' stem for small images: a 3 x 3 convolution of stride 1, with twice the channels, and
+    no pooling.
     """
     dataset = DATASETS[settings.dataset]
     channels = 2 * images.shape[1]
@@ -186,7 +186,7 @@ def make_model(settings: Settings, seed: int, images: Tensor) -> nn.Module:
 def _small_resnet18(channels: int, num_classes: int) -> nn.Module:
     model = _resnet18()(num_classes=num_classes)
     model.conv1 = nn.Conv2d(channels, model.conv1.out_channels, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as its other convolutions
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # like its other convolutions
     model.maxpool = nn.Identity()
     return model
 
@@ -200,7 +200,7 @@ def _resnet18() -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         raise ValueError(f"model resnet18 needs {package}: pip install 'mixfeat[images]'") from None
-    except (ImportError, RuntimeError) as error:  # one that was built for another torch
+    except (ImportError, RuntimeError) as error:  # torchvision was built for another torch
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"model resnet18 needs a torchvision that fits torch {torch.__version__}; importing it failed: {reason}"
@@ -222,7 +222,7 @@ def objective(model: nn.Module, data: mf.data.TwoFeatureImages, index: Tensor, m
     return mf.mixup_cross_entropy(model(torch.lerp(other, input, lam)), target, other_target, lam)
 
 
-@functools.lru_cache(maxsize=1)  # of a worker, for all chunks
+@functools.lru_cache(maxsize=1)  # a worker reads the data once for all chunks
 def load(dataset: str, folder: Path) -> tuple[Split, Split]:
     """Return training and test data of :func:`mixfeat.experiments.datasets.load`, read once in each process."""
     return datasets.load(dataset, folder)
@@ -232,9 +232,9 @@ def load(dataset: str, folder: Path) -> tuple[Split, Split]:
 class Run:
     """One method on one seed, a task of :mod:`mixfeat.experiments.engine`.
 
-    The state of its record holds, for E epochs, the curves ``test_error`` (E, 2), of view 0 and view 1 after each
-    epoch, and ``loss`` (E,), the mean of the epoch's objective. An unfinished one also holds the model, the optimizer
-    and the generator; a finished one ``train_accuracy`` (), on the training images with both halves and new weights w.
+    The state of its record holds curves over E epochs: ``test_error`` (E, 2), of view 0 and view 1 after each epoch,
+    and ``loss`` (E,), the mean of the epoch's objective. An unfinished record adds the model, the optimizer and the
+    generator, a finished one ``train_accuracy`` (), on the training images with both halves and new weights w.
     """
 
     settings: Settings
@@ -243,21 +243,21 @@ class Run:
     folder: Path  # of the data set
     steps: int
 
-    group = None  # it is trained alone
+    group = None  # each run is trained alone
 
     @property
     def name(self) -> str:
-        """Return the name of its record."""
+        """Return the name of the run's record."""
         return f"{self.method}-seed-{self.seed}"
 
     @property
     def label(self) -> str:
-        """Return its name on the screen."""
+        """Return the run's name on the screen."""
         return f"{METHODS[self.method]}, seed {self.seed}"
 
     @staticmethod
     def advance(runs: "Sequence[Run]", records: Sequence[Record | None], seconds: float) -> list[Record]:
-        """Train for some seconds, at least an epoch, as :class:`mixfeat.experiments.engine.Run` says."""
+        """Train for about ``seconds``, at least an epoch, as :class:`mixfeat.experiments.engine.Run` requires."""
         with _deterministic(runs[0].settings.device):
             return [_advance(run, record, seconds) for run, record in zip(runs, records, strict=True)]
 
@@ -266,7 +266,7 @@ def runs_of(settings: Settings, methods: Iterable[str], folder: Path) -> list[Ru
     """List the runs of the experiment on the data in ``folder``.
 
     Raises:
-        DatasetError: the data cannot be read.
+        DatasetError: data that cannot be read.
     """
     steps = settings.epochs * steps_of_epoch(settings, load(settings.dataset, folder))
     seeds = range(settings.seed, settings.seed + settings.seeds)
@@ -277,7 +277,7 @@ def join(runs: Sequence[Run], records: Mapping[str, Record]) -> dict[int, Record
     """Return the finished records of one method's runs, by seed.
 
     Raises:
-        DivergedError: one of them has left the finite numbers.
+        DivergedError: one of the runs diverged.
     """
     for run in runs:
         if records[run.name].diverged:
@@ -329,7 +329,7 @@ def steps_of_epoch(settings: Settings, data: tuple[Split, Split]) -> int:
 def _train_epoch(
     settings: Settings, method: str, problem: Problem, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Tensor:  # fmt: skip
-    """Return the mean of the objective over the epoch's samples, without waiting for the device."""
+    """Train one epoch and return the mean of the objective over its samples, without waiting for the device."""
     model.train()
     num_samples = len(problem.train)
     total = torch.zeros((), dtype=torch.float64, device=settings.device)
@@ -354,7 +354,7 @@ def _accuracy(model: nn.Module, data: mf.data.TwoFeatureImages, settings: Settin
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> dict[str, Tensor]:
-    """Everything that changes from epoch to epoch, on the CPU."""
+    """Return everything that changes from epoch to epoch, on the CPU."""
     state = {f"model {name}": value for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         state |= {f"optimizer {name} {key}": value for key, value in optimizer.state[parameter].items()}
@@ -364,7 +364,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.
 def _restore(
     state: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator
 ) -> None:
-    """Return the inverse of :func:`_state`."""
+    """Load a state that :func:`_state` returned."""
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -379,8 +379,8 @@ def _restore(
 def summarise(records: Mapping[int, Record]) -> dict[str, Any]:
     """Turn a method's finished records, by seed, into numbers for a table or JSON.
 
-    Each is a list over the seeds, and each of the ``curves`` a list over the epochs of such lists. Errors and
-    accuracies are fractions; ``test_error_view_1`` is that of the second feature.
+    Each entry is a list over the seeds, and each of the ``curves`` a list over the epochs of such lists. Errors and
+    accuracies are fractions; ``test_error_view_1`` tests the second feature.
     """
     errors, loss = (
         torch.stack([record.state[name] for record in records.values()], -1) for name in ("test_error", "loss")

@@ -1,7 +1,7 @@
 """Optimizers of networks in one launch: a loss for each run, and a state that a record can hold.
 
-Each is a function of the state before and the number of the step alone, so that a run that is cut in pieces is the
-unbroken run. Weight decay adds ``weight_decay w`` to the gradient, as :class:`torch.optim.SGD` and Adam have it.
+A step depends only on the previous state and the number of the step, so a run that is split is the unbroken run. Weight
+decay adds ``weight_decay w`` to the gradient, as in :class:`torch.optim.SGD` and Adam.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,12 +11,12 @@ from torch import Tensor
 
 __all__ = ["OPTIMIZERS", "Loop"]
 
-# the tensors of weight's shape that each one carries from step to step
+# the tensors of weight's shape that each optimizer carries from step to step
 OPTIMIZERS: Mapping[str, tuple[str, ...]] = {
     "gd": (), "momentum": ("velocity",), "sgd": (), "adam": ("mean", "square"), "sign": (),
 }  # fmt: skip
 
-_BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's, as Kingma and Ba 2015 (arXiv 1412.6980) and PyTorch have them
+_BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's, as in Kingma and Ba 2015 (arXiv 1412.6980) and PyTorch
 
 
 class Loop:
@@ -27,7 +27,7 @@ class Loop:
         loss: ``loss(weight, step)``, the losses (R,) of weights (R,C,M,D) at that step.
         lr, weight_decay: finite, not negative.
         step: number of the next step, 0 for the first.
-        state: the tensors (R,C,M,D) that ``OPTIMIZERS`` names. It is never written to, but replaced.
+        state: the tensors (R,C,M,D) that ``OPTIMIZERS`` names; they are replaced, never mutated.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class Loop:
             return gradient.sign()
         if self._optimizer == "sgd":
             return gradient
-        (of_mean, of_square), t = _BETAS, self._step
-        mean = self.state["mean"].lerp(gradient, 1 - of_mean)
-        square = (of_square * self.state["square"]).addcmul(gradient, gradient, value=1 - of_square)
+        (beta1, beta2), t = _BETAS, self._step
+        mean = self.state["mean"].lerp(gradient, 1 - beta1)
+        square = (beta2 * self.state["square"]).addcmul(gradient, gradient, value=1 - beta2)
         self.state = {"mean": mean, "square": square}
-        return (mean / (1 - of_mean**t)) / ((square / (1 - of_square**t)).sqrt() + _EPS)
+        return (mean / (1 - beta1**t)) / ((square / (1 - beta2**t)).sqrt() + _EPS)

@@ -1,4 +1,4 @@
-"""Figures of the experiments. Needs matplotlib, which nothing else here does."""
+"""Figures of the experiments. Only this module needs matplotlib."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from mixfeat.plotting import INK, MUTED, default_style, plain
 __all__ = ["plot_images", "plot_sweep", "plot_theory", "save"]
 
 _LARGER, _SMALLER = "#94a3b8", "#d9480f"
-_NO_ERROR = 0.01  # percent: where a logarithmic axis ends
+_NO_ERROR = 0.01  # percent, the end of a logarithmic axis
 _OF_METHOD = {"erm": "#64748b", "uniform": "#2a78b8", "midpoint": "#d9480f"}
 
 
@@ -99,7 +99,7 @@ def plot_sweep(grid: sweep.Sweep, tables: Mapping[str, Mapping[str, Sequence[Seq
 
 @default_style()
 def plot_images(settings: images.Settings, results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Write a figure of :func:`mixfeat.experiments.images.summarise`: for either view the test error over epochs.
+    """Write a figure of :func:`mixfeat.experiments.images.summarise`: the test error over epochs, for each view.
 
     Lines are means over seeds; the band reaches one standard deviation to either side.
     """

@@ -1,8 +1,8 @@
-"""Common and rare features: plain training learns the common ones only, Mixup both, and Mixup stopped early nearly so.
+"""Common and rare features: plain training learns only the common ones, Mixup both, early-stopped Mixup nearly both.
 
-Zou, Cao, Li, Gu: "The Benefits of Mixup for Feature Learning", ICML 2023 (arXiv 2303.08433). Full-batch gradient
-descent on :func:`mixfeat.data.common_rare` by networks of z^2; Mixup's objective is that of all pairs of samples at one
-lam. A run is a method and a seed.
+Zou, Cao, Li, Gu: "The Benefits of Mixup for Feature Learning", ICML 2023 (arXiv 2303.08433). Networks with activation
+z^2 train by full-batch gradient descent on :func:`mixfeat.data.common_rare`. Mixup's objective takes all pairs of
+samples at one lam. A run is a method and a seed.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -30,7 +30,7 @@ class Settings(BaseSettings):
     """Everything that determines the numbers of the experiment; ``"auto"`` is resolved on creation.
 
     Raises:
-        TypeError, ValueError: naming the setting, what it got and what it needs.
+        TypeError, ValueError: an invalid setting; the message names it, the value and the requirement.
     """
 
     num_samples: int = _setting(400, "training samples per seed (n)")
@@ -79,9 +79,9 @@ class Settings(BaseSettings):
 class Run:
     """One method on one seed, a task of :mod:`mixfeat.experiments.engine`.
 
-    The state of its record holds ``weight`` (2,M,D); the curve ``test_error`` (E+1,2) on test points with the common
-    feature and with the rare one; and once finished ``train_accuracy`` () and ``alignment`` (2,2), of each class with
-    either feature (:func:`mixfeat.features.alignment` of the absolute products, as z^2 knows no sign).
+    The state of its record holds ``weight`` (2,M,D) and the curve ``test_error`` (E+1,2) on test points with the common
+    feature and with the rare one. A finished record adds ``train_accuracy`` () and ``alignment`` (2,2) of each class
+    with either feature (:func:`mixfeat.features.alignment` of absolute products, because z^2 ignores the sign).
     """
 
     settings: Settings  # its seed is the first of them
@@ -89,12 +89,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Return the name of its record."""
+        """Return the name of the run's record."""
         return f"{self.method}-seed-{self.settings.seed}"
 
     @property
     def label(self) -> str:
-        """Return its name on the screen."""
+        """Return the run's name on the screen."""
         return f"{METHODS[self.method]}, seed {self.settings.seed}"
 
     @property
@@ -104,12 +104,12 @@ class Run:
 
     @property
     def group(self) -> Hashable:
-        """Return on a GPU the method, whose runs share a launch; None on a CPU, where each network has a core."""
+        """Return on a GPU the method, whose runs share a launch, on a CPU None: each network has a core."""
         return self.method if self.settings.device.startswith("cuda") else None
 
     @staticmethod
     def advance(runs: "Sequence[Run]", records: Sequence[Record | None], seconds: float) -> list[Record]:
-        """Train for some seconds, as :class:`mixfeat.experiments.engine.Run` says."""
+        """Train for about ``seconds``, as :class:`mixfeat.experiments.engine.Run` requires."""
         with _deterministic(runs[0].settings.device):
             return _advance(runs, records, seconds)
 
@@ -159,7 +159,7 @@ def _advance(runs: Sequence[Run], records: Sequence[Record | None], seconds: flo
         step = records[0].step
     first, last_of_mixup = step, {"erm": 0, "mixup": settings.steps, "early": settings.mixup_steps}[method]
 
-    label_lam = None if settings.label_lam == settings.lam else settings.label_lam  # None is the faster
+    label_lam = None if settings.label_lam == settings.lam else settings.label_lam  # None is faster
 
     def train(lam: float | None, weight: Tensor, count: int) -> Tensor:
         options: dict[str, Any] = {} if lam is None else {"label_lam": label_lam}
@@ -203,7 +203,7 @@ def join(runs: Sequence[Run], records: Mapping[str, Record]) -> Record:
     """Stack the finished records of R runs: the curve (E+1,R,2), all else (R,...); the seconds are summed.
 
     Raises:
-        DivergedError: one of them has left the finite numbers.
+        DivergedError: one of the runs diverged.
     """
     return engine.stack(runs, records, ("test_error",))
 

@@ -1,7 +1,7 @@
-"""A phase diagram: what each method learns over a grid of two of the theory experiment's settings.
+"""A phase diagram: the features that each method learns over a grid of two settings of the theory experiment.
 
 A cell is a point of the grid and a method; its runs are those of :mod:`mixfeat.experiments.theory`, one for each seed.
-A cell in which a run leaves the finite numbers counts as diverged, and the sweep goes on.
+A cell counts as diverged if one of its runs diverges, and the sweep continues.
 """
 
 import math
@@ -17,7 +17,7 @@ from mixfeat.experiments.theory import METHODS, Run, Settings
 
 __all__ = ["DEFAULTS", "PRESETS", "QUANTITIES", "Axis", "Cell", "Sweep", "join", "summarise", "tables"]
 
-DEFAULTS = {"steps": 3000, "seeds": 3, "evaluations": 10}  # where they differ from those of Settings
+DEFAULTS = {"steps": 3000, "seeds": 3, "evaluations": 10}  # those that differ from Settings
 
 
 class Preset(NamedTuple):
@@ -51,7 +51,7 @@ class Axis(NamedTuple):
         """Make the ``axis``, x or y, from numbers or their texts.
 
         Raises:
-            ValueError: no numeric setting of that name, a value that is no number of its type, values that repeat.
+            ValueError: a name that is not a numeric setting, a value of another type, or repeated values.
         """
         kind = _NUMERIC.get(name)
         if kind is None:
@@ -89,11 +89,11 @@ class Sweep:
 
     Args:
         x, y: the settings that vary.
-        others: the settings that do not; those left out are as in ``DEFAULTS``, and else as ``Settings`` has them.
+        others: the settings that do not vary; the rest come from ``DEFAULTS``, else from ``Settings``.
 
     Raises:
-        TypeError, ValueError: x and y of the same setting, one that ``others`` has too, or settings that ``Settings``
-            refuses; the message names the point.
+        TypeError, ValueError: x and y of the same setting, a setting that is also in ``others``, or settings that
+            ``Settings`` refuses; the message names the point.
     """
 
     x: Axis
@@ -118,7 +118,7 @@ class Sweep:
         object.__setattr__(self, "points", points)
 
     def identity(self) -> dict[str, Any]:
-        """Return what all records depend on: :func:`identity` without the values of the grid, which may grow."""
+        """Return what all records depend on: :func:`identity` without the grid's values, which may grow."""
         first = identity(next(iter(self.points.values())))
         defaults = {setting.name: setting.default for setting in fields(Settings)}
         asked = {**defaults, **DEFAULTS, **self.others, "x": self.x.name, "y": self.y.name}
@@ -145,7 +145,7 @@ class Sweep:
 
 
 def join(cell: Cell, records: Mapping[str, Record]) -> Record:
-    """Join the records of a cell's seeds (:func:`theory.join`); without a state if one of them has diverged."""
+    """Join the records of a cell's seeds (:func:`theory.join`), without a state if one of them diverged."""
     try:
         return theory.join(cell.runs, records)
     except DivergedError:
@@ -154,7 +154,7 @@ def join(cell: Cell, records: Mapping[str, Record]) -> Record:
 
 
 def summarise(sweep: Sweep, records: Mapping[Cell, Record]) -> list[dict[str, Any]]:
-    """Turn every cell into numbers for JSON: lists over the seeds, None if it diverged."""
+    """Turn every cell into numbers for JSON: lists over the seeds, None if the cell diverged."""
     keys = ("train_accuracy", "classes_with_both", "classes_with_one", "classes_with_none", "alignment_ratio", "loss")
     rows = []
     for cell, record in records.items():

@@ -1,16 +1,14 @@
 """The paper's theorem, simulated: which features ERM, Uniform Mixup and Midpoint Mixup learn.
 
 Chidambaram, Wang, Wu, Ge: "Provably Learning Diverse Features in Multi-View Data with Midpoint Mixup", ICML 2023
-(arXiv 2210.13512), Theorems 4.6 and 4.7. By default full-batch gradient descent on multi-view data, by
-:func:`mixfeat.gradient_descent`; each seed has its own data and initialisation. Other data have two features in a class
-as well, and other optimizers take their steps one by one.
+(arXiv 2210.13512), Theorems 4.6 and 4.7. The default is full-batch gradient descent on multi-view data
+(:func:`mixfeat.gradient_descent`). Other data also have two features per class; other optimizers take one step at a
+time. A run is a method and a seed, and each seed has its own data and initialisation.
 
-A run is a method and a seed.
-
-Every method descends on its objective itself, not on a sample of it. ERM: the mean cross-entropy of the training
-samples. Midpoint Mixup: that of all ordered pairs of samples, mixed at lam = 1/2, with the labels of both (the paper's
-eq. 2.2, :func:`mixfeat.pairwise_mixup_loss`). Uniform Mixup: its mean over lam ~ U[0, 1], by Gauss-Legendre nodes. Only
-SGD samples: a minibatch of the samples, for Mixup of the pairs' first ones, each with all samples as partners.
+Every method descends on its exact objective. ERM takes the mean cross-entropy of the training samples. Midpoint Mixup
+takes that of all ordered pairs of samples, mixed at lam = 1/2, with both labels (the paper's eq. 2.2,
+:func:`mixfeat.pairwise_mixup_loss`). Uniform Mixup averages it over lam ~ U[0, 1] with Gauss-Legendre nodes. Only SGD
+samples: it draws a minibatch, and Mixup pairs each of its samples with all samples.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -53,7 +51,7 @@ class Settings(BaseSettings):
     """Everything that determines the numbers of the experiment; ``None`` and ``"auto"`` are resolved on creation.
 
     Raises:
-        TypeError, ValueError: naming the setting, what it got and what it needs.
+        TypeError, ValueError: an invalid setting; the message names it, the value and the requirement.
     """
 
     data: str = _setting(
@@ -135,7 +133,7 @@ class Problem(NamedTuple):
 
 
 def make_problem(settings: Settings) -> Problem:
-    """Draw data, test points and initial weights; a seed's depend neither on the other seeds nor on the device."""
+    """Draw data, test points and initial weights; each seed's are independent of other seeds and of the device."""
     return _problem([replace(settings, seed=seed, seeds=1) for seed in _seeds(settings)])
 
 
@@ -158,7 +156,7 @@ def _draw(settings: Settings) -> tuple[mf.data.MultiViewData, list[mf.data.Multi
     }  # fmt: skip
 
     def draw(num_samples: int, view: int | None = None, features: Tensor | None = None) -> mf.data.MultiViewData:
-        """Draw samples as they are trained on, or test points with the feature ``view`` of each class alone."""
+        """Draw training samples, or test points that carry only the feature ``view`` of each class."""
         if settings.data == "multi_view":
             return mf.data.multi_view(
                 num_samples, settings.num_classes, settings.num_patches, settings.patch_dim, signal=settings.signal,
@@ -204,7 +202,7 @@ def _activation(settings: Settings) -> mf.PolyReLU:
 
 
 def _nodes(settings: Settings, method: str) -> tuple[Tensor | None, Tensor | None]:
-    """Return lam and lam_weight, by which the methods' objectives differ."""
+    """Return lam and lam_weight of the method's objective."""
     if method == "erm":
         return None, None
     return mf.beta_quadrature(1, 1 if method == "midpoint" else settings.nodes)  # one node: lam = 1/2
@@ -214,10 +212,10 @@ def _nodes(settings: Settings, method: str) -> tuple[Tensor | None, Tensor | Non
 class Run:
     """One method on one seed, a task of :mod:`mixfeat.experiments.engine`.
 
-    The state of its record holds, for E + 1 evaluations, ``weight`` (C,M,D); the curves ``alignment`` (E+1,C,2)
-    (:func:`mixfeat.features.alignment`), ``train_accuracy`` and ``cross_entropy`` (E+1,), both on the training samples;
-    until it is finished the optimizer's tensors (:data:`mixfeat.experiments.optimizers.OPTIMIZERS`); and after that
-    ``learned`` (C,2) and ``loss`` (), the method's :func:`objective`.
+    The state of its record holds ``weight`` (C,M,D) and curves over E + 1 evaluations: ``alignment`` (E+1,C,2)
+    (:func:`mixfeat.features.alignment`), and ``train_accuracy`` and ``cross_entropy`` (E+1,) on the training samples.
+    An unfinished record adds the optimizer's tensors (:data:`mixfeat.experiments.optimizers.OPTIMIZERS`), a finished
+    one ``learned`` (C,2) and ``loss`` (), the method's :func:`objective`.
     """
 
     settings: Settings  # its seed is the first of them
@@ -232,7 +230,7 @@ class Run:
 
     @property
     def group(self) -> Hashable:
-        """Return on a GPU all that runs of a launch have in common; None on a CPU, where each network has a core."""
+        """Return on a GPU the settings that runs of one launch share, on a CPU None: each network has a core."""
         if not self.settings.device.startswith("cuda"):
             return None
         return self.method, replace(
@@ -241,7 +239,7 @@ class Run:
 
     @staticmethod
     def advance(runs: "Sequence[Run]", records: Sequence[Record | None], seconds: float) -> list[Record]:
-        """Train for some seconds, as :class:`mixfeat.experiments.engine.Run` says."""
+        """Train for about ``seconds``, as :class:`mixfeat.experiments.engine.Run` requires."""
         with _deterministic(runs[0].settings.device):
             return _advance(runs, records, seconds)
 
@@ -260,13 +258,13 @@ def train(
     """Train all seeds by one method and return their records as one (:func:`join`).
 
     Args:
-        settings: of the experiment.
+        settings: settings of the experiment.
         method: a key of ``METHODS``.
         results, workers: as :func:`mixfeat.experiments.engine.train` takes them.
 
     Raises:
-        DivergedError: weights or logits are no longer finite.
-        EngineError: results or workers cannot be used.
+        DivergedError: weights or logits that are not finite.
+        EngineError: results or workers that cannot be used.
     """
     runs = runs_of(settings, [method])
     records = engine.train(runs, results, workers)
@@ -277,7 +275,7 @@ def join(runs: Sequence[Run], records: Mapping[str, Record]) -> Record:
     """Stack the finished records of R runs: curves (E+1,R,...), all else (R,...); the seconds are summed.
 
     Raises:
-        DivergedError: one of them has left the finite numbers.
+        DivergedError: one of the runs diverged.
     """
     return engine.stack(runs, records, _CURVES)
 
@@ -291,7 +289,7 @@ def _advance(runs: Sequence[Run], records: Sequence[Record | None], seconds: flo
     problem, points = _problem(run.settings for run in runs), evaluation_steps(settings)
     step, weight, curves, state = _restored(settings, problem, records)
     train = _trainer(runs, problem, step, state)
-    diverged: dict[int, int] = {}  # step at which the run of that index was found to have diverged
+    diverged: dict[int, int] = {}  # by the run's index, the step at which it was found to have diverged
 
     def reached(**more: Tensor) -> list[Record]:
         spent = pace.seconds() / len(runs)
@@ -327,7 +325,7 @@ def _advance(runs: Sequence[Run], records: Sequence[Record | None], seconds: flo
 def _restored(
     settings: Settings, problem: Problem, records: Sequence[Record | None]
 ) -> tuple[int, Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Return the step, weights, curves (E+1,R,...) and optimizer's state of runs that go on, or of runs that start."""
+    """Return the step, weights, curves (E+1,R,...) and optimizer's state of runs that continue or start."""
     names = OPTIMIZERS[settings.optimizer]
     states = [record.state for record in records if record is not None]
     if records[0] is not None:
@@ -361,7 +359,7 @@ class _Descent:
 
 
 def _trainer(runs: Sequence[Run], problem: Problem, step: int, state: dict[str, Tensor]) -> _Descent | Loop:
-    """Return what takes steps, ``train(weight, count)``, and has the optimizer's ``state`` after them."""
+    """Return a callable ``train(weight, count)`` that takes steps and holds the optimizer's ``state``."""
     settings, method = runs[0].settings, runs[0].method
     if settings.optimizer in ("gd", "momentum"):
         return _Descent(settings, method, problem, state)
@@ -382,7 +380,7 @@ def _trainer(runs: Sequence[Run], problem: Problem, step: int, state: dict[str, 
 def _loss_of_batch(
     settings: Settings, method: str, data: mf.data.MultiViewData, batch: Tensor, weight: Tensor
 ) -> Tensor:
-    """Return the losses (R,) of the samples ``batch`` (R,B), for Mixup each of them mixed with all samples."""
+    """Return the losses (R,) of the samples ``batch`` (R,B); Mixup pairs each of them with all samples."""
     run = torch.arange(len(batch), device=batch.device)[:, None]
     input, target = data.input[run, batch], data.target[run, batch]
     lam, lam_weight = _nodes(settings, method)
@@ -397,7 +395,7 @@ def _loss_of_batch(
 def _evaluate(
     weight: Tensor, data: mf.data.MultiViewData, curves: dict[str, Tensor], point: int, settings: Settings
 ) -> list[int]:
-    """Set the point of all curves, and return the indices of runs that have left the finite numbers."""
+    """Set one point of all curves, and return the indices of runs that diverged."""
     with torch.no_grad():
         logits = mf.patch_conv(data.input, weight, _activation(settings))
         curves["cross_entropy"][point] = _cross_entropy(logits, data.target)
@@ -407,16 +405,16 @@ def _evaluate(
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the means over the samples, (R,)."""
+    """Return the mean cross-entropy over the samples, (R,)."""
     return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target).mean(-1)
 
 
 def summarise(settings: Settings, record: Record) -> dict[str, Any]:
     """Turn a finished record of R seeds (:func:`join`) into numbers for a table or JSON.
 
-    Each is a list over the seeds, and each of the ``curves`` a list over time of such lists.
-    ``alignment_ratio`` is the smaller alignment over the larger, each taken at least 0, averaged over the classes; the
-    curves' ``larger`` and ``smaller`` are those alignments averaged over the classes.
+    Each entry is a list over the seeds, and each of the ``curves`` a list over time of such lists. ``alignment_ratio``
+    is the smaller alignment over the larger, both clamped at 0 from below, averaged over the classes. The curves
+    ``larger`` and ``smaller`` are those alignments averaged over the classes.
     """
     state = record.state
     known = state["learned"].sum(-1)
