@@ -25,7 +25,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: the operator, the problem's name and shape, the direction, and the dtype."""
+    """A timed case: the operator, the problem's name and shape, the direction, and the dtype."""
 
     suite: str
     name: str

@@ -11,13 +11,13 @@ _Range = tuple[float, float]
 
 
 class Prediction(NamedTuple):
-    """What a call is predicted to take, in microseconds, each from least to most.
+    """The predicted times of a call in microseconds, each from least to most.
 
     Attributes:
         benchmark: the benchmark that measures it, as pytest names it.
-        operator, problem: for a reader.
-        mixfeat, torch_compile: the contenders.
-        limit: the hardware's.
+        operator, problem: names for a reader.
+        mixfeat, torch_compile: the contenders' times.
+        limit: the hardware's limit.
     """
 
     benchmark: str

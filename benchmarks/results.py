@@ -230,7 +230,7 @@ def tables(document: Mapping[str, Any]) -> str:
 
 
 def _contested(row: Mapping[str, Any]) -> bool:
-    """Whether mixfeat is timed against baselines, and not parts of it against each other."""
+    """Return whether mixfeat is timed against baselines, and not parts of it against each other."""
     return "mixfeat" in row["timings"] and len(row["timings"]) > 1
 
 

@@ -20,8 +20,8 @@ class Polynomial(NamedTuple):
         phi(z)  = scale * (u^degree / degree + max(t - 1, 0) [if upper] + negative_slope * min(t, 0))
         phi'(z) = scale / threshold * (u^(degree - 1) + negative_slope [t <= 0])
 
-    where for ``degree == 1`` and ``lower`` the power ``u^0`` is the step ``[t > 0]``. A negative slope needs ``lower``.
-    It is evaluated in plain PyTorch: kernels take polynomials without one.
+    With ``degree == 1`` and ``lower`` the power ``u^0`` is the step ``[t > 0]``. A negative slope needs ``lower``, and
+    plain PyTorch evaluates it: kernels take polynomials without one.
     """
 
     degree: int
@@ -40,18 +40,18 @@ class Polynomial(NamedTuple):
         return cls(int(degree), threshold, scale, bool(lower), bool(upper), negative_slope)
 
     def __call__(self, z: Tensor) -> Tensor:
-        """phi(z), elementwise and differentiable."""
+        """Compute phi(z), elementwise and differentiable."""
         t = z if self.threshold == 1 else z / self.threshold
         u = t.clamp(max=1) if self.upper else t  # keeps the branch that `where` drops finite, and so its gradient
         if self.lower:
             u = torch.relu(u)
-        curve = self.scale / self.degree * u**self.degree
+        phi = self.scale / self.degree * u**self.degree
         if self.upper:
-            curve = torch.where(t < 1, curve, self.scale * (t - (1 - 1 / self.degree)))
-        return torch.where(t > 0, curve, self.scale * self.negative_slope * t) if self.negative_slope else curve
+            phi = torch.where(t < 1, phi, self.scale * (t - (1 - 1 / self.degree)))
+        return torch.where(t > 0, phi, self.scale * self.negative_slope * t) if self.negative_slope else phi
 
     def slope(self, z: Tensor) -> Tensor:
-        """phi'(z), elementwise."""
+        """Compute phi'(z), elementwise."""
         t = z if self.threshold == 1 else z / self.threshold
         u = t.clamp(min=0 if self.lower else None, max=1 if self.upper else torch.inf)
         power = (t > 0).to(z.dtype) if self.lower and self.degree == 1 else _power(u, self.degree - 1)
@@ -60,19 +60,19 @@ class Polynomial(NamedTuple):
         return self.scale / self.threshold * power
 
     def curvature(self, z: Tensor) -> Tensor:
-        """phi''(z), elementwise; 0 where it jumps."""
+        """Compute phi''(z), elementwise; 0 where it jumps."""
         t = z if self.threshold == 1 else z / self.threshold
         u = -F.threshold(-t, -1.0, 0.0) if self.upper else t  # 0 from 1 on; several times as fast as `where`
         u = u.clamp(min=0) if self.lower else u
-        curve = self.scale / self.threshold**2 * (self.degree - 1) * _power(u, max(0, self.degree - 2))
+        curvature = self.scale / self.threshold**2 * (self.degree - 1) * _power(u, max(0, self.degree - 2))
         if self.degree == 2:  # 0^0
-            curve = curve.where(t > 0, 0) if self.lower else curve
-            curve = curve.where(t < 1, 0) if self.upper else curve
-        return curve
+            curvature = curvature.where(t > 0, 0) if self.lower else curvature
+            curvature = curvature.where(t < 1, 0) if self.upper else curvature
+        return curvature
 
 
 def _power(u: Tensor, exponent: int) -> Tensor:
-    """u^exponent by repeated squaring, several times as fast as PyTorch's ``pow`` on a CPU."""
+    """Compute u^exponent by repeated squaring, several times as fast as PyTorch's ``pow`` on a CPU."""
     power = None
     while exponent:
         if exponent & 1:

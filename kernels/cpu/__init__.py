@@ -43,7 +43,7 @@ def cache_directory() -> Path:
 
 
 def compiler_version() -> str:
-    """Return the first line of what the C++ compiler says of itself.
+    """Return the first line of the C++ compiler's version.
 
     Raises:
         BuildError: there is no compiler, or it cannot be run.
@@ -53,7 +53,7 @@ def compiler_version() -> str:
 
 
 def _built_ahead() -> Path | None:
-    """Return the library beside this file, if it was made of the sources there, or if there are no sources."""
+    """Return the library beside this file if it was built from the sources there, or if there are no sources."""
     folder = Path(__file__).parent
     try:
         path = folder / library_name()
@@ -97,13 +97,13 @@ def library_path() -> Path:
     """Return the path of the library, building it if need be.
 
     Raises:
-        BuildError: it is not there and cannot be built.
+        BuildError: the library is missing and cannot be built.
     """
     return _built_ahead() or _built_at_first_use()
 
 
 def check_capability() -> None:
-    """Raise ValueError where ``MIXFEAT_CPU_CAPABILITY`` is set to no instruction set's name."""
+    """Raise ValueError if ``MIXFEAT_CPU_CAPABILITY`` does not name an instruction set."""
     given = os.environ.get("MIXFEAT_CPU_CAPABILITY")
     if given and given not in build.X86:
         raise ValueError(f"MIXFEAT_CPU_CAPABILITY must be one of {', '.join(build.X86)}, got {given!r}")
@@ -114,8 +114,8 @@ def load() -> None:
     """Make ``torch.ops.mixfeat_cpu`` available; does nothing the second time.
 
     Raises:
-        BuildError: the library is not there and cannot be built, or cannot be loaded.
-        ValueError: ``MIXFEAT_CPU_CAPABILITY`` is no instruction set's name.
+        BuildError: the library is missing and cannot be built, or cannot be loaded.
+        ValueError: ``MIXFEAT_CPU_CAPABILITY`` does not name an instruction set.
     """
     check_capability()
     try:
@@ -127,7 +127,7 @@ def load() -> None:
 def capability() -> str:
     """Return the instruction set in use: ``"avx512_bf16"``, ``"avx512"``, ``"avx2"`` or ``"generic"``.
 
-    The processor's best, unless the environment variable ``MIXFEAT_CPU_CAPABILITY`` names a lesser one.
+    It is the processor's best, unless the environment variable ``MIXFEAT_CPU_CAPABILITY`` names a lesser one.
     """
     load()
     return torch.ops.mixfeat_cpu.capability()

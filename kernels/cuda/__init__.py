@@ -113,7 +113,7 @@ def compile(
 
 
 def binary(kernel: str, constants: Mapping[str, int], capability: int) -> bytes:
-    """:func:`compile`, or what it returned before, in this or another process."""
+    """Return :func:`compile`'s result, cached across processes."""
     reason = unavailable()
     if reason:
         raise CompileError(reason)
@@ -137,7 +137,7 @@ _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None
 
 @contextlib.contextmanager
 def record() -> Iterator[list[Launch]]:
-    """Within, this thread's launches are listed but not made: on meta tensors, to compile them without a GPU."""
+    """Record this thread's launches instead of making them, on meta tensors, to compile them without a GPU."""
     launches: list[Launch] = []
     token = _recorded.set(launches)
     try:
@@ -177,7 +177,7 @@ def capability(device: torch.device | int) -> int:
 
 @functools.cache
 def _function(device: int, kernel: str, constants: tuple[tuple[str, int], ...], shared_bytes: int) -> Any:
-    """Return the kernel on a device, the current one. Modules are kept while the process lives."""
+    """Return the kernel on the current device; modules live as long as the process."""
     from cuda.bindings import driver
 
     cubin = ctypes.create_string_buffer(binary(kernel, dict(constants), capability(device)))
@@ -198,7 +198,7 @@ def _checked(result: tuple[Any, ...]) -> Any:
 
 @functools.cache
 def nvrtc_version() -> tuple[int, int]:
-    """Version of NVRTC, such as (13, 0)."""
+    """Return the version of NVRTC, such as (13, 0)."""
     from cuda.bindings import nvrtc
 
     error, major, minor = nvrtc.nvrtcVersion()

@@ -50,7 +50,7 @@ class Problem(NamedTuple):
 
     @property
     def weights(self) -> int:
-        """Floats of all filters, each padded to a multiple of four."""
+        """Return the floats of all filters, each padded to a multiple of four."""
         return self.num_classes * self.filters_per_class * _round_up(self.patch_dim)
 
     @property
@@ -89,7 +89,7 @@ class Layout(NamedTuple):
     patch_groups: int
 
     def side(self, problem: Problem) -> int:
-        """Tiles along a side."""
+        """Return the number of tiles along a side."""
         return math.ceil(problem.num_samples / self.tile)
 
     def passes(self, problem: Problem) -> list[Pass]:
@@ -110,7 +110,7 @@ class Layout(NamedTuple):
         return passes
 
     def shared_floats(self, problem: Problem) -> int:
-        """Shared memory in floats, as the kernel counts it."""
+        """Return the shared memory in floats, as the kernel counts it."""
         n, p, _, c, m, nodes, momentum = problem
         side = self.side(problem)
         class_stride = n if nodes is None else self.band_tiles * _round_up(self.tile**2)
@@ -121,12 +121,12 @@ class Layout(NamedTuple):
         return logits + filters + self.threads + s + _round_up(side * self.tile) + places
 
     def cost(self, problem: Problem) -> float:
-        """Cycles of a step, roughly: an instruction a cycle and scheduler, which needs three warps to be busy."""
+        """Estimate the cycles of a step: one instruction a cycle and scheduler, which needs three warps to be busy."""
         n, p, d, c, m, nodes, _ = problem
-        side, features = self.side(problem), p * m
+        side, length = self.side(problem), p * m
 
         def rounds(tasks: int) -> float:
-            """Warps that a scheduler runs one after the other, each with a task to a thread."""
+            """Count the warps that a scheduler runs one after the other, with one task for each thread."""
             whole, rest = divmod(tasks, self.threads)
             return whole * max(self.threads / 128, 3) + (max(math.ceil(rest / 128), 3) if rest else 0)
 
@@ -136,22 +136,22 @@ class Layout(NamedTuple):
         tasks = rounds(c * groups * self.patch_groups * vectors)
         products += tasks * math.ceil(p / self.patch_groups) * n * (5 * self.filter_group + 8)
         if nodes is None:
-            return products + rounds(c * n) * features * 8 + rounds(n) * c * 40 + rounds(c * features * n) * 20
+            return products + rounds(c * n) * length * 8 + rounds(n) * c * 40 + rounds(c * length * n) * 20
         total = 0.0
         per_tile = 7 * self.tile**2 + 8 * self.tile
         for one in self.passes(problem):
-            total += products + rounds(c * one.tiles) * features * per_tile
+            total += products + rounds(c * one.tiles) * length * per_tile
             total += rounds(one.tiles * self.tile**2) * c * 25
         inside, across = self.chunk_tiles**2, self.chunk_tiles * (side - self.chunk_tiles)
         for lam in nodes:
-            # other chunks' columns, in each of this one's rows, and its columns, in each of their rows
+            # the other chunks' columns in each row of this chunk, and its columns in each of their rows
             evaluated = inside / 2 + across if lam == 0.5 else inside + 2 * across
-            total += rounds(math.ceil(side / self.chunk_tiles) * c * features) * evaluated * per_tile
+            total += rounds(math.ceil(side / self.chunk_tiles) * c * length) * evaluated * per_tile
         return total
 
 
-# By threads of a block: for how many samples a thread has registers to keep gradients, and in how many tiles of pairs
-# they may lie, as each takes some addresses. More samples would make too long a loop for the instruction cache.
+# For each number of threads in a block: the samples whose gradients fit a thread's registers, and the tiles of pairs in
+# which they may lie, because each tile needs addresses. With more samples the loop would exceed the instruction cache.
 _GRADIENTS = {640: (50, 13), 512: (72, 25), 384: (80, 25), 256: (80, 25), 128: (80, 25)}
 _MAX_PASSES = 100  # 32 bytes each of the 4 KiB that a kernel's arguments may take
 _MAX_TILE = 5  # more pairs than 5 x 5 do not fit the registers that 640 threads have

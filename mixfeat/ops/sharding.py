@@ -1,10 +1,10 @@
 """The all-pairs loss of samples that are spread over the ranks of a process group.
 
-Every rank holds a shard of the samples. A rank meets its own pairs, and those with the shards of half of the others, in
-the order of their distance in a ring: at distance d, rank r receives the pre-activations of rank r + d, evaluates all
-pairs of its rows and those columns, and returns the columns' gradient. So each unordered pair of samples is evaluated
-once, every rank does the same work, and holds two pieces of other shards: one in work, one in transit.
-:func:`plan` says who does what, and evens out what does not divide.
+Every rank holds a shard of the samples. A rank evaluates its own pairs, then those with the shards of half the other
+ranks, in the order of their distance in a ring: at distance d, rank r receives the pre-activations of rank r + d,
+evaluates all pairs of its rows and those columns, and returns the columns' gradient. So each unordered pair of samples
+is evaluated once, every rank does the same work, and a rank holds two pieces of other shards: the current one and one
+in transit. :func:`plan` assigns the work and balances uneven shards.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ __all__ = ["Plan", "agree", "all_pairs", "group_name", "plan", "refuse"]
 #: (row, column, row target, column target, nodes, their weights) -> loss, gradient of row, gradient of column
 Block = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
 
-# Shards travel in so many pieces at most, each of so many samples at least: less memory, and work can start sooner.
+# The most pieces of a shard and the fewest samples of a piece: pieces need less memory, and work starts sooner.
 _PIECES, _PIECE = 4, 256
 _TOLERANCE = 1.05  # of the mean work; above, single rows change hands
 
 
 class Step(NamedTuple):
-    """One exchange: of ranks at this distance, of one of several equal pieces of what travels between them."""
+    """One exchange: one of several equal pieces of the samples that travel between ranks at this distance."""
 
     distance: int
     piece: int
@@ -45,8 +45,8 @@ class Plan:
 
     Attributes:
         sizes: samples of each rank.
-        own: by pair of ranks (a, b), b = a + distance: of a's rows the first ``own`` meet all of b's at a, for which
-            b's samples travel to a; the others travel to b and meet all of b's samples.
+        own: for each pair of ranks (a, b), b = a + distance: b's samples travel to a, which pairs its first ``own``
+            rows with them; the other rows travel to b, which pairs them with all its samples.
     """
 
     sizes: tuple[int, ...]
@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def steps(self) -> list[Step]:
-        """In order. In a ring, ranks have a distance of at most half of it."""
+        """Return the steps in order; in a ring, distances are at most half the number of ranks."""
         pieces = min(_PIECES, max(1, max(self.sizes) // _PIECE))
         return [Step(d, piece, pieces) for d in range(1, len(self.sizes) // 2 + 1) for piece in range(pieces)]
 
@@ -65,7 +65,7 @@ class Plan:
         return [pair for pair in dict.fromkeys(both) if pair in self.own]
 
     def rows_of(self, rank: int, pair: tuple[int, int]) -> slice:
-        """Return the samples of ``rank``, one of the pair, that meet the other's at ``rank``."""
+        """Return the samples of ``rank``, one of the pair, that ``rank`` pairs with the other's."""
         return slice(0, self.own[pair] if rank == pair[0] else self.sizes[rank])
 
     def send_rows(self, rank: int, pair: tuple[int, int], step: Step) -> slice:
@@ -99,9 +99,9 @@ class Plan:
 def plan(sizes: tuple[int, ...]) -> Plan:
     """Make a plan for shards whose sizes differ by at most one.
 
-    At every distance a rank takes in the whole shard of the next, by which ranks of equal shards do equal work; at half
-    of an even ring, where the two of a pair would both do so, each takes half. Where shards are so small that one
-    sample more or less tells, rows then go from the rank with the most work to that with the least.
+    At every distance a rank receives the whole shard of the other, so ranks with equal shards do equal work. At half an
+    even ring both ranks of a pair would do so; there each takes half. If one sample more or less matters, because
+    shards are small, rows then move from the rank with the most work to the one with the least.
     """
     ranks = len(sizes)
     own = {}
@@ -129,11 +129,12 @@ def plan(sizes: tuple[int, ...]) -> Plan:
 
 
 def group_name(group: Any) -> str:
-    """Return the name by which operators know a process group, or ``"world"``, all processes.
+    """Return the name that operators take for a process group; ``"world"`` means all processes.
 
     Raises:
         RuntimeError: torch.distributed is missing or not initialised.
-        TypeError: no process group. ValueError: one of which this process is no member.
+        TypeError: a value that is not a process group.
+        ValueError: a group without this process.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("group needs torch.distributed: call torch.distributed.init_process_group() first")
@@ -147,22 +148,22 @@ def group_name(group: Any) -> str:
 
 
 def refuse(name: str, error: Exception) -> None:
-    """Tell the other ranks, who are in :func:`agree`, that this one refuses its arguments."""
+    """Tell the other ranks, which are in :func:`agree`, that this one refuses its arguments."""
     _exchange_headers(_group(name), 0, (), error)
 
 
 def agree(name: str, samples: int, settings: Mapping[str, Any], check: Callable[[], None]) -> tuple[int, ...]:
-    """Return the number of samples of each rank, once all are sure to do the same.
+    """Return the number of samples of each rank, after checking that all ranks have the same settings.
 
     Args:
-        name: of the group.
-        samples: of this rank.
-        settings: what must be equal on all ranks, by the name that an error calls it.
-        check: raises what is wrong with this rank's arguments.
+        name: name of the group.
+        samples: number of samples of this rank.
+        settings: values that must be equal on all ranks, by their names in error messages.
+        check: function that raises if this rank's arguments are invalid.
 
     Raises:
-        Exception: what ``check`` raised here.
-        ValueError: on every rank, where settings differ or a rank refuses its arguments, naming both.
+        Exception: the error that ``check`` raised here.
+        ValueError: on every rank, settings that differ or a rank that refuses its arguments; the message names them.
     """
     group, error = _group(name), None
     try:
@@ -188,9 +189,9 @@ def all_pairs(
         block: :func:`mixfeat.ops.pairwise_mixup_block` of an activation, with gradients on all ranks or on none.
         s: pre-activations (R,n,P,C,M) of this rank's samples.
         target: (n,) or (R,n).
-        nodes: weights of the nodes lam, of sum 1; lam and 1 - lam are one node.
-        sizes: samples of each rank.
-        name: of the group.
+        nodes: weights of the nodes lam, with sum 1; lam and 1 - lam are one node.
+        sizes: number of samples of each rank.
+        name: name of the group.
     """
     group = _group(name)
     ranks, total = len(sizes), sum(sizes)
@@ -206,7 +207,7 @@ def all_pairs(
     loss, grad = _ring(block, s, target, own_nodes, cross_nodes, plan(even), group)
     if grad is not None and even != sizes:
         grad = _spread(grad, 1, even, sizes, group)
-    # summed in the order of the ranks, not in that of an all-reduce: so all have the same bits, and have them again
+    # summed in the order of the ranks, unlike an all-reduce, so that bits are equal on all ranks and repeat
     parts = [torch.empty_like(loss) for _ in sizes]
     with _contact(group):
         dist.all_gather(parts, loss, group=group)
@@ -218,7 +219,7 @@ def _ring(
     block: Block, s: Tensor, target: Tensor, own_nodes: Mapping[float, float], cross_nodes: Mapping[float, float],
     plan: Plan, group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Compute this rank's part of the loss, float64, and its samples' gradient. Transfers overlap with work."""
+    """Compute this rank's part of the loss, float64, and its samples' gradient, while transfers run."""
     rank, steps = group.rank(), plan.steps
     prefetch = _fetch(s, target, plan, steps[:1], group)
     loss, grad, _ = block(s, None, target, None, list(own_nodes), list(own_nodes.values()))
@@ -253,7 +254,7 @@ def _ring(
 
 
 class _Transfer:
-    """Sends and receptions under way together."""
+    """Sends and receives that run together."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -266,7 +267,7 @@ class _Transfer:
         self._add(dist.isend, rank, [tensor.contiguous() for tensor in tensors])
 
     def receive(self, rank: int, tensors: Any, place: slice = slice(None)) -> None:
-        """``tensors``, one or a tuple, will be ``received[rank]``; ``place`` is where a gradient belongs."""
+        """Receive into ``tensors``, one or a tuple, ``received[rank]``; ``place`` is the position of a gradient."""
         self.received[rank], self._places[rank] = tensors, place
         self._add(dist.irecv, rank, tensors if isinstance(tensors, tuple) else [tensors])
 
@@ -284,10 +285,10 @@ class _Transfer:
         with _contact(self.group):
             for work in self._works:
                 work.wait()
-        self._works, self._ops = [], []  # lets go of what was sent
+        self._works, self._ops = [], []  # frees the tensors that were sent
 
     def add_to(self, grad: Tensor | None) -> None:
-        """Wait, and add the gradients that have come, in the order in which they were asked for."""
+        """Wait, then add the received gradients in the order of the requests."""
         self.wait()
         if grad is not None:
             for rank, part in self.received.items():
@@ -295,7 +296,7 @@ class _Transfer:
 
 
 def _fetch(s: Tensor, target: Tensor, plan: Plan, steps: list[Step], group: dist.ProcessGroup) -> _Transfer:
-    """Start to exchange the samples of a step, if any."""
+    """Start exchanging the samples of a step, if any."""
     transfer, rank = _Transfer(group), group.rank()
     for step in steps:
         for pair in plan.pairs_of(rank, step):
@@ -311,7 +312,7 @@ def _fetch(s: Tensor, target: Tensor, plan: Plan, steps: list[Step], group: dist
 
 
 def _even(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the sizes themselves if they differ by one at most, else as even as can be."""
+    """Return the sizes if they differ by at most one, else even ones of the same sum."""
     if max(sizes) - min(sizes) <= 1:
         return sizes
     total, ranks = sum(sizes), len(sizes)
@@ -319,7 +320,7 @@ def _even(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _spread(t: Tensor, dim: int, sizes: Sequence[int], wanted: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """Move samples, along ``dim``, from shards of these sizes to shards of the wanted ones, in the same order."""
+    """Move samples along ``dim`` from shards of ``sizes`` to shards of the ``wanted`` sizes, in the same order."""
     rank = group.rank()
     have, want = ([0, *itertools.accumulate(counts)] for counts in (sizes, wanted))
 
@@ -341,7 +342,7 @@ def _group(name: str) -> dist.ProcessGroup:
 
 
 def _backends(group: dist.ProcessGroup) -> dict[str, str]:
-    """Backend by type of device."""
+    """Return the backends by device type."""
     return dict(entry.split(":") for entry in dist.get_backend_config(group).split(","))
 
 
@@ -356,7 +357,7 @@ def _check_served(group: dist.ProcessGroup, device: str) -> None:
 def _exchange_headers(
     group: dist.ProcessGroup, samples: int, settings: tuple[tuple[str, str], ...], error: Exception | None
 ) -> tuple[int, ...]:
-    """Every rank's number of samples, and that all have the same settings and no error."""
+    """Return every rank's number of samples, after checking that all have the same settings and no error."""
     device = "cpu" if "cpu" in _backends(group) else "cuda"
     mine = torch.tensor([error is None, samples, _digest(settings)], dtype=torch.int64, device=device)
     headers = [torch.empty_like(mine) for _ in range(group.size())]
@@ -397,7 +398,7 @@ def _digest(settings: tuple[tuple[str, str], ...]) -> int:
 
 @contextmanager
 def _contact(group: dist.ProcessGroup) -> Iterator[None]:
-    """Explain a failed transfer."""
+    """Turn a failed transfer into an error that explains it."""
     try:
         yield
     except RuntimeError as error:
