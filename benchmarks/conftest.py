@@ -18,7 +18,7 @@ from .harness import CLOCK, Bench
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mixfeat")
-    group.addoption("--shape", metavar="N,P,D,C,M", help="time this problem only, in place of all named shapes")
+    group.addoption("--shape", metavar="N,P,D,C,M", help="time only this problem instead of all named shapes")
     group.addoption(
         "--against", metavar="MODULE:FUNCTION", help="one more contender, with the arguments of the operator chosen"
     )

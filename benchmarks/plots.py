@@ -61,7 +61,7 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
 
 
 def _problem(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Key of a row without its direction."""
+    """Return the key of a row without its direction."""
     return row["suite"], row["case"], row["dtype"]
 
 

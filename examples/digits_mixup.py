@@ -24,8 +24,8 @@ def network() -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--alpha", type=float, default=0.2, help="of Mixup's Beta(alpha, alpha)")
-    parser.add_argument("--cutmix-alpha", type=float, default=1.0, help="of CutMix's Beta(alpha, alpha)")
+    parser.add_argument("--alpha", type=float, default=0.2, help="parameter of Mixup's Beta(alpha, alpha)")
+    parser.add_argument("--cutmix-alpha", type=float, default=1.0, help="parameter of CutMix's Beta(alpha, alpha)")
     parser.add_argument("--prob", type=float, default=1.0, help="probability that a batch is mixed")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)

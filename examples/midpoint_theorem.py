@@ -17,7 +17,7 @@ import mixfeat as mf
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--degree", type=int, default=8, help="of the activation's polynomial")
+    parser.add_argument("--degree", type=int, default=8, help="degree of the activation's polynomial")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--runs", type=int, default=2, help="independent networks, trained side by side")
     parser.add_argument("--seed", type=int, default=0)

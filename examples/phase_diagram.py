@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--points", type=int, default=6, help="on each axis")
+    parser.add_argument("--points", type=int, default=6, help="points on each axis")
     parser.add_argument("--out", help="also draw the diagrams into this file")
     args = parser.parse_args()
 

@@ -147,7 +147,7 @@ def record() -> Iterator[list[Launch]]:
 
 
 def run(launch: Launch) -> None:
-    """Launch, on the device of the first argument, whichever device is current, and on PyTorch's stream there."""
+    """Launch on PyTorch's stream of the first argument's device, whichever device is current."""
     launches = _recorded.get()
     if launches is not None:
         launches.append(launch)

@@ -20,7 +20,7 @@ __all__ = ["environment", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     args = _parser().parse_args(argv)
     if argv is None and args.patient:
         _wait_without_spinning()

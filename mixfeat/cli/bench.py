@@ -32,7 +32,7 @@ def add_commands(commands: Commands) -> None:
         commands,
         "bench",
         _bench,
-        help="how fast are the kernels on this machine?",
+        help="time the kernels on this machine",
         description="Time every operator against what a user could write in PyTorch and against the hardware's limits, "
         "all in the same run. Needs pip install 'mixfeat[test]'.",
     )
@@ -40,33 +40,33 @@ def add_commands(commands: Commands) -> None:
         "--only",
         nargs="+",
         metavar="NAME",
-        help="operators, or other suites: of benchmarks/test_NAME.py (default: all)",
+        help="operators or other suites, NAME of benchmarks/test_NAME.py (default: all)",
     )
     benching.add_argument(
         "--shape", type=problem_shape, metavar="N,P,D,C,M",
-        help="your problem in place of all shapes: samples, patches, their dimension, classes, filters for each class",
+        help="a problem that replaces all shapes: samples, patches, patch dimension, classes, filters per class",
     )  # fmt: skip
     benching.add_argument(
         "--against", metavar="MODULE:FUNCTION",
-        help="one more contender, of the one operator of --only, with the arguments of mixfeat's",
+        help="an additional contender for the operator that --only names; it takes mixfeat's arguments",
     )  # fmt: skip
     benching.add_argument(
         "-k", "--filter", metavar="EXPRESSION",
-        help="of the cases only these, by shape, dtype and direction, as pytest -k: 'paper-10 and not bfloat16'",
+        help="run only cases that match by shape, dtype and direction, as pytest -k: 'paper-10 and not bfloat16'",
     )  # fmt: skip
     benching.add_argument(
-        "--seconds", type=float, default=1.0, metavar="FLOAT", help="for each comparison (default: %(default)s)"
+        "--seconds", type=float, default=1.0, metavar="FLOAT", help="time for each comparison (default: %(default)s)"
     )
     benching.add_argument(
         "--limit", type=float, metavar="FLOAT",
-        help="stop after so many seconds and write the results so far: the most important cases come first",
+        help="stop after this many seconds and write the results so far; the most important cases come first",
     )  # fmt: skip
     benching.add_argument(
         "--out", type=Path, default=Path("results/bench.json"), metavar="FILE",
-        help="for the results (default: %(default)s)",
+        help="file for the results (default: %(default)s)",
     )  # fmt: skip
     benching.add_argument("--results", type=Path, metavar="FILE", help="load results from FILE instead of running")
-    benching.add_argument("--compare", type=Path, metavar="OLD", help="list cases slower than in these results")
+    benching.add_argument("--compare", type=Path, metavar="OLD", help="list cases that are slower than in OLD")
     benching.add_argument("--plot", type=Path, metavar="FILE", help="draw time, memory and share of the limit")
 
 

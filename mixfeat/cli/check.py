@@ -34,27 +34,27 @@ def add_commands(commands: Commands) -> None:
         "check",
         _check,
         patient=True,
-        help="are the kernels right on this machine?",
-        description="Hold every operator, on every backend that runs here, to the reference in float64: values and "
-        "gradients of random inputs, contiguous and strided, and the same bits from a second call. The exit status is "
-        "1 if anything fails.",
+        help="verify the kernels on this machine",
+        description="Compare every operator, on every backend that runs here, with the reference in float64: values "
+        "and gradients for random inputs, contiguous and strided, and the same bits from a second call. The exit "
+        "status is 1 if anything fails.",
     )
     for name, choices in (
         ("operator", validate.OPERATORS), ("backend", mixfeat.backends.NAMES), ("dtype", validate.DTYPES)
     ):  # fmt: skip
-        text = f"of {', '.join(choices)} (default: all)"
+        text = f"one or more of {', '.join(choices)} (default: all)"
         checking.add_argument(f"--{name}", nargs="+", choices=list(choices), metavar=name.upper(), help=text)
-    checking.add_argument("--seed", type=int, default=0, metavar="INT", help="of the inputs (default: 0)")
-    checking.add_argument("--quick", action="store_true", help="small shapes only")
+    checking.add_argument("--seed", type=int, default=0, metavar="INT", help="seed of the inputs (default: 0)")
+    checking.add_argument("--quick", action="store_true", help="check small shapes only")
     checking.add_argument(
         "--shape", type=problem_shape, metavar="N,P,D,C,M",
-        help="your problem in place of all shapes: samples, patches, their dimension, classes, filters for each class",
+        help="a problem that replaces all shapes: samples, patches, patch dimension, classes, filters per class",
     )  # fmt: skip
     checking.add_argument(
-        "--activation", type=activation, metavar="ACTIVATION", help="in place of all others, as 'PolyReLU(8, 0.1)'"
+        "--activation", type=activation, metavar="ACTIVATION", help="replaces all others, such as 'PolyReLU(8, 0.1)'"
     )
     checking.add_argument(
-        "--seconds", type=float, metavar="FLOAT", help="go on with new inputs for so long, shared by all checks"
+        "--seconds", type=float, metavar="FLOAT", help="time to repeat with new inputs, shared by all checks"
     )
     checking.add_argument("--junit", type=Path, metavar="FILE", help="also write a report in JUnit's XML")
     reporting = add_command(
@@ -66,11 +66,11 @@ def add_commands(commands: Commands) -> None:
         "stack, memory accesses and the instructions of main loops. The exit status is 1 if anything spills.",
     )
     for name, known in (("targets", report.TARGETS), ("kernels", report.KERNELS)):
-        text = f"of {', '.join(known)}, separated by commas (default: all)"
+        text = f"one or more of {', '.join(known)}, separated by commas (default: all)"
         reporting.add_argument(f"--{name}", metavar="LIST", default=",".join(known), help=text)
     reporting.add_argument(
         "--shapes", action="store_true",
-        help="instead list what each named shape of the benchmarks launches on an H100 and an A100, without --targets",
+        help="list the launches of the benchmarks' named shapes on an H100 and an A100 instead; excludes --targets",
     )  # fmt: skip
 
 

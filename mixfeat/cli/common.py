@@ -52,7 +52,7 @@ def add_command(
 
 
 def problem_shape(text: str) -> tuple[int, int, int, int, int]:
-    """Parse ``N,P,D,C,M``: samples, patches, dimension of a patch, classes, filters for each class."""
+    """Parse ``N,P,D,C,M``: samples, patches, patch dimension, classes, filters per class."""
     try:
         n, p, d, c, m = map(int, text.split(","))
     except ValueError:

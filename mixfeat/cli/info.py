@@ -12,7 +12,7 @@ from mixfeat.kernels.cuda import gradient_descent
 
 __all__ = ["add_commands", "one_launch"]
 
-# lam of the nodes; of a lam and 1 - lam, which mix the same pairs, the greater
+# lam of the nodes; lam and 1 - lam mix the same pairs, so the larger one stands for both
 _OBJECTIVES = {"ERM": None, "Midpoint": (0.5,), "Uniform, 8 nodes": (9 / 16, 11 / 16, 13 / 16, 15 / 16)}
 
 

@@ -126,10 +126,10 @@ def _add_options(
         "--scheduler", metavar="ADDRESS", help="train on the workers of the Dask cluster with this scheduler"
     )
     for setting in fields(kind_of_settings):
-        several = isinstance(setting.default, tuple)  # a pair, or any number of values
-        kind: Any = get_args(setting.type)[0] if several else setting.type
+        is_tuple = isinstance(setting.default, tuple)  # a pair, or any number of values
+        kind: Any = get_args(setting.type)[0] if is_tuple else setting.type
         shape: dict[str, Any] = {"metavar": kind.__name__.upper()}
-        if several:
+        if is_tuple:
             shape = (
                 {**shape, "nargs": "+"} if ... in get_args(setting.type) else {"nargs": 2, "metavar": ("LOW", "HIGH")}
             )
