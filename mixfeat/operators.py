@@ -281,16 +281,20 @@ def _degrees(*sizes: int, **options: Any) -> tuple[Case, ...]:
 
 def _draw_network(
     generator: torch.Generator, sizes: tuple[int, ...], activation: Activation = _POLY, runs: str = "",
-    readout: bool = False,
+    readout: bool | str = False,
 ) -> Arguments:  # fmt: skip
-    """Draw a network whose pre-activations are near the threshold; ``runs`` names the arguments that have R = 3."""
+    """Draw a network whose pre-activations are near the threshold; ``runs`` names the arguments that have R = 3.
+
+    ``readout`` draws numbers, or +-1/M for "signs".
+    """
     samples, patches, dim, classes, filters = sizes
     input = _normal(generator, *[3] * ("input" in runs), samples, patches, dim)
     weight = _normal(generator, *[3] * ("weight" in runs), classes, filters, dim)
     scale = getattr(activation, "rho", 0.5) / math.sqrt(max(1, dim))
     drawn = {"input": input, "weight": weight * scale, "activation": activation}
     if readout:
-        drawn["readout"] = _normal(generator, *[3] * ("readout" in runs), classes, filters)
+        second_layer = _normal(generator, *[3] * ("readout" in runs), classes, filters)
+        drawn["readout"] = second_layer.sign() / filters if readout == "signs" else second_layer
     return drawn
 
 
@@ -491,7 +495,8 @@ _GRADIENT_DESCENT = Operator(
         *(
             _network(9, 3, 6, 4, 3, **options)
             for options in (
-                {"readout": True}, {"readout": True, "runs": "weight readout", "erm": True},
+                {"readout": True}, {"readout": True, "runs": "weight readout", "erm": True}, {"readout": "signs"},
+                {"readout": "signs", "runs": "weight readout"}, {"readout": "signs", "erm": True},
                 {"label_lam": 0.8, "lam": 0.3}, {"label_smoothing": 0.1}, {"label_smoothing": 0.1, "erm": True},
                 {"pairs": "distinct"}, {"pairs": "different_class", "runs": "weight target"},
             )

@@ -3,6 +3,7 @@
 
 #include <mutex>
 #include <numeric>
+#include <optional>
 
 #include "all_pairs.h"
 #include "library.h"
@@ -18,7 +19,9 @@ struct Problem {
   const PairwiseMixupKernels<T>& pair_kernel = typed_kernels<T>().pairwise_mixup_loss;
 
   int64_t samples, patches, patch_dim, classes, filters;  // N, P, D, C, C*M
-  std::vector<double> lam, lam_weight;                     // none: plain cross-entropy
+  std::vector<double> lam, lam_weight, label_lam;          // none: plain cross-entropy
+  double label_smoothing;
+  int64_t pairs_that_count;  // 0: all, 1: distinct, 2: different classes
   Polynomial activation;
   T momentum, weight_decay;
   bool one_side;          // every lam is 1/2, so rows are columns
@@ -26,8 +29,8 @@ struct Problem {
   AllPairs<T> pairs;
 
   Problem(int64_t samples, int64_t patches, int64_t patch_dim, int64_t classes, int64_t filters_per_class,
-          const std::vector<double>& lam, const std::vector<double>& lam_weight, const Polynomial& activation, T momentum,
-          T weight_decay)
+          const std::vector<double>& lam, const std::vector<double>& lam_weight, const std::vector<double>& label_lam,
+          double label_smoothing, int64_t pairs_that_count, const Polynomial& activation, T momentum, T weight_decay)
       : samples(samples),
         patches(patches),
         patch_dim(patch_dim),
@@ -35,6 +38,9 @@ struct Problem {
         filters(classes * filters_per_class),
         lam(lam),
         lam_weight(lam_weight),
+        label_lam(label_lam),
+        label_smoothing(label_smoothing),
+        pairs_that_count(pairs_that_count),
         activation(activation),
         momentum(momentum),
         weight_decay(weight_decay),
@@ -56,8 +62,18 @@ struct Problem {
   }
 
   PairwiseMixup<T> pair_sizes() const {
-    return {classes, filters / classes * patches, padded_length, classes, pairs.block, {},   {}, 0, 0,
-            false,   false,                       nullptr,       nullptr, nullptr,     activation,  true};
+    return {classes, filters / classes * patches, padded_length,         classes, pairs.block, {},         {}, 0, label_smoothing,
+            pairs_that_count == 1,                pairs_that_count == 2, nullptr, nullptr,     nullptr, activation, true};
+  }
+
+  // How many ordered pairs count, for sorted targets.
+  double pair_count(const int64_t* target) const {
+    double same = 0;
+    for (int64_t n = 0, first = 0; n < samples && pairs_that_count == 2; ++n) {
+      if (target[n] != target[first]) first = n;
+      same += n == first ? 1 : 2 * (n - first) + 1;
+    }
+    return std::max(1.0, double(samples) * samples - (pairs_that_count == 1 ? samples : same));
   }
 
   // The column of sample n's first patch, and the distance of its patches.
@@ -74,6 +90,8 @@ struct Network {
   std::array<T*, 2> t, bounds;  // rows, and columns where they differ
   T* t_grad;
   double* losses;
+  double pair_count;
+  const int64_t* negative;  // (C,) pre-activations, or null
   GradientDescent<T> view;
 
   Network(const Problem<T>& p, void* memory)
@@ -95,8 +113,11 @@ struct Network {
   }
 
   // Takes in the samples x (N, P, D) in their order, and the weight.
-  void load(const T* x, const int64_t* stride, const int64_t* index, const int64_t* target, const T* initial, T* momentum_buffer) {
+  void load(const T* x, const int64_t* stride, const int64_t* index, const int64_t* target, const T* initial, T* momentum_buffer,
+            const int64_t* negative_filters, const int64_t* negative) {
     const Problem<T>& p = problem;
+    pair_count = p.pair_count(target);
+    this->negative = negative;
     std::fill_n(static_cast<char*>(static_cast<void*>(input)), scratch.bytes(), 0);
     for (int64_t k = 0; k < p.samples; ++k) {
       for (int64_t patch = 0; patch < p.patches; ++patch) {
@@ -107,7 +128,7 @@ struct Network {
     }
     std::copy_n(initial, p.filters * p.patch_dim, weight);
     view = {p.samples,   p.patches,       p.patch_dim, p.classes, p.filters, p.columns, p.padded_length, p.activation, input, target,
-            weight,      momentum_buffer, grad,        s};
+            weight,      momentum_buffer, grad,        s,         p.label_smoothing, negative_filters};
   }
 
   // Returns the loss before the step.
@@ -146,7 +167,8 @@ struct Network {
     const bool alone = team.threads == 1;  // then a block is convolved when it is packed, and stays in the first-level cache
     if (!alone) convolve(team);
     PairwiseMixup<T> a = p.pair_sizes();
-    const auto pack = [&](int side, double weight, bool convolves) {
+    a.negative = negative;
+    const auto pack = [&](int side, double weight, double label, bool convolves) {
       for_each_block([&](int64_t block, int64_t begin, int64_t end) {
         if (convolves) {
           const int64_t lanes = p.kernel.lanes, first = begin * p.patches / lanes * lanes;
@@ -157,16 +179,17 @@ struct Network {
         p.pair_kernel.bounds(first, std::min(end, p.samples) - begin, p.classes, a.length, p.padded_length,
                              bounds[side] + block * 2 * p.sample_size());
       });
-      return MixupSide<T>{p.samples, weight, weight, t[side], bounds[side], t_grad, view.target};
+      return MixupSide<T>{p.samples, weight, label, t[side], bounds[side], t_grad, view.target};
     };
     for_each_block([&](int64_t, int64_t begin, int64_t end) {
       std::fill(t_grad + begin * p.sample_size(), t_grad + end * p.sample_size(), T(0));
     });
     std::fill_n(losses, p.pairs.schedule.rows, 0.0);
     for (size_t k = 0; k < p.lam.size(); ++k) {
-      a.row = pack(0, p.lam[k], alone && k == 0);
-      a.column = p.one_side ? a.row : pack(1, 1 - p.lam[k], false);
-      p.pairs.add(a, p.lam_weight[k], losses, team);
+      const double label = p.lam[k] == 0.5 ? 0.5 : p.label_lam[k];  // as in pairwise_mixup_loss.cpp
+      a.row = pack(0, p.lam[k], label, alone && k == 0);
+      a.column = p.one_side ? a.row : pack(1, 1 - p.lam[k], 1 - label, false);
+      p.pairs.add(a, p.lam_weight[k] / pair_count, losses, team);
     }
     for_each_block([&](int64_t, int64_t begin, int64_t end) {
       p.kernel.unpack(view, T(p.activation.scale / p.activation.threshold), begin, end, t_grad);
@@ -202,8 +225,9 @@ class Queue {
 
 template <typename T>
 Tensor descend(const Tensor& input, Tensor& weight, const Tensor& target, const std::vector<double>& lam,
-               std::vector<double> lam_weight, const Polynomial& activation, const Tensor& lr, int64_t steps, double momentum,
-               double weight_decay, Tensor& momentum_buffer) {
+               const std::vector<double>& lam_weight, const std::vector<double>& label_lam, double label_smoothing,
+               int64_t pairs_that_count, const Polynomial& activation, const Tensor& lr, int64_t steps, double momentum,
+               double weight_decay, Tensor& momentum_buffer, const std::optional<Tensor>& negative_filters) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.is_contiguous() && weight.scalar_type() == kType<T>, "unexpected weight");
   STD_TORCH_CHECK((input.dim() == 3 || input.dim() == 4) && input.scalar_type() == kType<T>, "unexpected input");
   const int64_t runs = weight.size(0), data_dim = input.dim() - 3, network_size = weight.size(1) * weight.size(2) * weight.size(3);
@@ -211,11 +235,11 @@ Tensor descend(const Tensor& input, Tensor& weight, const Tensor& target, const 
   STD_TORCH_CHECK(momentum == 0 || (momentum_buffer.numel() == weight.numel() && momentum_buffer.is_contiguous()), "unexpected shape");
   STD_TORCH_CHECK(lr.dim() == 2 && lr.scalar_type() == ScalarType::Double, "unexpected lr");
   for (int d = 0; d < 2; ++d) STD_TORCH_CHECK(lr.size(d) == 1 || lr.size(d) == (d ? steps : runs), "unexpected shape");
-  STD_TORCH_CHECK(lam.size() == lam_weight.size(), "unexpected nodes");
+  STD_TORCH_CHECK(lam.size() == lam_weight.size() && lam.size() == label_lam.size(), "unexpected nodes");
   const int64_t samples = input.size(data_dim);
-  for (double& w : lam_weight) w /= std::max<double>(1, double(samples) * samples);
   const Problem<T> problem(samples, input.size(data_dim + 1), input.size(data_dim + 2), weight.size(1), weight.size(2), lam,
-                           lam_weight, activation, T(momentum), T(weight_decay));
+                           lam_weight, label_lam, label_smoothing, pairs_that_count, activation, T(momentum), T(weight_decay));
+  const Negative negative(negative_filters, runs, problem.classes, weight.size(2), problem.patches);
   const Order order(target, runs, samples, problem.classes);
   const int64_t stride[] = {input.stride(data_dim), input.stride(data_dim + 1), input.stride(data_dim + 2)};
   const int64_t lr_stride[] = {lr.size(0) == 1 ? 0 : lr.stride(0), lr.size(1) == 1 ? 0 : lr.stride(1)};
@@ -226,7 +250,8 @@ Tensor descend(const Tensor& input, Tensor& weight, const Tensor& target, const 
     Network<T> network(problem, workspace);
     T* w = data<T>(weight) + r * network_size;
     network.load(data<T>(input) + (data_dim ? r * input.stride(0) : 0), stride, order.index.data() + r * order.stride,
-                 order.target.data() + r * order.stride, w, momentum == 0 ? nullptr : data<T>(momentum_buffer) + r * network_size);
+                 order.target.data() + r * order.stride, w, momentum == 0 ? nullptr : data<T>(momentum_buffer) + r * network_size,
+                 negative.filters(r), negative.pre_activations(r));
     for (int64_t step = first; step < last; ++step) {
       const T rate = T(data<double>(lr)[r * lr_stride[0] + step * lr_stride[1]]);
       data<T>(loss)[r * steps + step] = T(network.step(rate, team));
@@ -271,10 +296,12 @@ Tensor descend(const Tensor& input, Tensor& weight, const Tensor& target, const 
 
 // Updates weight (R, C, M, D) and momentum_buffer, of the same shape, in place; returns the loss (R, steps).
 Tensor gradient_descent(Tensor input, Tensor weight, Tensor target, std::vector<double> lam, std::vector<double> lam_weight,
+                        std::vector<double> label_lam, double label_smoothing, int64_t pairs_that_count,
                         std::vector<double> activation, Tensor lr, int64_t steps, double momentum, double weight_decay,
-                        Tensor momentum_buffer) {
+                        Tensor momentum_buffer, std::optional<Tensor> negative_filters) {
   const auto f = input.scalar_type() == ScalarType::Float ? descend<float> : descend<double>;
-  return f(input, weight, target, lam, lam_weight, polynomial_of(activation), lr, steps, momentum, weight_decay, momentum_buffer);
+  return f(input, weight, target, lam, lam_weight, label_lam, label_smoothing, pairs_that_count, polynomial_of(activation), lr, steps,
+           momentum, weight_decay, momentum_buffer, negative_filters);
 }
 
 }  // namespace
@@ -282,8 +309,9 @@ Tensor gradient_descent(Tensor input, Tensor weight, Tensor target, std::vector<
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mixfeat_cpu, m) {
   m.def(
-      "gradient_descent(Tensor input, Tensor(a!) weight, Tensor target, float[] lam, float[] lam_weight, float[] activation, "
-      "Tensor lr, int steps, float momentum, float weight_decay, Tensor(b!) momentum_buffer) -> Tensor");
+      "gradient_descent(Tensor input, Tensor(a!) weight, Tensor target, float[] lam, float[] lam_weight, float[] label_lam, "
+      "float label_smoothing, int pairs_that_count, float[] activation, Tensor lr, int steps, float momentum, "
+      "float weight_decay, Tensor(b!) momentum_buffer, Tensor? negative_filters) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CPU, m) { m.impl("gradient_descent", TORCH_BOX(&mixfeat::gradient_descent)); }

@@ -186,6 +186,8 @@ struct GradientDescent {
   T* momentum_buffer;     // (C*M, D), or null
   T* grad;                // (C*M, D): gradient of the weight
   T* s;                   // (C*M in groups of 4, columns): pre-activations, then their gradient
+  double label_smoothing;
+  const int64_t* negative_filters;  // (C,): how many filters, the first ones, have a readout of -1; or null: none
 };
 
 // Functions over a range write nothing outside it, and their results do not depend on how a whole is divided into ranges.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixfeat import _checks, backends
 from mixfeat.kernels.polynomial import Polynomial
-from mixfeat.ops.pairwise_mixup_loss import count_runs, merged_nodes
+from mixfeat.ops.pairwise_mixup_loss import PAIRS, Objective, Signs, count_runs, list_nodes, merged_nodes
 from mixfeat.ops.registration import Operator, forbid_backward
 
 __all__ = ["gradient_descent"]
@@ -103,9 +103,9 @@ def _forward(
 
     nodes = {} if lam is None or lam_weight is None else merged_nodes(lam, lam_weight, input.dtype)
     name = backends.serving_network(input.device.type, input.dtype, Polynomial.of(fields))
-    if readout is not None or label_lam is not None or label_smoothing or pairs != "all":
-        name = ""  # the loop over the operators
-    if name == "triton" and input.dtype == torch.float32 and input.is_cuda and backends.serves_cuda():
+    has_options = readout is not None or label_lam is not None or label_smoothing or pairs != "all"
+    in_cuda = name == "triton" and input.is_cuda and backends.serves_cuda() and not has_options
+    if in_cuda and input.dtype == torch.float32:
         from mixfeat.kernels import cuda
         from mixfeat.kernels.cuda import gradient_descent as kernel
 
@@ -117,12 +117,12 @@ def _forward(
                 x, weight, y, Polynomial.of(fields), *options, buffer if momentum else None
             )
             return weight, loss, buffer if velocity is None else velocity
-    if name == "cpu":
-        loss = torch.ops.mixfeat_cpu.gradient_descent.default(
-            input, weight, target.contiguous(), list(nodes), list(nodes.values()), tuple(fields), lr, steps, momentum,
-            weight_decay, buffer,
+    signs = Signs.of(readout) if readout is not None and name == "cpu" else None
+    if name == "cpu" and (readout is None or signs):
+        return _native(
+            input, weight, target, lam, lam_weight, label_lam, label_smoothing, pairs, Polynomial.of(fields), lr, steps,
+            momentum, weight_decay, buffer, signs,
         )  # fmt: skip
-        return weight, loss, buffer
 
     def objective() -> tuple[Tensor, Tensor]:
         """Return the loss (R,) and its gradient."""
@@ -136,6 +136,41 @@ def _forward(
     with torch.autocast(device, enabled=False) if _checks.autocast_is_enabled(device) else contextlib.nullcontext():
         loss = _loop(objective, weight, buffer, lr, steps, momentum, weight_decay)
     return weight, loss, buffer
+
+
+def _native(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lam: Tensor | None,
+    lam_weight: Tensor | None,
+    label_lam: Tensor | None,
+    label_smoothing: float,
+    pairs: str,
+    polynomial: Polynomial,
+    lr: Tensor,
+    steps: int,
+    momentum: float,
+    weight_decay: float,
+    buffer: Tensor,
+    signs: Signs | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the CPU kernel, which updates ``weight`` and ``buffer`` in place."""
+    lists: tuple[list[float], list[float], list[float] | None] = ([], [], None)
+    if lam is not None and lam_weight is not None:
+        lists = list_nodes(lam, lam_weight, label_lam, input.dtype, symmetric=True)
+    trained = [weight, buffer] if momentum else [weight]
+    if signs:
+        polynomial = polynomial._replace(scale=polynomial.scale * signs.magnitude)
+        trained = [signs.ordered(t.flatten(1, 2)).view_as(t) for t in trained]
+    loss = torch.ops.mixfeat_cpu.gradient_descent.default(
+        input, trained[0], target.contiguous(), *lists[:2], Objective(lists[2]).labels(lists[0]), label_smoothing,
+        PAIRS.index(pairs), tuple(polynomial), lr, steps, momentum, weight_decay, trained[-1] if momentum else buffer,
+        signs and signs.negative_filters,
+    )  # fmt: skip
+    if signs:
+        trained = [signs.as_given(t.flatten(1, 2)).view_as(t) for t in trained]
+    return trained[0], loss, trained[-1] if momentum else buffer
 
 
 def _cross_entropy(

@@ -205,7 +205,7 @@ def merged_nodes(lam: Tensor, lam_weight: Tensor, dtype: torch.dtype) -> dict[fl
     return merged
 
 
-def _nodes(
+def list_nodes(
     lam: Tensor, lam_weight: Tensor, label_lam: Tensor | None, dtype: torch.dtype, symmetric: bool
 ) -> tuple[list[float], list[float], list[float] | None]:
     """Return nodes, weights and label shares; mirror images are merged if pairs are symmetric."""
@@ -291,7 +291,7 @@ def _forward(
             block = functools.partial(pairwise_mixup_block, polynomial=polynomial, need_grad=need_grad)
             loss, grad = sharding.all_pairs(block, s, target, merged_nodes(lam, lam_weight, dtype), sizes, group)
         else:
-            nodes, weights, labels = _nodes(lam, lam_weight, label_lam, dtype, not num_rows)
+            nodes, weights, labels = list_nodes(lam, lam_weight, label_lam, dtype, not num_rows)
             if label_lam is not None:
                 _checks.label_lam_values(label_lam)
             count = num_rows * (num_samples - num_rows) if num_rows else num_samples**2
@@ -385,7 +385,7 @@ def _plain(
     label_lam: Tensor | None, fields: Sequence[float], label_smoothing: float, pairs: str, num_rows: int,
     *, linear_memory: bool,
 ) -> Tensor:  # fmt: skip
-    nodes, weights, labels = _nodes(lam, lam_weight, label_lam, _checks.accumulation(input.dtype), not num_rows)
+    nodes, weights, labels = list_nodes(lam, lam_weight, label_lam, _checks.accumulation(input.dtype), not num_rows)
     factor = _pair_factor(target, pairs, num_rows, weight.shape[-3])
     loss = fallback.pairwise_mixup_loss(
         input, weight, target, nodes, weights, Polynomial.of(fields), labels, label_smoothing, pairs, readout, num_rows,

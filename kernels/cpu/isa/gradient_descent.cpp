@@ -116,6 +116,7 @@ double cross_entropy_of(const GradientDescent<T>& a, int64_t block, void* memory
   const int64_t filters = a.filters / a.classes, first = block * lanes, count = min(lanes, a.samples - first);
   T* const s = a.s + block * lanes * a.patches;
   T* const logits = CrossEntropyBuffers<T>(a, memory).logits;
+  const auto negative = [&](int64_t c) { return a.negative_filters ? a.negative_filters[c] : 0; };
   Vec<T> max = {};
   for (int64_t c = 0; c < a.classes; ++c) {
     Vec<T> sums[4] = {};
@@ -127,6 +128,9 @@ double cross_entropy_of(const GradientDescent<T>& a, int64_t block, void* memory
         for (int k = 0; k < 4; ++k) sums[k] = phi.add_to(sums[k], load(row + (p + k) * lanes) * per_threshold);
       }
       for (; p < a.patches; ++p) sums[0] = phi.add_to(sums[0], load(row + p * lanes) * per_threshold);
+      if (m + 1 == negative(c)) {
+        for (Vec<T>& sum : sums) sum = -sum;
+      }
     }
     const Vec<T> sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) * broadcast(T(a.activation.scale / a.activation.degree));
     store(logits + c * lanes, sum);
@@ -134,27 +138,34 @@ double cross_entropy_of(const GradientDescent<T>& a, int64_t block, void* memory
   }
   T target_logit[lanes];
   for (int k = 0; k < count; ++k) target_logit[k] = logits[a.target[first + k] * lanes + k];
-  Vec<T> total = {};
+  Vec<T> total = {}, all_remaining = {};
   for (int64_t c = 0; c < a.classes; ++c) {
-    const Vec<T> e = exponential(load(logits + c * lanes) - max);
+    const Vec<T> remaining = load(logits + c * lanes) - max, e = exponential(remaining);
     total += e;
+    all_remaining += remaining;
     store(logits + c * lanes, e);
   }
+  const bool smooth = a.label_smoothing != 0;
+  const double keep = 1 - a.label_smoothing, spread = a.label_smoothing / a.classes;
   double loss = 0;
-  for (int k = 0; k < count; ++k) loss += double(max[k]) - double(target_logit[k]) + ::log(double(total[k]));
+  for (int k = 0; k < count; ++k) {
+    loss += keep * (double(max[k]) - double(target_logit[k])) + ::log(double(total[k]));
+    if (smooth) loss -= spread * double(all_remaining[k]);
+  }
 
   // D / N in the logits' place, and from there the gradient
   const T factor = T(a.activation.scale / a.activation.threshold / a.samples);
   const Vec<T> norm = broadcast(factor) / total;
-  for (int64_t c = 0; c < a.classes; ++c) store(logits + c * lanes, load(logits + c * lanes) * norm);
-  for (int k = 0; k < count; ++k) logits[a.target[first + k] * lanes + k] -= factor;
+  for (int64_t c = 0; c < a.classes; ++c) store(logits + c * lanes, load(logits + c * lanes) * norm - broadcast(T(spread) * factor));
+  for (int k = 0; k < count; ++k) logits[a.target[first + k] * lanes + k] -= T(keep) * factor;
   for (int64_t c = 0; c < a.classes; ++c) {
     for (int64_t k = count; k < lanes; ++k) logits[c * lanes + k] = 0;  // padding
     const Vec<T> d = load(logits + c * lanes);
     for (int64_t m = 0; m < filters; ++m) {
       T* row = s + (c * filters + m) * a.columns;
+      const Vec<T> of_filter = m < negative(c) ? -d : d;
       for (int64_t p = 0; p < a.patches; ++p) {
-        store(row + p * lanes, phi.slope_times(load(row + p * lanes) * per_threshold, d));
+        store(row + p * lanes, phi.slope_times(load(row + p * lanes) * per_threshold, of_filter));
       }
     }
   }
