@@ -160,10 +160,7 @@ class PairwiseCase(Case):
 
 @dataclass(frozen=True)
 class MixupCase(Case):
-    """A call of mixup on samples of ``width`` elements; ``source`` is the input's dtype.
-
-    Directions are "forward", "backward", and "inverse", which runs before "backward".
-    """
+    """Direction "forward" or "backward", of samples of ``width`` elements; ``source`` is the input's dtype."""
 
     kernel = "mixup"
     width: int
@@ -171,9 +168,6 @@ class MixupCase(Case):
 
     def sizes(self) -> str:
         return f"K{self.width}-{_name(self.source)}"
-
-    def place(self) -> int:
-        return 0 if self.direction == "inverse" else -1
 
     def call(self) -> None:
         from mixfeat.kernels.triton import mixup
@@ -437,7 +431,6 @@ def shipped(target: str) -> list[Case]:
         cases += [MixupCase("forward", dtype, width, dtype) for width in (150528, 147, 10)]
         cases += [MixupCase("backward", dtype, width, dtype) for width in (150528, 10)]
         cases += [MixupCase("forward", dtype, 150528, torch.uint8)]
-        cases += [MixupCase("inverse", dtype, 10, dtype)] if dtype == single else []
         labels = partial(CrossEntropyCase, "classes", dtype)
         cases += [labels(classes, 0.1) for classes in (10, 127, 1000, 1001, 50257, 50304)]
         cases += [*(labels(classes) for classes in (1000, 50304)), labels(50304, 0.1, need_grad=False)]

@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 
 __all__ = [
-    "BINARY_CROSS_ENTROPY_CONFIG", "CROSS_ENTROPY_CONFIGS", "CUTMIX_CONFIG", "INVERSE_BLOCK", "INVERSE_CHUNK",
-    "INVERSE_SAMPLES", "MEAN_LOGITS", "MEAN_ROWS", "MIXUP_CONFIG", "PAIRWISE_CONFIG", "PATCH_CONV_TILES",
+    "BINARY_CROSS_ENTROPY_CONFIG", "CROSS_ENTROPY_CONFIGS", "CUTMIX_CONFIG", "MEAN_LOGITS", "MEAN_ROWS",
+    "MIXUP_CONFIG", "PAIRWISE_CONFIG", "PATCH_CONV_TILES", "SEARCHED_AT_ONCE", "SEARCHED_SAMPLES", "SEARCHING_ROWS",
     "CrossEntropyConfig", "Direction", "MixupConfig", "PairwiseConfig", "PatchConvConfig", "PatchConvTiles",
     "Split", "cdiv", "cross_entropy_config", "keeps_slopes", "pairwise_block", "pairwise_features", "pairwise_length",
     "pairwise_warps", "patch_conv_tiles", "split", "tile_rows", "vector_size",
@@ -345,15 +345,21 @@ class MixupConfig:
         vectors: how many vectors, of up to 16 bytes, of the output a program writes.
         elements: the same in elements, at least.
         num_warps: warps per program, 32 (AMD: 64) threads each.
+        max_registers: cap per thread (NVIDIA).
     """
 
     vectors: int
     elements: int
     num_warps: int = 4
+    max_registers: int = 80
 
-    def tile(self, num_samples: int, width: int, vector: int) -> tuple[int, int]:
-        """Return the samples, and elements of each, that a program owns: as much of one sample as it can."""
-        return _tile(max(self.vectors * vector, self.elements), num_samples, width)
+    def tile(self, num_samples: int, width: int, vector: int, search: bool = False) -> tuple[int, int]:
+        """Return the samples, and elements of each, that a program owns: as much of one sample as it can.
+
+        A program that may ``search`` for partners has few samples.
+        """
+        rows = min(num_samples, SEARCHING_ROWS) if search else num_samples
+        return _tile(max(self.vectors * vector, self.elements), rows, width)
 
 
 # A thread loads 16 bytes four times from its sample and four times from the partner: few enough registers for 8 or more
@@ -365,9 +371,9 @@ MIXUP_CONFIG = MixupConfig(vectors=512, elements=1024)
 CUTMIX_CONFIG = MixupConfig(vectors=128, elements=512)
 
 
-# To sort up to so many samples by comparing each with all takes one launch, where PyTorch's sort and search take five.
-# A program compares INVERSE_BLOCK samples with INVERSE_CHUNK at a time.
-INVERSE_SAMPLES, INVERSE_BLOCK, INVERSE_CHUNK = 4096, 16, 256
+# A program of the backward pass of mixup or cutmix owns a few rows. It searches up to so many samples, so many at once,
+# for those whose partners these are, which takes no longer than the launches of a sort.
+SEARCHED_SAMPLES, SEARCHED_AT_ONCE, SEARCHING_ROWS = 8192, 512, 8
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, launch
-from .mixup import inverse, pointers_to, tile_of
+from .mixup import next_sample, order_of, pointers_to, tile_of
 
 __all__ = ["cutmix", "cutmix_backward"]
 
@@ -70,29 +70,45 @@ def cutmix_forward_kernel(
     tl.store(pointers_to(output + start, n, stride_result, VECTOR) + k, result, mask=mask)
 
 
+@triton.jit
+def _add_pasted(accum, grad, n, k, inside, mask, stride, VECTOR: tl.constexpr):
+    """Return ``accum + grad[n,k]`` where ``inside``; nothing is read where not ``mask``."""
+    other = tl.load(pointers_to(grad, n, stride, VECTOR) + k, mask=mask, other=0.0)
+    return accum + tl.where(inside, other.to(tl.float32), 0.0)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def cutmix_backward_kernel(
-    grad, order, first, box, input_grad, N, K, stride_source, stride_result,
-    VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    grad, index, order, first, box, input_grad, N, K, stride_source, stride_result,
+    VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
     HEIGHT: tl.constexpr, ROW: tl.constexpr, PIXEL: tl.constexpr,
 ):  # fmt: skip
     """``input_grad_i = sum_{n: index_n = i} grad_n`` inside the box, ``grad_i`` outside
 
-    grad (N,K), input_grad (N,K); order (N,) the samples by their partner and first (N + 1,) where in it those with
-    partner i begin; box (4,).
+    grad (N,K), index (N,), input_grad (N,K), box (4,); order and first as in mixup_backward_kernel, or None.
     """
     i, start, k, mask = tile_of(N, K, VECTOR, BLOCK_N, BLOCK_K)
     inside, any_inside, _ = _in_box(box + 0 * i, start, VECTOR, BLOCK_N, BLOCK_K, HEIGHT, ROW, PIXEL)
     grad += start
     accum = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    begin = tl.load(first + i)
-    count = (tl.load(first + i + 1) - begin).to(tl.int32)
-    for j in range(tl.max(count, 0)):
-        in_list = j < count
-        n = tl.load(order + begin + j, mask=in_list, other=0)
-        pasted = mask & any_inside & in_list[:, None]
-        other = tl.load(pointers_to(grad, n, stride_source, VECTOR) + k, mask=pasted, other=0.0)
-        accum += tl.where(inside & in_list[:, None], other.to(tl.float32), 0.0)
+    mask_inside = mask & any_inside
+    if order is None:
+        m = tl.arange(0, CHUNK)[None, :]
+        for begin in range(0, N, CHUNK):
+            found = tl.load(index + begin + m, mask=begin + m < N, other=-1) == i[:, None]
+            n = next_sample(found, m, tl.full([BLOCK_N], -1, tl.int32), CHUNK)
+            while tl.min(n, 0) < CHUNK:
+                listed = (n < CHUNK)[:, None]
+                other = tl.where(n < CHUNK, begin + n, 0)
+                accum = _add_pasted(accum, grad, other, k, inside & listed, mask_inside & listed, stride_source, VECTOR)
+                n = next_sample(found, m, n, CHUNK)
+    else:
+        begin = tl.load(first + i)
+        count = (tl.load(first + i + 1) - begin).to(tl.int32)
+        for j in range(tl.max(count, 0)):
+            listed = (j < count)[:, None]
+            other = tl.load(order + begin + j, mask=j < count, other=0)
+            accum = _add_pasted(accum, grad, other, k, inside & listed, mask_inside & listed, stride_source, VECTOR)
     own = tl.load(pointers_to(grad, i, stride_source, VECTOR) + k, mask=mask, other=0.0)
     result = tl.where(inside, accum, own.to(tl.float32)).to(input_grad.dtype.element_ty)
     tl.store(pointers_to(input_grad + start, i, stride_result, VECTOR) + k, result, mask=mask)
@@ -111,21 +127,25 @@ def cutmix_backward(
     grad: Tensor, index: Tensor, box: Tensor, height: int, width: int, pixel: int, input_grad: Tensor
 ) -> None:
     """Write the gradient of :func:`cutmix` to ``input_grad``, given ``grad`` = dL/doutput: (N,K), unit stride in K."""
-    grad = launch.interpretable(grad)
+    grad, index = launch.interpretable(grad), index.contiguous()
     with launch.rounded(input_grad) as result:
-        _run(cutmix_backward_kernel, (grad, *inverse(index), box.contiguous(), result), height, width, pixel)
+        tensors = (grad, index, *order_of(index), box.contiguous(), result)
+        _run(cutmix_backward_kernel, tensors, height, width, pixel)
 
 
-def _run(kernel: Any, tensors: tuple[Tensor, ...], height: int, width: int, pixel: int, *strides: int) -> None:
+def _run(kernel: Any, tensors: tuple[Any, ...], height: int, width: int, pixel: int, *strides: int) -> None:
     """Launch, with the strides of the first tensor and of the last, the result, and then ``strides``."""
     source, result = tensors[0], tensors[-1]
     num_samples, size = result.shape
     if not result.numel():
         return
     vector = configs.vector_size(result.itemsize, size, source.stride(0), result.stride(0))
-    tile = configs.CUTMIX_CONFIG.tile(num_samples, size, vector)
+    backward = kernel is cutmix_backward_kernel
+    tile = configs.CUTMIX_CONFIG.tile(num_samples, size, vector, search=backward)
     programs = configs.cdiv(num_samples, tile[0]) * configs.cdiv(size, tile[1])
     sizes = (num_samples, size // vector, source.stride(0) // vector, result.stride(0) // vector, *strides)
     constants = {"VECTOR": vector, "BLOCK_N": tile[0], "BLOCK_K": tile[1]}
+    if backward:
+        constants["CHUNK"] = configs.SEARCHED_AT_ONCE
     constants |= {"HEIGHT": height, "ROW": width * pixel, "PIXEL": pixel}
     launch.run(launch.Launch(kernel, programs, (*tensors, *sizes), constants, configs.CUTMIX_CONFIG.num_warps))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import configs, launch
 
-__all__ = ["inverse", "mixup", "mixup_backward", "pointers_to", "tile_of"]
+__all__ = ["mixup", "mixup_backward", "next_sample", "order_of", "pointers_to", "tile_of"]
 
 # Integers that must not cost a compilation per batch size. K and the strides of samples are in vectors.
 _SIZES = ["N", "K", "stride_lam", "stride_source", "stride_result"]
@@ -66,55 +66,65 @@ def mixup_forward_kernel(
     tl.store(pointers_to(output + start, n, stride_result, VECTOR) + k, mixed.to(output.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def mixup_backward_kernel(
-    grad, index, lam, order, first, input_grad, N, K, stride_source, stride_lam, stride_result,
-    VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """``input_grad_i = lam_i grad_i + sum_{n: index_n = i} (1 - lam_n) grad_n``
+@triton.jit
+def next_sample(found, m, n, CHUNK: tl.constexpr):
+    """Return for each row the first m after n, (BLOCK_N,), that is ``found`` (BLOCK_N,CHUNK), or CHUNK."""
+    return tl.min(tl.where(found & (m > n[:, None]), m, CHUNK), 1)
 
-    grad (N,K), index (N,), lam (N,) or (), input_grad (N,K); order (N,) the samples by their partner and
-    first (N + 1,) where in it those with partner i begin.
+
+@triton.jit
+def _add_share(accum, grad, lam, n, row, k, mask, stride, stride_lam, VECTOR: tl.constexpr):
+    """Return ``accum + (1 - lam_n) grad[row,k]`` where ``mask``."""
+    ratio = 1.0 - tl.load(lam + n * stride_lam)
+    other = tl.load(pointers_to(grad, row, stride, VECTOR) + k, mask=mask, other=0.0)
+    return tl.where(mask, tl.fma(ratio[:, None], other.to(tl.float32), accum), accum)
+
+
+@triton.jit(do_not_specialize=[*_SIZES, "rows"])
+def mixup_backward_kernel(
+    grad, index, lam, order, first, input_grad, rows, N, K, stride_source, stride_lam, stride_result,
+    VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """``input_grad_i = lam_i grad_i + sum_{n: index_n = i} (1 - lam_n) grad_n``, in each run of N rows.
+
+    grad (rows,K), index (N,), lam (N,) or (), input_grad (rows,K); order (N,) the samples by their partner and
+    first (N + 1,) where in it those with partner i begin, or None: index is searched then, CHUNK samples at a time.
     """
-    i, start, k, mask = tile_of(N, K, VECTOR, BLOCK_N, BLOCK_K)
+    i, start, k, mask = tile_of(rows, K, VECTOR, BLOCK_N, BLOCK_K)
+    sample = i % N
+    run = i - sample
     grad += start
     stride_lam = stride_lam.to(tl.int64)
     own = tl.load(pointers_to(grad, i, stride_source, VECTOR) + k, mask=mask, other=0.0)
-    partner = tl.load(index + i)
-    ratio = tl.where((partner >= 0) & (partner < N), tl.load(lam + i * stride_lam), float("nan"))
+    partner = tl.load(index + sample)
+    ratio = tl.where((partner >= 0) & (partner < N), tl.load(lam + sample * stride_lam), float("nan"))
     accum = ratio[:, None] * own.to(tl.float32)
-    begin = tl.load(first + i)
-    count = (tl.load(first + i + 1) - begin).to(tl.int32)
-    for j in range(tl.max(count, 0)):
-        n = tl.load(order + begin + j, mask=j < count, other=0)
-        partner_ratio = 1.0 - tl.load(lam + n * stride_lam)
-        in_list = mask & (j < count)[:, None]
-        other = tl.load(pointers_to(grad, n, stride_source, VECTOR) + k, mask=in_list, other=0.0)
-        accum = tl.where(in_list, tl.fma(partner_ratio[:, None], other.to(tl.float32), accum), accum)
+    if order is None:
+        m = tl.arange(0, CHUNK)[None, :]
+        for begin in range(0, N, CHUNK):
+            found = tl.load(index + begin + m, mask=begin + m < N, other=-1) == sample[:, None]
+            n = next_sample(found, m, tl.full([BLOCK_N], -1, tl.int32), CHUNK)
+            while tl.min(n, 0) < CHUNK:
+                listed = n < CHUNK
+                other = tl.where(listed, begin + n, 0)
+                accum = _add_share(
+                    accum, grad, lam, other, run + other, k, mask & listed[:, None], stride_source, stride_lam, VECTOR
+                )
+                n = next_sample(found, m, n, CHUNK)
+    else:
+        begin = tl.load(first + sample)
+        count = (tl.load(first + sample + 1) - begin).to(tl.int32)
+        for j in range(tl.max(count, 0)):
+            listed = j < count
+            other = tl.load(order + begin + j, mask=listed, other=0)
+            accum = _add_share(
+                accum, grad, lam, other, run + other, k, mask & listed[:, None], stride_source, stride_lam, VECTOR
+            )
     tl.store(
         pointers_to(input_grad + start, i, stride_result, VECTOR) + k,
         accum.to(input_grad.dtype.element_ty),
         mask=mask,
     )
-
-
-@triton.jit(do_not_specialize=["N"])
-def mixup_inverse_kernel(index, order, first, N, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Sort samples by their partner, ties by their own number: each sample's place is the number of those before it.
-
-    index (N,); order (N,) the samples so sorted, and first (N + 1,) where in it those with partner i begin.
-    """
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    own = tl.load(index + n, mask=n < N, other=0)[:, None]
-    place, begin = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32)
-    for start in range(0, N, CHUNK):
-        m = start + tl.arange(0, CHUNK)[None, :]
-        partner = tl.load(index + m, mask=m < N, other=0)
-        before = (partner < own) | ((partner == own) & (m < n[:, None]))
-        place += tl.sum((before & (m < N)).to(tl.int32), 1)
-        begin += tl.sum(((partner < n[:, None]) & (m < N)).to(tl.int32), 1)
-    tl.store(order + place, n.to(tl.int64), mask=n < N)
-    tl.store(first + n, begin.to(tl.int64), mask=n <= N)
 
 
 def mixup(input: Tensor, index: Tensor, lam: Tensor, output: Tensor) -> None:
@@ -130,27 +140,23 @@ def mixup(input: Tensor, index: Tensor, lam: Tensor, output: Tensor) -> None:
 def mixup_backward(grad: Tensor, index: Tensor, lam: Tensor, input_grad: Tensor) -> None:
     """Write the gradient of :func:`mixup` to ``input_grad``, given ``grad`` = dL/dmixed: (N,K) with unit stride in K.
 
-    A sample whose partner is out of range gets NaN.
+    The rows may be those of several runs, one after the other, which are all mixed by ``index`` (N,). A sample whose
+    partner is out of range gets NaN.
     """
     grad, index = launch.interpretable(grad), index.contiguous()
-    order, first = inverse(index)
     with launch.rounded(input_grad) as result:
-        _run(mixup_backward_kernel, (grad, index, lam, order, first, result), grad, result, _stride(lam))
+        tensors = (grad, index, lam, *order_of(index), result)
+        _run(mixup_backward_kernel, tensors, grad, result, _stride(lam), samples=len(index))
 
 
-def inverse(index: Tensor) -> tuple[Tensor, Tensor]:
+def order_of(index: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Return the samples (N,) by their partner, and (N + 1,) where among them those with partner i begin.
 
-    The samples of one partner come in ascending order, which fixes the order of each sum. ``index`` is contiguous.
+    The samples of one partner come in ascending order, which fixes the order of each sum. Of few samples the kernels
+    search ``index``, contiguous, instead: that takes no launch, where sorting takes five.
     """
-    num_samples, block = len(index), configs.INVERSE_BLOCK
-    if 0 < num_samples <= configs.INVERSE_SAMPLES:  # in one launch
-        order, first = index.new_empty(num_samples), index.new_empty(num_samples + 1)
-        constants = {"BLOCK": block, "CHUNK": configs.INVERSE_CHUNK}
-        programs = configs.cdiv(num_samples + 1, block)
-        arguments = (index, order, first, num_samples)
-        launch.run(launch.Launch(mixup_inverse_kernel, programs, arguments, constants, num_warps=8))
-        return order, first
+    if len(index) <= configs.SEARCHED_SAMPLES:
+        return None, None
     partners, order = index.sort(stable=True)
     return order, torch.searchsorted(partners, torch.arange(len(index) + 1, device=index.device))
 
@@ -159,14 +165,25 @@ def _stride(lam: Tensor) -> int:
     return lam.stride(0) if lam.dim() else 0
 
 
-def _run(kernel: Any, tensors: tuple[Tensor, ...], source: Tensor, result: Tensor, *strides: int) -> None:
-    """Launch, with the strides of ``source``, then ``strides``, then those of ``result``."""
-    num_samples, width = result.shape
+def _run(
+    kernel: Any,
+    tensors: tuple[Tensor | None, ...],
+    source: Tensor,
+    result: Tensor,
+    *strides: int,
+    samples: int | None = None,
+) -> None:
+    """Launch, with the strides of ``source``, then ``strides``, then those of ``result``; ``samples`` of a run."""
+    rows, width = result.shape
     if not result.numel():
         return
     vector = configs.vector_size(result.itemsize, width, source.stride(0), result.stride(0))
-    tile = configs.MIXUP_CONFIG.tile(num_samples, width, vector)
-    programs = configs.cdiv(num_samples, tile[0]) * configs.cdiv(width, tile[1])
-    sizes = (num_samples, width // vector, source.stride(0) // vector, *strides, result.stride(0) // vector)
+    tile = configs.MIXUP_CONFIG.tile(rows, width, vector, search=samples is not None)
+    programs = configs.cdiv(rows, tile[0]) * configs.cdiv(width, tile[1])
+    sizes = (width // vector, source.stride(0) // vector, *strides, result.stride(0) // vector)
+    sizes = (rows, *sizes) if samples is None else (rows, samples, *sizes)
     constants = {"VECTOR": vector, "BLOCK_N": tile[0], "BLOCK_K": tile[1]}
-    launch.run(launch.Launch(kernel, programs, (*tensors, *sizes), constants, configs.MIXUP_CONFIG.num_warps))
+    if samples is not None:
+        constants["CHUNK"] = configs.SEARCHED_AT_ONCE
+    options = {"num_warps": configs.MIXUP_CONFIG.num_warps, "max_registers": configs.MIXUP_CONFIG.max_registers}
+    launch.run(launch.Launch(kernel, programs, (*tensors, *sizes), constants, **options))

@@ -706,10 +706,6 @@ def _input_grad(
         problem.launch(patch_conv_kept_input_kernel, config, 1, programs, arguments)
     if index is None or lam is None:
         return mixed_grad
-    if problem.runs > 1:  # samples of all runs, each with a partner in its own run
-        first = torch.arange(0, problem.runs * samples, samples, device=index.device)[:, None]
-        index = (index + first).where((index >= 0) & (index < samples), -1).flatten()
-        lam = lam if lam.dim() == 0 else lam.repeat(problem.runs)
     input_grad = torch.empty_like(mixed_grad)
     mixup.mixup_backward(mixed_grad.flatten(0, 1).flatten(1), index, lam, input_grad.flatten(0, 1).flatten(1))
     return input_grad
