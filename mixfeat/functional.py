@@ -559,8 +559,8 @@ def mixup_cross_entropy(
 
     Returns:
         The loss, () or, without reduction, of the targets' shape; float32, also for half-precision logits, or float64
-        for float64. The mean over no targets is NaN. With ``return_lse`` (loss, lse): lse has the targets' shape, the
-        loss's dtype, and all rows, ignored or not. Gradients flow from both to ``input``, and can be differentiated
+        for float64. The mean over no targets is NaN. With ``return_lse`` (loss, lse): lse has the targets' shape and
+        the loss's dtype, and covers ignored rows too. Gradients flow from both to ``input``, and can be differentiated
         again.
 
     Raises:
