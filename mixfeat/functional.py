@@ -236,8 +236,9 @@ def gradient_descent(
         weight_decay: finite, not negative. The returned loss does not include it.
         label_lam, pairs: as :func:`pairwise_mixup_loss` takes them; not with ``lam=None``.
         label_smoothing: in [0, 1], the share of each label that is spread evenly over all classes.
-        readout: the second layer, (C,M) or (R,C,M), floating; it is not trained. By default ones. With one of several
-            magnitudes, or on a GPU with any of these last four, every step calls the operators, which is slower.
+        readout: the second layer, (C,M) or (R,C,M), floating; it is not trained. By default ones. A readout of several
+            magnitudes, or on a GPU any of ``readout``, ``label_lam``, ``label_smoothing`` and ``pairs``, makes every
+            step call the operators, which is slower.
 
     Returns:
         (weight, loss): weight after the last step, (C,M,D), or (R,C,M,D) if input or weight has the run dimension, of
