@@ -20,8 +20,8 @@ class Polynomial(NamedTuple):
         phi(z)  = scale * (u^degree / degree + max(t - 1, 0) [if upper] + negative_slope * min(t, 0))
         phi'(z) = scale / threshold * (u^(degree - 1) + negative_slope [t <= 0])
 
-    With ``degree == 1`` and ``lower`` the power ``u^0`` is the step ``[t > 0]``. A negative slope needs ``lower``, and
-    plain PyTorch evaluates it: kernels take polynomials without one.
+    With ``degree == 1`` and ``lower`` the power ``u^0`` is the step ``[t > 0]``. A negative slope needs ``lower``; CPU
+    kernels evaluate it, those of other backends do not.
     """
 
     degree: int

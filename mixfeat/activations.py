@@ -55,7 +55,7 @@ class PolyReLU(Activation):
         clamp: phi(z) = 0 for z < 0; False extends the polynomial to z < 0, as in the authors' released code.
         scale: factor of phi, > 0.
         negative_slope: if not 0, phi(z) = negative_slope z for z <= 0, as in a leaky ReLU. It needs clamp=True, and
-            plain PyTorch evaluates it on every backend.
+            on a GPU plain PyTorch evaluates it.
 
     Raises:
         TypeError, ValueError: a degree that is not an integer in 1..16, a rho or scale that is not finite and positive,
@@ -119,7 +119,7 @@ class ReLU(Activation):
 
 @dataclass(frozen=True, repr=False)
 class LeakyReLU(Activation):
-    """``phi(z) = scale max(z, 0) + scale negative_slope min(z, 0)``; evaluated in plain PyTorch on every backend."""
+    """``phi(z) = scale max(z, 0) + scale negative_slope min(z, 0)``; evaluated in plain PyTorch on a GPU."""
 
     negative_slope: float = 0.01
     scale: float = 1.0

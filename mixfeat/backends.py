@@ -149,9 +149,9 @@ def serving(device_type: str, dtype: torch.dtype = torch.float32) -> str:
 
 
 def serving_network(device_type: str, dtype: torch.dtype, polynomial: Polynomial) -> str:
-    """Return the name of the backend that serves a network; kernels do not cover every activation."""
+    """Return the name of the backend that serves a network: Triton kernels have no negative slope."""
     name = serving(device_type, dtype)
-    return "reference" if polynomial.negative_slope else name
+    return "reference" if name == "triton" and polynomial.negative_slope else name
 
 
 def serves_cuda() -> bool:

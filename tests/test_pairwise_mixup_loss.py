@@ -22,6 +22,8 @@ ACTIVATIONS = [
     mf.Power(2),
     mf.ReLU(),
     mf.Identity(),
+    mf.LeakyReLU(0.2),
+    mf.PolyReLU(6, 0.2, negative_slope=-0.5),
 ]
 NODES = {
     "midpoint": {},

@@ -37,6 +37,7 @@ struct Polynomial {
   int64_t degree;  // 1 to kMaxDegree
   double threshold, scale;
   bool lower, upper;
+  double negative_slope;  // 0 where lower is false
 };
 
 constexpr int kMaxDegree = 16;

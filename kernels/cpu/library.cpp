@@ -59,9 +59,9 @@ const Kernels& kernels() {
 }
 
 Polynomial polynomial_of(const std::vector<double>& fields) {
-  STD_TORCH_CHECK(fields.size() == 6 && fields[5] == 0, "unexpected activation");  // plain PyTorch serves a negative slope
+  STD_TORCH_CHECK(fields.size() == 6 && (fields[3] != 0 || fields[5] == 0), "unexpected activation");
   STD_TORCH_CHECK(fields[0] >= 1 && fields[0] <= kMaxDegree, "degree out of range");
-  return {int64_t(fields[0]), fields[1], fields[2], fields[3] != 0, fields[4] != 0};
+  return {int64_t(fields[0]), fields[1], fields[2], fields[3] != 0, fields[4] != 0, fields[5]};
 }
 
 Tensor empty_large(const std::vector<int64_t>& size, ScalarType type) {

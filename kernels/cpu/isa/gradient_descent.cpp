@@ -111,7 +111,7 @@ int64_t cross_entropy_scratch_bytes(const GradientDescent<T>& a) {
 template <typename T, int kDegree>
 double cross_entropy_of(const GradientDescent<T>& a, int64_t block, void* memory) {
   constexpr int lanes = kLanes<T>;
-  const Activation<T, kDegree, true> phi(a.activation.lower, a.activation.upper);
+  const Activation<T, kDegree, true> phi(a.activation);
   const Vec<T> per_threshold = broadcast(T(1 / a.activation.threshold));
   const int64_t filters = a.filters / a.classes, first = block * lanes, count = min(lanes, a.samples - first);
   T* const s = a.s + block * lanes * a.patches;

@@ -167,8 +167,8 @@ struct BlockPair {
   // Sorts the vectors of each class into zero for all pairs of the blocks (left out), linear for all, and active.
   void list_vectors(int64_t row_block, int64_t column_block) {
     const Polynomial& phi = a.activation;
-    const T zero_max = phi.lower ? T(0) : -kInfinity<T>;
-    const T linear_min = phi.degree == 1 ? zero_max : phi.upper ? T(1) : kInfinity<T>;
+    const T lower = phi.lower ? T(0) : -kInfinity<T>, zero_max = phi.negative_slope == 0 ? lower : -kInfinity<T>;
+    const T linear_min = phi.degree == 1 ? lower : phi.upper ? T(1) : kInfinity<T>;
     for (int64_t c = 0; c < a.classes; ++c) {
       const T* row = a.row.bounds + (row_block * a.classes + c) * 2 * a.padded_length;
       const T* column = a.column.bounds + (column_block * a.classes + c) * 2 * a.padded_length;
@@ -266,7 +266,7 @@ struct BlockPair {
     const Signs<T> signs = this->signs(c);
     const Vec<T> scale = broadcast(T(a.activation.scale / a.activation.degree));
     const bool linear = buffers.linear_count[c];
-    const Phi<kVectorBytes> phi(a.activation.lower, a.activation.upper);
+    const Phi<kVectorBytes> phi(a.activation);
     for_each_tile([&](auto visited, T* logits, int64_t i, int64_t j) {
       const T *x = a.row.t + offset(i, c), *y = a.column.t + offset(j, c);
       T* out = logits + c * kPairs<T>;
@@ -284,7 +284,7 @@ struct BlockPair {
 #pragma GCC unroll 16
         for (int k = 0; k < kPairs<T>; ++k) halves[k] = sum_halves(sums[k], LaneIndices<T, kHalfBytes>());
         if (buffers.half[c]) {
-          const Phi<kHalfBytes> half_phi(a.activation.lower, a.activation.upper);
+          const Phi<kHalfBytes> half_phi(a.activation);
           add_phi<kHalfBytes>(half_phi, visited, x + *end, y + *end, stride, halves);
         }
         const auto low = sum_each<T, kHalfBytes>(halves), high = sum_each<T, kHalfBytes>(halves + kPairs<T> / 2);
@@ -335,7 +335,7 @@ struct BlockPair {
     const int32_t *begin = buffers.active + c * vectors(), *end = begin + buffers.active_count[c];
     const bool linear = buffers.linear_count[c];
     const Signs<T> signs = this->signs(c);
-    const Phi<kVectorBytes> phi(a.activation.lower, a.activation.upper);
+    const Phi<kVectorBytes> phi(a.activation);
     for_each_tile([&](auto visited, const T* logits, int64_t i, int64_t j) {
       const T *x = a.row.t + offset(i, c), *y = a.column.t + offset(j, c), *d = logits + c * kPairs<T>;
       T *dx = a.row.grad + offset(i, c), *dy = a.column.grad + offset(j, c);
@@ -348,7 +348,7 @@ struct BlockPair {
       }
       if constexpr (kHalfBytes < kVectorBytes) {
         if (buffers.half[c]) {
-          const Phi<kHalfBytes> half_phi(a.activation.lower, a.activation.upper);
+          const Phi<kHalfBytes> half_phi(a.activation);
           add_gradient<kHalfBytes>(half_phi, visited, Vec<T, kHalfBytes>{} + 1, d, x + *end, y + *end, dx + *end, dy + *end);
         }
       }

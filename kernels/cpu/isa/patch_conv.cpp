@@ -222,9 +222,9 @@ inline void pair_rows(const BFloat16* rows, int64_t count, int64_t length, int64
 // phi to *poly and *linear; with kSlope it writes factor * (phi' in units of scale / threshold) to the first `count` columns of
 // `out`. t is the product, with kScaled times `inverse`.
 template <typename T, typename Out, int kDegree, bool kUpper, bool kValue, bool kSlope, bool kScaled>
-void activate_column(bool lower, Vec<T> inverse, const T* tile, int64_t width, int64_t rows, T* poly, T* linear, Vec<T> factor,
+void activate_column(const Polynomial& p, Vec<T> inverse, const T* tile, int64_t width, int64_t rows, T* poly, T* linear, Vec<T> factor,
                      Out* out, int64_t length, int64_t count) {
-  const Activation<T, kDegree, kUpper> phi(lower);
+  const Activation<T, kDegree, kUpper> phi(p);
   Vec<T> poly_sum{}, linear_sum{};
   if (kValue) {
     poly_sum = load(poly);
@@ -234,10 +234,7 @@ void activate_column(bool lower, Vec<T> inverse, const T* tile, int64_t width, i
     Vec<T> t = load(tile + r * width);
     if (kScaled) t *= inverse;
     const Vec<T> clamped = phi.clamp_min(t), u = phi.clamp_max(clamped);
-    if (kValue) {
-      poly_sum += power<kDegree>(u);
-      if (kUpper) linear_sum += clamped - u;
-    }
+    if (kValue) phi.add_parts(t, clamped, u, poly_sum, linear_sum);
     if (kSlope) store_first<T>(out + r * length, count, phi.slope(t, u) * factor);
   }
   if (kValue) {
@@ -278,7 +275,7 @@ void forward(const PatchConv<E>& a, const void* panels, int64_t begin, int64_t e
           const bool save = n + i < saved;
           E* out = save ? slope + ((n + i) * a.patches + p) * columns + q : nullptr;
           for (int64_t j = 0; j < width; j += kLanes<T>) {
-            (save ? value_and_slope : value)(a.activation.lower, inverse, s.tile + i * patches * width + j, width, patches,
+            (save ? value_and_slope : value)(a.activation, inverse, s.tile + i * patches * width + j, width, patches,
                                              s.poly + i * block.e_length + q + j, s.linear + i * block.e_length + q + j, factor,
                                              out + j, columns, columns - q - j);
           }
@@ -353,7 +350,7 @@ void backward(const PatchConv<E>& a, const void* panels, const void* weight_rows
                                 static_cast<const Factor<E>*>(panels) + q * depth(a), width, s.tile, width, false);
           for (int64_t i = 0; i < samples; ++i) {
             for (int64_t j = 0; j < width; j += kLanes<T>) {
-              slope_only(a.activation.lower, inverse, s.tile + i * patches * width + j, width, patches, nullptr, nullptr,
+              slope_only(a.activation, inverse, s.tile + i * patches * width + j, width, patches, nullptr, nullptr,
                          load(s.filter_grad + i * block.e_length + q + j) * factor, s.e + i * patches * block.e_length + q + j,
                          block.e_length, kLanes<T>);
             }
