@@ -42,12 +42,13 @@ _PATCHES, _PAIRS = "patch_conv", "pairwise_mixup_loss"
 #: The least certain first, as `make gpu` times them.
 PREDICTIONS = (
     _network(_PATCHES, "image-bfloat16", "(256,196,768,10,16) bfloat16", (72, 72), (105, 105), 55),
+    _network(_PATCHES, "image-float32", "(256,196,768,10,16) float32", (470, 530), (750, 750), 150),
     _network(_PAIRS, "paper-10-float32", "(256,12,20,10,10) float32", (38, 45), (400, 400), 16),
     _network(_PAIRS, "paper-10-medium-float32", "(1024,12,20,10,10) float32", (460, 550), (3800, 3800), 260),
     _network(
         _PAIRS, "paper-10-large-float32", "(4096,12,20,10,10) float32", (6900, 8100), (41000, 41000), 4100
     ),
-    _network(_PATCHES, "patches-bfloat16", "(8192,16,64,10,16) bfloat16", (40, 40), (90, 90), 14),
+    _network(_PATCHES, "patches-bfloat16", "(8192,16,64,10,16) bfloat16", (30, 31), (90, 90), 14),
     _network(_PATCHES, "patches-float32", "(8192,16,64,10,16) float32", (126, 126), (235, 235), 49),
     Prediction(
         f"test_{_PAIRS}.py::test_training_step", f"`{_PAIRS}`", "a step of 128 networks (50,12,20,10,5) float32",

@@ -43,7 +43,6 @@ USUAL = {
 # Kernels that leave multiprocessors empty; the list may only get shorter. A network is one program of gradient_descent.
 UNDERFILLED = {
     "gradient_descent": {"theory, R=8", "theory, R=128"},
-    "patch_conv_sum_kernel": {"patches"},
     "patch_conv_backward_input_kernel": {"paper-50", "wide"},
 }
 

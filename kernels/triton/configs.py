@@ -102,17 +102,17 @@ PATCH_CONV_TILES: dict[str, list[PatchConvTiles]] = {
         PatchConvTiles(
             patch_dim=32,
             forward=_Config(64, 128, 32, num_warps=8, max_registers=128),
-            forward_narrow=_Config(64, 64, 32, max_registers=168),
+            forward_narrow=_Config(64, 64, 32, max_registers=168, programs=3),
             backward_input=_Config(64, 64, 32, max_registers=None),
-            backward_weight=_Config(64, 64, 32),
+            backward_weight=_Config(64, 64, 32, programs=3),
             mixes=True,
         ),
         PatchConvTiles(
             patch_dim=64,
             forward=_Config(64, 128, 64, num_warps=8, max_registers=128),
-            forward_narrow=_Config(64, 64, 64, max_registers=168),
+            forward_narrow=_Config(64, 64, 64, max_registers=168, programs=3),
             backward_input=_Config(64, 64, 64),
-            backward_weight=_Config(64, 64, 64),
+            backward_weight=_Config(64, 64, 64, programs=3),
             mixes=True,
         ),
         PatchConvTiles(
@@ -129,7 +129,7 @@ PATCH_CONV_TILES: dict[str, list[PatchConvTiles]] = {
             backward_input=_Config(64, 32, 128),
             backward_weight=_Config(32, 64, 128, num_warps=8),
             kept_input=_Config(64, 64, 128, num_warps=8, num_stages=3),
-            kept_weight=_Config(64, 64, 128, num_warps=8, num_stages=4),
+            kept_weight=_Config(64, 64, 128),
         ),
     ],
     "tf32": [

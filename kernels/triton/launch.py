@@ -11,7 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Launch", "interpretable", "multiprocessors", "precision", "record", "rounded", "run"]
+__all__ = [
+    "Launch",
+    "interpretable",
+    "multiprocessors",
+    "precision",
+    "reads_shared_operands",
+    "record",
+    "rounded",
+    "run",
+]
 
 
 _backend: ContextVar[str] = ContextVar("backend", default="hip" if torch.version.hip else "cuda")
@@ -38,6 +47,16 @@ def multiprocessors(tensor: Tensor) -> int:
 def _multiprocessors(device: int) -> int:
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count
+
+
+def reads_shared_operands(tensor: Tensor) -> bool:
+    """Whether the device's matrix units read operands from shared memory: sm_9x, sm_10x. Else registers hold them."""
+    return not tensor.is_cuda or _major(tensor.get_device()) in (9, 10)
+
+
+@functools.cache
+def _major(device: int) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 @functools.cache

@@ -552,6 +552,7 @@ class _Problem:
         vector = 16 // self.dtype.itemsize  # elements in 16 bytes
         width = configs.cdiv(dim, vector) * vector
         self.slots = launch.multiprocessors(input)
+        self.most_programs = 3 if launch.reads_shared_operands(input) else 2
         shared = self.runs == 1 or weight.stride(0) == 0
         self.network = Network(weight.shape[1], weight.shape[2], dim, width, shared)
         input, weight = input.to(self.dtype), weight[: 1 if shared else None].to(self.dtype)
@@ -587,7 +588,7 @@ class _Problem:
         """How programs, ``tiles`` for the same rows of one network, divide the rows."""
         return configs.split(
             self.num_samples, self.num_patches, config.block_rows, self.runs * tiles,
-            self.slots * config.programs, slice_samples,
+            self.slots * min(config.programs, self.most_programs), slice_samples,
         )  # fmt: skip
 
     def launch(
@@ -617,10 +618,10 @@ class _Problem:
             return partial.squeeze(1)
         total = torch.empty((self.runs, *partial.shape[2:]), dtype=self.dtype, device=partial.device)
         size = total.numel() // self.runs
-        block = 256
+        block = 64  # few, for enough programs
         programs = self.runs * configs.cdiv(size, block)
         arguments = (partial, total, partial.shape[1], size)
-        launch.run(launch.Launch(patch_conv_sum_kernel, programs, arguments, {"BLOCK": block}))
+        launch.run(launch.Launch(patch_conv_sum_kernel, programs, arguments, {"BLOCK": block}, num_warps=1))
         return total
 
 
