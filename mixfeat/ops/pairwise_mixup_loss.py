@@ -190,7 +190,8 @@ def _block(
         PAIRS.index(objective.pairs),
         readout,
         readout_grad,
-        negative_filters=negative_filters,
+        True,  # skip what is zero or linear
+        negative_filters,
     )
     return loss, row_grad, column_grad, readout_grad
 
