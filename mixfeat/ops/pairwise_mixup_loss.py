@@ -65,7 +65,8 @@ class Signs(NamedTuple):
             return None
         classes, filters = readout.shape[1:]
         positive = readout > 0
-        order = positive.byte().argsort(dim=-1, stable=True) + torch.arange(0, classes * filters, filters)[:, None]
+        first = torch.arange(0, classes * filters, filters, device=readout.device)  # of each class
+        order = positive.byte().argsort(dim=-1, stable=True) + first[:, None]
         return cls(order.flatten(1), filters - positive.sum(-1), magnitude)
 
     def ordered(self, weight: Tensor) -> Tensor:
