@@ -15,6 +15,7 @@ from mixfeat.ops.binary_cross_entropy import mixup_binary_cross_entropy as _mixu
 from mixfeat.ops.cutmix import cutmix as _cutmix
 from mixfeat.ops.gradient_descent import gradient_descent as _gradient_descent
 from mixfeat.ops.mixup import mixup as _mixup
+from mixfeat.ops.mixup import mixup_as_is
 from mixfeat.ops.pairwise_mixup_loss import pairwise_mixup_loss as _pairwise_mixup_loss
 from mixfeat.ops.patch_conv import patch_conv as _patch_conv
 
@@ -460,6 +461,8 @@ def mixup(input: Tensor, index: Tensor, lam: float | Tensor, *, dtype: torch.dty
         IndexError: an index outside [0, N) on a CPU. On CUDA, where it cannot be read without waiting for the device,
             it makes that sample NaN.
     """
+    if dtype is None and (mixed := mixup_as_is(input, index, lam)) is not None:
+        return mixed
     _checks.float_tensor("input", input, (*_checks.FLOAT_DTYPES, torch.uint8))
     if input.dim() == 0:
         raise ValueError("input must have shape (N, ...), got ()")

@@ -143,6 +143,14 @@ def test_lam_is_not_rounded_to_half_precision(backend, device):
     assert (mf.mixup(x, index, lam)[1] == 0.5).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_number_is_as_exact_as_a_tensor(dtype):
+    x, index, _ = make_inputs((5, 9), dtype, torch.device("cpu"))
+    lam = torch.tensor(0.3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    for input in (x, x.t().contiguous().t(), x.clone().requires_grad_()):  # served as it is, or checked first
+        assert torch.equal(mf.mixup(input, index, 0.3), mf.mixup(input, index, lam))
+
+
 @pytest.mark.parametrize("partner", [-1, 5, 2**40])
 def test_index_out_of_range(backend, device, partner):
     x, index, lam = make_inputs((5, 9), torch.float32, device)

@@ -24,10 +24,12 @@ std::tuple<Tensor, Tensor, Tensor> rows(const Tensor& input, Element target, boo
   STD_TORCH_CHECK(compute, "unexpected dtype");
   const std::vector<int64_t> none{0};
   const Tensor grad = empty_large(need_grad ? shape_of(input) : none, input.scalar_type());
-  const Tensor losses = empty({samples}, kType<T>), lses = empty({need_lse ? samples : 0}, kType<T>);
+  const Tensor losses = reduce ? empty({}, kType<T>) : empty({samples}, kType<T>);
+  const Tensor lses = empty({need_lse ? samples : 0}, kType<T>);
+  std::vector<T> to_reduce(reduce ? samples : 0);
   const char* from = data<char>(input);
   char* to = data<char>(grad);
-  T *loss = data<T>(losses), *lse = data<T>(lses);
+  T *loss = reduce ? to_reduce.data() : data<T>(losses), *lse = data<T>(lses);
   constexpr int64_t kWorkPerLogit = 16;  // in multiply-adds
   const bool narrow = width < int64_t(sizeof(T));
   const int64_t scratch_bytes = narrow && need_grad ? classes * sizeof(T) : 0;
@@ -48,9 +50,8 @@ std::tuple<Tensor, Tensor, Tensor> rows(const Tensor& input, Element target, boo
   if (!reduce) return {losses, lses, grad};
   double sum = 0;
   for (int64_t n = 0; n < samples; ++n) sum += loss[n];
-  const Tensor total = empty({}, kType<T>);
-  *data<T>(total) = sum;
-  return {total, lses, grad};
+  *data<T>(losses) = sum;
+  return {losses, lses, grad};
 }
 
 // What comes from above in a backward pass: each row's loss has weight `loss`, () or (N,), and its logsumexp `lse`, (N,).

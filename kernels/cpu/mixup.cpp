@@ -17,11 +17,20 @@ struct Batch {
   }
 };
 
-Batch check(const Tensor& input, const Tensor& index, const Tensor& lam) {
+Batch check(const Tensor& input, const Tensor& index) {
   const Batch batch(input);
+  STD_TORCH_CHECK(index.scalar_type() == ScalarType::Long, "unexpected index");
   STD_TORCH_CHECK(index.dim() == 1 && index.size(0) == batch.samples && index.is_contiguous(), "unexpected index");
+  STD_TORCH_CHECK(all_within(index, batch.samples), "unexpected partners");
+  return batch;
+}
+
+// `type`: of the mixed samples, which decides how exact lam is.
+Batch check(const Tensor& input, const Tensor& index, const Tensor& lam, ScalarType type) {
+  const Batch batch = check(input, index);
+  STD_TORCH_CHECK((lam.scalar_type() == ScalarType::Double) == (type == ScalarType::Double), "unexpected lam");
   STD_TORCH_CHECK(lam.dim() == 0 || (lam.dim() == 1 && lam.size(0) == batch.samples), "unexpected lam");
-  STD_TORCH_CHECK(all_within(index, batch.samples) && all_fractions(lam), "unexpected partners");
+  STD_TORCH_CHECK(all_fractions(lam), "unexpected lam");
   return batch;
 }
 
@@ -37,27 +46,40 @@ void with_lam(const Tensor& lam, const F& f) {
   }
 }
 
-Tensor mixup(Tensor input, Tensor index, Tensor lam, ScalarType dtype) {
-  const Batch batch = check(input, index, lam);
-  const int64_t samples = batch.samples, size = batch.size, stride = batch.stride;
+template <typename L>
+Tensor mix(const Tensor& input, const Batch& batch, const Tensor& index, const L* lam, int64_t lam_stride, ScalarType dtype) {
+  const int64_t size = batch.size, stride = batch.stride;
   const WeightedSum sum = kernels().weighted_sum(element_of(input.scalar_type()), element_of(dtype));
   STD_TORCH_CHECK(sum, "unexpected dtype");
   const Tensor output = empty_large(shape_of(input), dtype);
   const char* from = data<char>(input);
   char* to = data<char>(output);
   const int64_t *partner = data<int64_t>(index), width = input.element_size(), output_width = output.element_size();
-  with_lam(lam, [&](const auto* ratio, int64_t ratio_stride) {
-    for_each_part(samples, size, [&](int64_t n, int64_t begin, int64_t end) {
-      const int64_t rows[] = {n, partner[n]};
-      const double weights[] = {double(ratio[n * ratio_stride]), 1 - double(ratio[n * ratio_stride])};
-      sum(from + begin * width, stride, rows, weights, 2, end - begin, to + (n * size + begin) * output_width);
-    });
+  for_each_part(batch.samples, size, [&](int64_t n, int64_t begin, int64_t end) {
+    const int64_t rows[] = {n, partner[n]};
+    const double weights[] = {double(lam[n * lam_stride]), 1 - double(lam[n * lam_stride])};
+    sum(from + begin * width, stride, rows, weights, 2, end - begin, to + (n * size + begin) * output_width);
   });
   return output;
 }
 
+Tensor mixup(Tensor input, Tensor index, Tensor lam, ScalarType dtype) {
+  const Batch batch = check(input, index, lam, dtype);
+  Tensor output = input;
+  with_lam(lam, [&](const auto* values, int64_t stride) { output = mix(input, batch, index, values, stride, dtype); });
+  return output;
+}
+
+// The same with a number for all samples, as exact as a tensor would be.
+Tensor mixup_by_number(Tensor input, Tensor index, double lam, ScalarType dtype) {
+  const Batch batch = check(input, index);
+  STD_TORCH_CHECK(lam >= 0 && lam <= 1, "unexpected lam");
+  const double exact = dtype == ScalarType::Double ? lam : float(lam);
+  return mix(input, batch, index, &exact, 0, dtype);
+}
+
 Tensor mixup_backward_of(Tensor grad, Tensor index, Tensor lam) {
-  const Batch batch = check(grad, index, lam);
+  const Batch batch = check(grad, index, lam, grad.scalar_type());
   const Tensor input_grad = empty_large(shape_of(grad), grad.scalar_type());
   with_lam(lam, [&](const auto* ratio, int64_t ratio_stride) {
     mixup_backward(data<char>(grad), batch.stride, element_of(grad.scalar_type()), data<int64_t>(index), ratio, ratio_stride,
@@ -99,10 +121,12 @@ template void mixup_backward(const void*, int64_t, Element, const int64_t*, cons
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mixfeat_cpu, m) {
   m.def("mixup(Tensor input, Tensor index, Tensor lam, ScalarType dtype) -> Tensor");
+  m.def("mixup_by_number(Tensor input, Tensor index, float lam, ScalarType dtype) -> Tensor");
   m.def("mixup_backward(Tensor grad, Tensor index, Tensor lam) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CPU, m) {
   m.impl("mixup", TORCH_BOX(&mixfeat::mixup));
+  m.impl("mixup_by_number", TORCH_BOX(&mixfeat::mixup_by_number));
   m.impl("mixup_backward", TORCH_BOX(&mixfeat::mixup_backward_of));
 }

@@ -8,14 +8,43 @@ from torch import Tensor
 
 from mixfeat import _checks, backends, reference
 from mixfeat.ops import fallback
-from mixfeat.ops.registration import Folded, Operator
+from mixfeat.ops.registration import Folded, Operator, can_bypass_dispatcher
 
-__all__ = ["empty_like", "in_shape_of", "mixup", "sample_order", "samples_of"]
+__all__ = ["empty_like", "in_shape_of", "mixup", "mixup_as_is", "sample_order", "samples_of"]
 
 
 def mixup(input: Tensor, index: Tensor, lam: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the mixed samples, of input's shape and memory format."""
     return _mixup(input, index, lam, dtype)
+
+
+def mixup_as_is(input: Tensor, index: Tensor, lam: float | Tensor) -> Tensor | None:
+    """Return the mixed samples where the CPU library takes unchecked arguments as they are, without a gradient.
+
+    For a small batch checks take longer than the kernel, and the library refuses what it does not take. None says that
+    the arguments are to be checked and served as usual.
+    """
+    by_number = type(lam) is float
+    if not (type(input) is Tensor and type(index) is Tensor and (by_number or type(lam) is Tensor)):
+        return None
+    if not can_bypass_dispatcher((input, index, None if by_number else lam), (0, 1, 2)):
+        return None
+    dtype = input.dtype
+    if (
+        (input.requires_grad and torch.is_grad_enabled())
+        or not (input.is_cpu and input.is_contiguous() and index.is_contiguous() and dtype in _checks.FLOAT_DTYPES)
+        or backends.serving("cpu", dtype) != "cpu"
+    ):
+        return None
+    run: Any = torch.ops.mixfeat_cpu.mixup_by_number
+    if isinstance(lam, Tensor):
+        if lam.requires_grad or lam.dim() > 1 or lam.dtype != _checks.accumulation(dtype):
+            return None
+        run = torch.ops.mixfeat_cpu.mixup
+    try:
+        return run.default(input, index, lam, dtype)
+    except RuntimeError:
+        return None
 
 
 def sample_order(tensor: Tensor) -> list[int]:

@@ -28,8 +28,8 @@ from torch.autograd import forward_ad
 from mixfeat import backends
 
 __all__ = [
-    "Folded", "Operator", "fold_runs", "forbid_backward", "graph_is_kept", "is_batched", "is_transformed",
-    "saved_tensors_are_hooked",
+    "Folded", "Operator", "can_bypass_dispatcher", "fold_runs", "forbid_backward", "graph_is_kept", "is_batched",
+    "is_transformed", "saved_tensors_are_hooked",
 ]  # fmt: skip
 
 Folded = tuple[Sequence[Any], Callable[[Tensor], Tensor]]

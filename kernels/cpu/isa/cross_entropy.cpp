@@ -2,6 +2,7 @@
 //
 // Three passes over a row: the largest logit; exponentials and sums; the gradient. Only the first reads from memory, the others
 // find the row in a cache. Exponentials are kept where the gradient goes, or in scratch if the elements there are too narrow.
+// A row of one or two vectors stays in registers: a processor waits long for what it has just written through a mask.
 
 #include <math.h>
 
@@ -53,12 +54,72 @@ struct Sums {
   }
 };
 
+// The loss without its terms of the logsumexp, of a label whose weights sum to `total`, becomes the loss; `total` becomes the
+// weight of the softmax in its gradient.
+template <typename T>
+LossAndLse add_logsumexp(const Label& label, T max, T sum, double loss, double& total) {
+  const double log_sum = sizeof(T) == 4 ? ::logf(sum) : ::log(sum), lse = max + log_sum;
+  loss += total * log_sum;
+  if (label.lse != 0) loss += label.lse * lse;
+  total += label.lse;
+  if (label.lse_square != 0) {
+    loss += label.lse_square * lse * lse;
+    total += 2 * label.lse_square * lse;
+  }
+  return {loss, lse};
+}
+
+// A row of at most kVectors vectors.
+template <typename T, typename E, typename L, bool kDense, int kVectors>
+LossAndLse short_cross_entropy(const E* x, int64_t classes, const Label& label, E* grad) {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> logit[kVectors], weight[kVectors], e[kVectors], max_logits = broadcast(-kInfinity<T>);
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    logit[v] = load_first<T>(x + v * lanes, classes - v * lanes, -kInfinity<T>);
+    max_logits = clamp_min<T>(max_logits, logit[v]);
+  }
+  const T max = max_of_lanes<T>(max_logits, LaneIndices<T>());
+  Sums<T> sums;
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t count = classes - v * lanes;
+    const auto mask = first_lanes<T>(count);
+    logit[v] = mask ? logit[v] - broadcast(max) : Vec<T>{};
+    e[v] = mask ? exponential(logit[v]) : Vec<T>{};
+    weight[v] = mask ? broadcast(T(label.base)) : Vec<T>{};
+    if (kDense) {
+      const Vec<T> t = load_first<T>(static_cast<const L*>(label.target) + v * lanes, count, T(0));
+      weight[v] += broadcast(T(label.scale)) * t;
+      sums.target += t;
+      sums.product += weight[v] * logit[v];
+    } else {
+      for (int j = 0; j < 2; ++j) {
+        const double value = label.classes[0] == label.classes[1] ? label.values[0] + label.values[1] : label.values[j];
+        weight[v] = lane_numbers<T>() == Lane<T>(label.classes[j] - v * lanes) ? broadcast(T(label.base + value)) : weight[v];
+      }
+      sums.product += weight[v] != 0 ? weight[v] * logit[v] : Vec<T>{};  // 0 * inf is NaN
+    }
+    sums.exponential += e[v];
+  }
+  const T sum = sum_of_lanes<T>(sums.exponential);
+  double total = classes * label.base + (kDense ? label.scale * sum_of_lanes<T>(sums.target) : label.values[0] + label.values[1]);
+  const LossAndLse result = add_logsumexp(label, max, sum, -double(sum_of_lanes<T>(sums.product)), total);
+  if (!grad) return result;
+  const Vec<T> ratio = broadcast(T(total / sum));
+#pragma GCC unroll 2
+  for (int v = 0; v < kVectors; ++v) store_first<T>(grad + v * lanes, classes - v * lanes, e[v] * ratio - weight[v]);
+  return result;
+}
+
 template <typename T, typename E, typename L, bool kDense>
 LossAndLse cross_entropy_of(const void* logits, int64_t classes, const Label& label, void* scratch, void* grad_pointer) {
   constexpr int lanes = kLanes<T>;
   const E* x = static_cast<const E*>(logits);
   const L* target = static_cast<const L*>(label.target);
   E* grad = static_cast<E*>(grad_pointer);
+  if (classes <= lanes) return short_cross_entropy<T, E, L, kDense, 1>(x, classes, label, grad);
+  if (classes <= 2 * lanes) return short_cross_entropy<T, E, L, kDense, 2>(x, classes, label, grad);
   T* exponentials = std::is_same_v<T, E> ? reinterpret_cast<T*>(grad) : static_cast<T*>(scratch);
 
   const T max = max_logit<T>(x, classes);
@@ -91,7 +152,7 @@ LossAndLse cross_entropy_of(const void* logits, int64_t classes, const Label& la
     add(sums[0], logit, e, kDense ? load_first<T>(target + c, count, T(0)) : Vec<T>{});
   }
   for (int j = 1; j < kUnroll; ++j) sums[0] += sums[j];
-  const double sum = sum_of_lanes<T>(sums[0].exponential);
+  const T sum = sum_of_lanes<T>(sums[0].exponential);
   double total = classes * label.base, loss = 0;
   if (kDense) {
     total += label.scale * sum_of_lanes<T>(sums[0].target);
@@ -104,15 +165,8 @@ LossAndLse cross_entropy_of(const void* logits, int64_t classes, const Label& la
       loss -= label.values[j] * (load_one<T>(x + label.classes[j]) - max);
     }
   }
-  const double log_sum = ::log(sum), lse = max + log_sum;
-  loss += total * log_sum;
-  if (label.lse != 0) loss += label.lse * lse;
-  total += label.lse;
-  if (label.lse_square != 0) {
-    loss += label.lse_square * lse * lse;
-    total += 2 * label.lse_square * lse;
-  }
-  if (!grad) return {loss, lse};
+  const LossAndLse result = add_logsumexp(label, max, sum, loss, total);
+  if (!grad) return result;
 
   const T ratio = total / sum;
   T of_label[2];  // exponentials of the label's classes, which the gradient may overwrite
@@ -135,7 +189,7 @@ LossAndLse cross_entropy_of(const void* logits, int64_t classes, const Label& la
     const T value = same_class ? label.values[0] + label.values[1] : label.values[j];
     store_one<T>(grad + label.classes[j], of_label[j] * ratio - T(label.base) - value);
   }
-  return {loss, lse};
+  return result;
 }
 
 template <typename T, typename E>

@@ -82,13 +82,21 @@ inline void store_as(Half* p, Vec<float> v) {
   store_bits(p, bits | sign >> 16);
 }
 
+template <typename T>
+using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+// The number of each lane.
+template <typename T>
+inline Integers<Lane<T>, T> lane_numbers() {
+  Integers<Lane<T>, T> lane{};
+  for (int k = 0; k < kLanes<T>; ++k) lane[k] = k;
+  return lane;
+}
+
 // Whether a lane is one of the first `count`.
 template <typename T>
 inline auto first_lanes(int64_t count) {
-  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  Integers<Lane, T> lane{};
-  for (int k = 0; k < kLanes<T>; ++k) lane[k] = k;
-  return lane < Lane(count);
+  return lane_numbers<T>() < Lane<T>(count);
 }
 
 // Copies of the first `count` of as many elements as a vector of T has lanes; a memcpy of a size unknown ahead is a call. Masks are
