@@ -89,6 +89,21 @@ def check_instruction_set():
         skipping(activation, torch.float32)
 
 
+@pytest.mark.parametrize(
+    "activation", [mf.ReLU(), mf.LeakyReLU(0.1), mf.PolyReLU(1, 0.5), mf.PolyReLU(3, 0.5)], ids=repr
+)
+def test_slope_at_a_corner(backend, device, activation):
+    """Patches of pre-activation 0 beside positive ones: the slope is that on the left, as PyTorch has it."""
+    x, w, y = torch.rand(9, 4, 5), torch.rand(3, 4, 5), torch.randint(3, (9,), device=device)
+    w[..., 4] = 0
+    x[:2] = torch.tensor([0.0, 0, 0, 0, 1])
+    arguments = [t.to(device).requires_grad_() for t in (x, w)]
+    exact = [t.to(device, torch.float64).requires_grad_() for t in (x, w)]
+    found = torch.autograd.grad(mf.pairwise_mixup_loss(*arguments, y, activation), arguments)
+    expected = torch.autograd.grad(reference.pairwise_mixup_loss(*exact, y, activation), exact)
+    assert all(error([a], [b]) <= 1e-5 for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("runs", ["", "w", "w and readout"])
 @pytest.mark.parametrize("activation", [POLY, mf.PolyReLU(4, 0.01), mf.Power(3), mf.Identity()], ids=repr)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..polynomial import Polynomial
 
-__all__ = ["Kind", "add_phi", "add_phi_of_sum", "kind", "mul_slope", "mul_slope_of_sum", "normal_form", "regions"]
+__all__ = ["Kind", "add_phi", "add_phi_of_sum", "kind", "mul_slope", "mul_slope_of_sum", "normal_form"]
 
 
 class Kind(NamedTuple):
@@ -151,16 +151,3 @@ def mul_slope_of_sum(grad, a, b, ACTIVATION: tl.constexpr):
         return tl.where(a + b > 0, grad, 0.0)
     else:
         return grad + 0.0 * (a + b)
-
-
-@triton.jit
-def regions(t_min, t_max, ACTIVATION: tl.constexpr):
-    """Return whether phi is 0 for all t in [t_min, t_max], and else whether ``degree / scale * phi`` is linear there.
-
-    t is z / threshold. The linear function is ``degree * t - (degree - 1)``, its slope ``mul_slope(1)``. NaN is in
-    neither region.
-    """
-    ZERO_UNTIL: tl.constexpr = 0.0 if ACTIVATION.lower else float("-inf")
-    LINEAR_FROM: tl.constexpr = ZERO_UNTIL if ACTIVATION.degree == 1 else 1.0 if ACTIVATION.upper else float("inf")
-    is_zero = t_max <= ZERO_UNTIL
-    return is_zero, (t_min >= LINEAR_FROM) & ~is_zero

@@ -168,7 +168,7 @@ struct BlockPair {
   void list_vectors(int64_t row_block, int64_t column_block) {
     const Polynomial& phi = a.activation;
     const T lower = phi.lower ? T(0) : -kInfinity<T>, zero_max = phi.negative_slope == 0 ? lower : -kInfinity<T>;
-    const T linear_min = phi.degree == 1 ? lower : phi.upper ? T(1) : kInfinity<T>;
+    const T linear_above = phi.degree == 1 ? lower : phi.upper ? T(1) : kInfinity<T>;  // at a corner the slope is the left one
     for (int64_t c = 0; c < a.classes; ++c) {
       const T* row = a.row.bounds + (row_block * a.classes + c) * 2 * a.padded_length;
       const T* column = a.column.bounds + (column_block * a.classes + c) * 2 * a.padded_length;
@@ -176,7 +176,7 @@ struct BlockPair {
       for (int64_t f = 0; f < a.padded_length; f += kLanes<T>) {
         if (a.skip) {
           if (max_lane<T>(load(row + a.padded_length + f) + load(column + a.padded_length + f)) <= zero_max) continue;
-          if (!is_mixed(c, f) && -max_lane<T>(-(load(row + f) + load(column + f))) >= linear_min) {
+          if (!is_mixed(c, f) && -max_lane<T>(-(load(row + f) + load(column + f))) > linear_above) {
             buffers.linear[c * vectors() + linear++] = int32_t(f);
             continue;
           }
