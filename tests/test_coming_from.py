@@ -1,10 +1,13 @@
-"""Other mixers by their formulas, as docs/coming-from.md has them, against ours for the same pairing and lam."""
+"""Ours against other mixers: their formulas in docs/coming-from.md, and their own classes where they are installed."""
+
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import mixfeat as mf
+from mixfeat.benchmarks import peers
 
 CLASSES = 5
 
@@ -94,3 +97,18 @@ def test_labels_are_never_cast():
     assert (second == 999).all()
     assert first.dtype == second.dtype == torch.int64
     assert lam.dtype == torch.float32
+
+
+MIXERS = {
+    **{f"{name} MixUp": make for name, make in peers.MIXUP.items()},
+    **{f"{name} CutMix": make for name, make in peers.CUTMIX.items()},
+    **{f"timm {mode}": functools.partial(peers.MIXUP["timm"], mode=mode) for mode in ("elem", "pair")},
+}
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_their_own_classes(name):
+    """What the real class mixes is what ours mixes for the partners and lam that its labels tell."""
+    _, missing = peers.mixers({name: MIXERS[name]}, torch.rand(8, 3, 6, 5))
+    if missing:
+        pytest.skip(f"needs the extra peers: {missing[name]}")
