@@ -22,7 +22,7 @@ constexpr int kVectors = 8;
 }  // namespace
 
 extern "C" double forward(int64_t rounds) {
-  const Phi phi(true);
+  const Phi phi(mixfeat::Polynomial{8, 0.1, 0.1, true, true, 0.0});
   Vec<float> sum[kVectors] = {}, t[kVectors], other = mixfeat::broadcast(0.1f);
   for (int i = 0; i < kVectors; ++i) t[i] = mixfeat::broadcast(0.05f * i);
   for (int64_t k = 0; k < rounds; ++k) {
@@ -37,7 +37,7 @@ extern "C" double forward(int64_t rounds) {
 }
 
 extern "C" double backward(int64_t rounds) {
-  const Phi phi(true);
+  const Phi phi(mixfeat::Polynomial{8, 0.1, 0.1, true, true, 0.0});
   Vec<float> row[kVectors] = {}, column[4] = {}, t[kVectors], other = mixfeat::broadcast(0.1f);
   const Vec<float> d = mixfeat::broadcast(1e-3f);
   for (int i = 0; i < kVectors; ++i) t[i] = mixfeat::broadcast(0.05f * i);

@@ -54,10 +54,22 @@ struct Sums {
   }
 };
 
-// The loss without its terms of the logsumexp, of a label whose weights sum to `total`, becomes the loss; `total` becomes the
-// weight of the softmax in its gradient.
-template <typename T>
-LossAndLse add_logsumexp(const Label& label, T max, T sum, double loss, double& total) {
+// The loss of a row x; `total` becomes the weight of the softmax in its gradient.
+template <bool kDense, typename T, typename E>
+LossAndLse loss_of(const Label& label, const E* x, int64_t classes, T max, T sum, const Sums<T>& sums, double& total) {
+  double loss = 0;
+  total = classes * label.base;
+  if (kDense) {
+    total += label.scale * sum_of_lanes<T>(sums.target);
+    loss -= sum_of_lanes<T>(sums.product);
+  } else {
+    if (label.base != 0) loss -= label.base * sum_of_lanes<T>(sums.logit);
+    for (int j = 0; j < 2; ++j) {
+      if (label.classes[j] < 0) continue;
+      total += label.values[j];
+      loss -= label.values[j] * (load_one<T>(x + label.classes[j]) - max);  // a product of its own: 0 * inf is NaN
+    }
+  }
   const double log_sum = sizeof(T) == 4 ? ::logf(sum) : ::log(sum), lse = max + log_sum;
   loss += total * log_sum;
   if (label.lse != 0) loss += label.lse * lse;
@@ -98,13 +110,13 @@ LossAndLse short_cross_entropy(const E* x, int64_t classes, const Label& label, 
         const double value = label.classes[0] == label.classes[1] ? label.values[0] + label.values[1] : label.values[j];
         weight[v] = lane_numbers<T>() == Lane<T>(label.classes[j] - v * lanes) ? broadcast(T(label.base + value)) : weight[v];
       }
-      sums.product += weight[v] != 0 ? weight[v] * logit[v] : Vec<T>{};  // 0 * inf is NaN
+      sums.logit += logit[v];
     }
     sums.exponential += e[v];
   }
   const T sum = sum_of_lanes<T>(sums.exponential);
-  double total = classes * label.base + (kDense ? label.scale * sum_of_lanes<T>(sums.target) : label.values[0] + label.values[1]);
-  const LossAndLse result = add_logsumexp(label, max, sum, -double(sum_of_lanes<T>(sums.product)), total);
+  double total;
+  const LossAndLse result = loss_of<kDense>(label, x, classes, max, sum, sums, total);
   if (!grad) return result;
   const Vec<T> ratio = broadcast(T(total / sum));
 #pragma GCC unroll 2
@@ -153,19 +165,8 @@ LossAndLse cross_entropy_of(const void* logits, int64_t classes, const Label& la
   }
   for (int j = 1; j < kUnroll; ++j) sums[0] += sums[j];
   const T sum = sum_of_lanes<T>(sums[0].exponential);
-  double total = classes * label.base, loss = 0;
-  if (kDense) {
-    total += label.scale * sum_of_lanes<T>(sums[0].target);
-    loss -= sum_of_lanes<T>(sums[0].product);
-  } else {
-    if (label.base != 0) loss -= label.base * sum_of_lanes<T>(sums[0].logit);
-    for (int j = 0; j < 2; ++j) {
-      if (label.classes[j] < 0) continue;
-      total += label.values[j];
-      loss -= label.values[j] * (load_one<T>(x + label.classes[j]) - max);
-    }
-  }
-  const LossAndLse result = add_logsumexp(label, max, sum, loss, total);
+  double total;
+  const LossAndLse result = loss_of<kDense>(label, x, classes, max, sum, sums[0], total);
   if (!grad) return result;
 
   const T ratio = total / sum;
