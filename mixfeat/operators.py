@@ -344,18 +344,22 @@ def _draw_gradient_descent(
     return drawn | {"lam": None} if erm else drawn
 
 
+def _as_numbers(lam: float | Tensor | None, lam_weight: Tensor | None) -> dict[str, Any]:
+    """Return nodes and their weights as the references take them."""
+    return {
+        "lam": lam.tolist() if isinstance(lam, Tensor) else lam,
+        "lam_weight": None if lam_weight is None else lam_weight.tolist(),
+    }
+
+
 def _gradient_descent_formula(lam: float | Tensor | None = 0.5, lam_weight: Tensor | None = None, **rest: Any) -> Any:
-    """Call the reference, which takes nodes as numbers."""
-    nodes = lam.tolist() if isinstance(lam, Tensor) else lam
-    weights = None if lam_weight is None else lam_weight.tolist()
-    return reference.gradient_descent(lam=nodes, lam_weight=weights, **rest)
+    """Call the reference."""
+    return reference.gradient_descent(**_as_numbers(lam, lam_weight), **rest)
 
 
 def _pairwise_formula(lam: float | Tensor = 0.5, lam_weight: Tensor | None = None, **arguments: Any) -> Tensor:
-    """Call the reference, which takes nodes as numbers, with many samples in strips of rows."""
-    nodes = lam.tolist() if isinstance(lam, Tensor) else lam
-    weights = None if lam_weight is None else lam_weight.tolist()
-    loss = functools.partial(reference.pairwise_mixup_loss, lam=nodes, lam_weight=weights)
+    """Call the reference, with many samples in strips of rows."""
+    loss = functools.partial(reference.pairwise_mixup_loss, **_as_numbers(lam, lam_weight))
     x, w, y = (arguments[name] for name in ("input", "weight", "target"))
     samples = x.shape[0]
     rows = max(1, _MOST_IN_PAIRS // max(1, x.numel() + samples * x.shape[-2] * math.prod(w.shape[:-1])))

@@ -12,15 +12,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Launch",
-    "interpretable",
-    "multiprocessors",
-    "precision",
-    "reads_shared_operands",
-    "record",
-    "rounded",
-    "run",
-]
+    "Launch", "interpretable", "multiprocessors", "precision", "reads_shared_operands", "record", "rounded", "run",
+]  # fmt: skip
 
 
 _backend: ContextVar[str] = ContextVar("backend", default="hip" if torch.version.hip else "cuda")
@@ -50,7 +43,7 @@ def _multiprocessors(device: int) -> int:
 
 
 def reads_shared_operands(tensor: Tensor) -> bool:
-    """Whether the device's matrix units read operands from shared memory: sm_9x, sm_10x. Else registers hold them."""
+    """Return whether the device's matrix units read operands from shared memory (sm_9x, sm_10x), not registers."""
     return not tensor.is_cuda or _major(tensor.get_device()) in (9, 10)
 
 

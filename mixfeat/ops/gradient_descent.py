@@ -155,7 +155,7 @@ def _native(
     buffer: Tensor,
     signs: Signs | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the CPU kernel, which updates ``weight`` and ``buffer`` in place."""
+    """Run the CPU kernel, which may overwrite ``weight`` and ``buffer``; return what :func:`gradient_descent` does."""
     lists: tuple[list[float], list[float], list[float] | None] = ([], [], None)
     if lam is not None and lam_weight is not None:
         lists = list_nodes(lam, lam_weight, label_lam, input.dtype, symmetric=True)
