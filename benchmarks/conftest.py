@@ -26,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options before the suites are imported, which list their cases then."""
+    config.addinivalue_line("filterwarnings", "default")  # baselines meet warnings of compilers, by version and device
     shape, against = config.getoption("shape"), config.getoption("against")
     if shape:
         shapes.take_place(shapes.Network(*map(int, shape.split(","))))
