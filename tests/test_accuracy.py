@@ -87,7 +87,8 @@ def test_repeats_on_cuda_under_deterministic_algorithms(problem):
 @pytest.mark.triton
 def test_triton_refuses_float64(operator):
     entry = OPERATORS[operator]
-    arguments = entry.arguments(entry.main[0], torch.float64, "cpu", torch.Generator())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arguments = entry.arguments(entry.main[0], torch.float64, device, torch.Generator())
     with (
         mf.backend("triton"),
         pytest.raises(ValueError, match=r"'triton' does not serve torch\.float64; use 'cpu' or 'reference'"),

@@ -48,9 +48,10 @@ PAIRWISE_INSTRUCTIONS = {
         ("gradient", 50, 8.9), ("gradient", 1024, 8.5), ("gradient", 4096, 8.5),
     )
 }  # fmt: skip
-# what older releases of Triton may take more: of instructions per evaluation, and of registers
+# what older releases of Triton may take more: of instructions per evaluation, of registers, and bytes that they spill
+# (3.6: in nine kernels of 861, none of them in a shape of the benchmarks but in float32)
 OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
-MORE_INSTRUCTIONS, MORE_REGISTERS = (0.05, 2) if OLDER else (0, 0)
+MORE_INSTRUCTIONS, MORE_REGISTERS, SPILLED_BYTES = (0.05, 2, 384) if OLDER else (0, 0, 0)
 MATRIX_UNIT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCMMA", "sm_120": "HMMA", "gfx942": "MFMA"}
 
 
@@ -68,7 +69,8 @@ def compiled(request):
 def test_kernel(compiled, key):
     target, case = key
     row = compiled[key].result()
-    assert (row.stack_bytes, row.local_loads, row.local_stores) == (0, 0, 0)
+    assert row.stack_bytes <= SPILLED_BYTES
+    assert SPILLED_BYTES or not row.local_loads + row.local_stores
     assert row.registers > 0
     assert row.shared_bytes <= SHARED_KIB[target] * 1024
     assert not re.search(r"_f64|\.F64|\bD(ADD|MUL|FMA|SETP)\b", row.assembly), "float64 instructions"

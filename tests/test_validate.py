@@ -204,7 +204,12 @@ def test_activations_that_are_none(text, message, capsys):
 
 def test_command_refuses_what_is_not_to_be_had(capsys, tmp_path):
     requests = {
-        "nothing to check: triton has no float64": ["--backend", "triton", "--dtype", "float64"],
+        "nothing to check: cuda trains networks in float32, and triton has no float64": [
+            "--backend",
+            "triton",
+            "--dtype",
+            "float64",
+        ],
         f"--json {tmp_path} cannot be written: it is a folder": ["--json", str(tmp_path)],
         f"--junit {tmp_path} cannot be written: it is a folder": ["--junit", str(tmp_path)],
         "--seconds must be finite and positive, got nan": ["--seconds", "nan"],
@@ -217,7 +222,7 @@ def test_command_refuses_what_is_not_to_be_had(capsys, tmp_path):
         ],
     }
     if "triton" not in mf.backends.available():
-        requests.pop("nothing to check: triton has no float64")
+        requests.pop("nothing to check: cuda trains networks in float32, and triton has no float64")
     for message, args in requests.items():
         assert cli.main(["check", "--quick", *args]) == 2
         assert message in capsys.readouterr().err

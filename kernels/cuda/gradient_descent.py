@@ -286,8 +286,11 @@ def gradient_descent(
     x = empty(input.shape[0], num_patches, rows, 4 * vectors).zero_()
     x[:, :, :num_samples, :patch_dim] = input.transpose(1, 2)
     before, y = weight.float().contiguous(), target.contiguous()
-    rates = lr.to(x.device, x.dtype) if isinstance(lr, Tensor) else empty(()).fill_(lr)
-    rates = rates.expand(num_runs, steps)
+    # one rate is filled in, not copied from the host, which a CUDA graph could not capture
+    if isinstance(lr, Tensor) and lr.numel() > 1:
+        rates = lr.to(x.device, x.dtype, non_blocking=True).expand(num_runs, steps)
+    else:
+        rates = empty(()).fill_(float(lr)).expand(num_runs, steps)
     loss, after = empty(num_runs, steps), torch.empty_like(before)
     velocity = None
     if momentum:

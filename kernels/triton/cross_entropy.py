@@ -215,7 +215,7 @@ def cross_entropy_forward_kernel(
             dot = tl.sum(tl.where(in_row, q * z, 0.0), 1)[:, None]
     else:
         row_max = tl.full([FORM.block_n, 1], float("-inf"), tl.float32)
-        shift = tl.zeros([FORM.block_n, 1], tl.float32)
+        shift = tl.full([FORM.block_n, 1], 0.0, tl.float32)
         accum, label_sum, dot = shift, shift, shift
         begin, end, middle = 0, C, rows  # of the columns in blocks
         if FORM.edges:

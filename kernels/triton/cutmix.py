@@ -42,7 +42,9 @@ def _in_box(
     vectors = tl.reshape(inside, [BLOCK_N, BLOCK_K // VECTOR, VECTOR])
     any_inside = tl.broadcast_to(tl.max(vectors, 2)[:, :, None], vectors.shape)
     all_inside = tl.broadcast_to(tl.min(vectors, 2)[:, :, None], vectors.shape)
-    return inside != 0, tl.reshape(any_inside, inside.shape) != 0, tl.reshape(all_inside, inside.shape) != 0
+    any_inside, all_inside = tl.reshape(any_inside, inside.shape) != 0, tl.reshape(all_inside, inside.shape) != 0
+    # said once more for older releases of Triton, which would load single elements under these masks
+    return inside != 0, tl.max_constancy(any_inside, [1, VECTOR]), tl.max_constancy(all_inside, [1, VECTOR])
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "stride_index", "stride_box"])

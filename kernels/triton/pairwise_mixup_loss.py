@@ -229,6 +229,7 @@ def pairwise_mixup_loss_gradient_kernel(
     own (R,owns,P,C,M) and other (R,others,P,C,M) are pre-activations, own_grad and other_grad their gradients; d
     (R,C,rows,padded columns) has D times phi's scale, and own_factor and other_factor are their shares of t.
     """
+    ACTIVATION: tl.constexpr = SETTINGS.activation
     parts = (others + length - 1) // length
     feature_tiles = (P * M + FEATURES - 1) // FEATURES
     own_blocks = (owns + OWN - 1) // OWN
@@ -253,8 +254,9 @@ def pairwise_mixup_loss_gradient_kernel(
         n = first_own + tl.arange(0, OWN)
         sample = tl.minimum(n, owns - 1)
         size = P * C * M
-        own_places = (run * owns + sample)[:, None] * size + q[None, :]
-        own_t = tl.load(own + own_places).to(tl.float32) * own_factor
+        # One dimension, so that lanes go along features: with two, releases of Triton differ in what they choose.
+        own_places = tl.reshape((run * owns + sample)[:, None] * size + q[None, :], [OWN * FEATURES])
+        own_t = tl.reshape(tl.load(own + own_places).to(tl.float32) * own_factor, [OWN, FEATURES])
         own_factors = tl.zeros((FEATURES,), tl.float32) + own_factor
         other_factors = tl.zeros((FEATURES,), tl.float32) + other_factor
         if SETTINGS.readout:
@@ -271,14 +273,14 @@ def pairwise_mixup_loss_gradient_kernel(
         accum = tl.zeros((OWN, FEATURES), tl.float32)
         for _ in range(begin, end):
             other_t = tl.load(other + other_places).to(tl.float32) * other_factor
-            e = mul_slope_of_sum(tl.load(d_start + d_places)[:, None], other_t[None, :], own_t, SETTINGS.activation)
+            e = mul_slope_of_sum(tl.load(d_start + d_places)[:, None], other_t[None, :], own_t, ACTIVATION)
             accum += e
             if SETTINGS.atomic:
                 tl.atomic_add(other_grad + other_places, tl.sum(e, 0) * other_factors, mask=mask, sem="relaxed")
             other_places += size
             d_start += d_stride
-        accum *= own_factors[None, :]
-        own_mask = (n < owns)[:, None] & mask[None, :]
+        accum = tl.reshape(accum * own_factors[None, :], [OWN * FEATURES])
+        own_mask = tl.reshape((n < owns)[:, None] & mask[None, :], [OWN * FEATURES])
         if SETTINGS.atomic:
             tl.atomic_add(own_grad + own_places, accum, mask=own_mask, sem="relaxed")
         else:

@@ -239,7 +239,7 @@ def patch_conv_forward_kernel(
     weight += b * _size(NETWORK) + first_class.to(tl.int64) * (NETWORK.filters * NETWORK.width)
     end = tl.minimum(CLASSES, NETWORK.classes - first_class) * NETWORK.filters
     d = tl.arange(0, TILE.dim)
-    accum = tl.zeros([ROWS, TILE.filters], tl.float32)
+    accum = tl.full([ROWS, TILE.filters], 0.0, tl.float32)
     for start in range(0, CLASSES * NETWORK.filters, TILE.filters):
         q = start + tl.arange(0, TILE.filters)
         if WHOLE:
@@ -251,7 +251,7 @@ def patch_conv_forward_kernel(
                 z = _patches(samples, partners, ratio, offset, mask, d, NETWORK.width, index is not None, PRECISION)
                 s = _dot(z, w, None, PRECISION, INFINITE=True)
             else:
-                s = tl.zeros([ROWS, TILE.filters], tl.float32)
+                s = tl.full([ROWS, TILE.filters], 0.0, tl.float32)
                 for k in range(0, NETWORK.width, TILE.dim):
                     z = _patches(
                         samples, partners, ratio, offset, mask, k + d, NETWORK.width, index is not None, PRECISION
@@ -318,7 +318,7 @@ def patch_conv_backward_weight_kernel(
     grad += b.to(tl.int64) * N * NETWORK.classes + q // NETWORK.filters
     if WHOLE:
         w = _filters_t(weight, q, Q, d, NETWORK.width, PRECISION)
-    accum = tl.zeros([TILE.filters, TILE.dim], tl.float32)
+    accum = tl.full([TILE.filters, TILE.dim], 0.0, tl.float32)
     for start in range(part % sample_slices * TILE.samples, N, sample_slices * TILE.samples):
         n = start + row // TILE.patches
         samples, partners, ratio = _samples(input, index, lam, b, n, N, stride_xb, stride_xn, stride_lam)
@@ -333,7 +333,7 @@ def patch_conv_backward_weight_kernel(
                 z = _patches(samples, partners, ratio, offset, mask, d, NETWORK.width, index is not None, PRECISION)
                 s = _dot(z, w, None, PRECISION)
             else:
-                s = tl.zeros([ROWS, TILE.filters], tl.float32)
+                s = tl.full([ROWS, TILE.filters], 0.0, tl.float32)
                 for k in range(0, NETWORK.width, TILE.dim):
                     z = _patches(
                         samples, partners, ratio, offset, mask, k + d, NETWORK.width, index is not None, PRECISION
@@ -393,7 +393,7 @@ def patch_conv_backward_input_kernel(
     grad += (b.to(tl.int64) * N + n) * C
     if WHOLE:
         z = _patches(samples, partners, ratio, offset, mask, d, NETWORK.width, index is not None, PRECISION)
-    accum = tl.zeros([ROWS, TILE.dim], tl.float32)
+    accum = tl.full([ROWS, TILE.dim], 0.0, tl.float32)
     for start in range(0, Q, TILE.filters):
         q = start + tl.arange(0, TILE.filters)
         owner = q // NETWORK.filters
@@ -408,7 +408,7 @@ def patch_conv_backward_input_kernel(
             w = _filters(weight, q, Q, d, NETWORK.width, PRECISION)
             s = _dot(z, tl.trans(w), None, PRECISION, TURN)
         else:
-            s = tl.zeros([ROWS, TILE.filters], tl.float32)
+            s = tl.full([ROWS, TILE.filters], 0.0, tl.float32)
             for k in range(0, NETWORK.width, TILE.dim):
                 z = _patches(samples, partners, ratio, offset, mask, k + d, NETWORK.width, index is not None, PRECISION)
                 w = _filters(weight, q, Q, k + d, NETWORK.width, PRECISION)
@@ -452,7 +452,7 @@ def patch_conv_kept_weight_kernel(
     slope += b * N * P * Q + q[None, :]
     grad += b * N * NETWORK.classes + (q // NETWORK.filters)[None, :]
     input += b * stride_xb + d[None, :]
-    accum = tl.zeros([TILE.filters, TILE.dim], tl.float32)
+    accum = tl.full([TILE.filters, TILE.dim], 0.0, tl.float32)
     for start in range(part % sample_slices * TILE.samples, N, sample_slices * TILE.samples):
         n = start + (row // TILE.patches).to(tl.int64)
         in_filters = (n < N)[:, None] & (q < Q)[None, :]
@@ -497,7 +497,7 @@ def patch_conv_kept_input_kernel(
     grad += ((b * N + row // P) * NETWORK.classes)[:, None]
     rows = b * N * P + row
     weight += b * _size(NETWORK)
-    accum = tl.zeros([ROWS, TILE.dim], tl.float32)
+    accum = tl.full([ROWS, TILE.dim], 0.0, tl.float32)
     for start in range(0, Q, TILE.filters):
         q = start + tl.arange(0, TILE.filters)
         mask = in_rows[:, None] & (q < Q)[None, :]

@@ -90,7 +90,7 @@ def _check(args: argparse.Namespace) -> int:
     chosen = [name for name in available if name in wanted or not wanted]
     cells = validate.checks(chosen, _operators(args), args.dtype or validate.DTYPES)
     if not cells:
-        raise RefusedError("nothing to check: triton has no float64")
+        raise RefusedError("nothing to check: cuda trains networks in float32, and triton has no float64")
     if interpreted:
         print("No GPU here: triton means Triton's interpreter, on small shapes.\n")
     form = "{:<26}  {:<10}  {:<9}  {:>6}  {:<22}  {:>9}  {:>9}  {:>9}  {}"
