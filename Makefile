@@ -121,8 +121,8 @@ gpu:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable . \
 		|| MIXFEAT_SKIP_CPU_BUILD=1 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	mkdir -p "$(RESULTS)"
-	failed=; parallel=$$($(PYTHON) -c "import xdist; print('-n 8 --dist loadfile')" 2>/dev/null); \
-	timeout 200 $(PYTHON) -m pytest -q -W default $$parallel -m "gpu or triton" --junitxml="$(RESULTS)/tests-gpu.xml" \
+	failed=; parallel=$$($(PYTHON) -c "import xdist; print('-n 12 --dist worksteal')" 2>/dev/null); \
+	timeout -s INT 200 $(PYTHON) -m pytest -q -W default $$parallel -m "gpu or triton" --junitxml="$(RESULTS)/tests-gpu.xml" \
 		|| failed="$$failed tests"; \
 	timeout 80 $(PYTHON) -m mixfeat check --backend triton --json "$(RESULTS)/check-gpu.json" || failed="$$failed check"; \
 	$(PYTHON) -m mixfeat bench --seconds 1 --limit 230 --out "$(RESULTS)/bench-gpu.json" || failed="$$failed bench"; \
