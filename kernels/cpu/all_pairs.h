@@ -19,11 +19,11 @@ struct Order {
     STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long && target.is_contiguous(), "unexpected target");
     STD_TORCH_CHECK(target.numel() == samples * (stride ? runs : 1), "unexpected number of targets");
     for (int64_t r = 0; r < (stride ? runs : 1); ++r) {
-      const int64_t* given = data<int64_t>(target) + r * samples;
+      const int64_t* targets = data<int64_t>(target) + r * samples;
       const auto first = index.begin() + r * samples, last = first + samples;
       std::iota(first, last, 0);
-      std::stable_sort(first, last, [&](int64_t i, int64_t j) { return given[i] < given[j]; });
-      std::transform(first, last, this->target.begin() + r * samples, [&](int64_t i) { return given[i]; });
+      std::stable_sort(first, last, [&](int64_t i, int64_t j) { return targets[i] < targets[j]; });
+      std::transform(first, last, this->target.begin() + r * samples, [&](int64_t i) { return targets[i]; });
     }
     for (int64_t y : this->target) STD_TORCH_CHECK(y >= 0 && y < classes, "target out of range");
   }

@@ -33,17 +33,17 @@ std::tuple<Tensor, Tensor> rows(const Tensor& input, const Tensor& target_a, con
   const Tensor losses = reduce ? empty({samples}, kType<T>) : empty_large(shape_of(input), kType<T>);
   const char* from = data<char>(input);
   const int64_t *a = data<int64_t>(target_a), *b = data<int64_t>(target_b);
-  const T* ratio = data<T>(lam);
-  const int64_t ratio_stride = lam.dim() ? lam.stride(0) : 0;
+  const T* lams = data<T>(lam);
+  const int64_t lam_stride = lam.dim() ? lam.stride(0) : 0;
   char* to = data<char>(grad);
   T* loss = data<T>(losses);
   constexpr int64_t kWorkPerLogit = 24;  // in multiply-adds
   for_each_task(samples, samples * classes * kWorkPerLogit, 0, [&](int64_t n, void*) {
     // As plain PyTorch forms them in T: a threshold must fall on the same side.
-    const T lam_n = ratio[n * ratio_stride], keep = T(1 - label_smoothing), spread = T(label_smoothing / classes);
+    const T lam_n = lams[n * lam_stride], one_minus_eps = T(1 - label_smoothing), eps_share = T(label_smoothing / classes);
     const T share_a = a[n] == b[n] ? lam_n + (1 - lam_n) : lam_n, share_b = a[n] == b[n] ? share_a : 1 - lam_n;
     const auto label_of = [&](T share) {
-      const T q = keep * share + spread;
+      const T q = one_minus_eps * share + eps_share;
       return threshold ? double(q > *threshold) : double(q);
     };
     const BinaryLabel label{label_of(0), {a[n], b[n]}, {label_of(share_a), label_of(share_b)}};

@@ -76,8 +76,8 @@ std::tuple<Tensor, Tensor, Tensor, int64_t> mixup_cross_entropy(const Tensor& in
   const int64_t samples = input.size(0), classes = input.size(1);
   STD_TORCH_CHECK(lam.scalar_type() == kType<T> && (lam.dim() == 0 || lam.size(0) == samples), "unexpected lam");
   STD_TORCH_CHECK(all_fractions(lam), "unexpected lam");
-  const T* ratio = data<T>(lam);
-  const int64_t ratio_stride = lam.dim() ? lam.stride(0) : 0;
+  const T* lams = data<T>(lam);
+  const int64_t lam_stride = lam.dim() ? lam.stride(0) : 0;
   const T *loss_grad = numbers<T>(upstream.loss, samples), *lse_grad = numbers<T>(upstream.lse, samples);
   const int64_t loss_stride = stride_of(upstream.loss), lse_stride = stride_of(upstream.lse);
   const int64_t* target[2];
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, int64_t> mixup_cross_entropy(const Tensor& in
   double scales[2];
   for (int j = 0; j < 2; ++j) scales[j] = mean && counts[j] ? (fold ? 1.0 : double(samples)) / counts[j] : 1.0;
   auto [loss, lse, grad] = rows<T>(input, kNoTarget, reduce, need_lse, need_grad, [&](int64_t n, Label& label) {
-    const double lam_n = ratio[n * ratio_stride], shares[] = {lam_n, 1 - lam_n};
+    const double lam_n = lams[n * lam_stride], shares[] = {lam_n, 1 - lam_n};
     const double factor = loss_grad ? loss_grad[n * loss_stride] : 1;
     double total = 0;
     for (int j = 0; j < 2; ++j) {

@@ -66,7 +66,7 @@ Tensor mix(const Tensor& input, const Batch& batch, const Tensor& index, const L
 Tensor mixup(Tensor input, Tensor index, Tensor lam, ScalarType dtype) {
   const Batch batch = check(input, index, lam, dtype);
   Tensor output = input;
-  with_lam(lam, [&](const auto* values, int64_t stride) { output = mix(input, batch, index, values, stride, dtype); });
+  with_lam(lam, [&](const auto* lams, int64_t lam_stride) { output = mix(input, batch, index, lams, lam_stride, dtype); });
   return output;
 }
 
@@ -81,8 +81,8 @@ Tensor mixup_by_number(Tensor input, Tensor index, double lam, ScalarType dtype)
 Tensor mixup_backward_of(Tensor grad, Tensor index, Tensor lam) {
   const Batch batch = check(grad, index, lam, grad.scalar_type());
   const Tensor input_grad = empty_large(shape_of(grad), grad.scalar_type());
-  with_lam(lam, [&](const auto* ratio, int64_t ratio_stride) {
-    mixup_backward(data<char>(grad), batch.stride, element_of(grad.scalar_type()), data<int64_t>(index), ratio, ratio_stride,
+  with_lam(lam, [&](const auto* lams, int64_t lam_stride) {
+    mixup_backward(data<char>(grad), batch.stride, element_of(grad.scalar_type()), data<int64_t>(index), lams, lam_stride,
                    batch.samples, batch.size, data<char>(input_grad));
   });
   return input_grad;

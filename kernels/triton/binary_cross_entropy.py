@@ -36,9 +36,9 @@ def mixup_binary_cross_entropy_forward_kernel(
     C *= VECTOR
     n = tl.minimum(tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)  # the last row is written again
     a, b = tl.load(target_a + n)[:, None], tl.load(target_b + n)[:, None]
-    share = tl.load(lam + n * stride_lam.to(tl.int64))[:, None]
-    exist = (a >= 0) & (a < C) & (b >= 0) & (b < C)
-    share = tl.where(exist, share, float("nan"))
+    lam_n = tl.load(lam + n * stride_lam.to(tl.int64))[:, None]
+    exists = (a >= 0) & (a < C) & (b >= 0) & (b < C)
+    lam_n = tl.where(exists, lam_n, float("nan"))
     rows = (input + n * (stride_input.to(tl.int64) * VECTOR))[:, None]
     losses = (loss + n * stride_loss.to(tl.int64))[:, None]
     accum = tl.zeros([BLOCK_N, 1], tl.float32)
@@ -46,7 +46,7 @@ def mixup_binary_cross_entropy_forward_kernel(
         c = start + tl.arange(0, BLOCK_C)[None, :]
         in_row = c < C
         x = tl.load(rows + c, mask=in_row, other=0.0).to(tl.float32)
-        q = tl.where(c == a, share, 0.0 * share) + tl.where(c == b, 1.0 - share, 0.0)
+        q = tl.where(c == a, lam_n, 0.0 * lam_n) + tl.where(c == b, 1.0 - lam_n, 0.0)
         q = q * one_minus_eps + eps_share
         if threshold is not None:
             q = tl.where(q > threshold, 1.0, tl.where(q == q, 0.0, q))

@@ -60,9 +60,9 @@ def mixup_forward_kernel(
     x = tl.load(pointers_to(input, n, stride_source, VECTOR) + k, mask=mask, other=0.0)
     partner = tl.load(index + n * stride_index.to(tl.int64))
     exists = (partner >= 0) & (partner < N)
-    ratio = tl.where(exists, tl.load(lam + n * stride_lam.to(tl.int64)), float("nan"))[:, None]
+    lam_n = tl.where(exists, tl.load(lam + n * stride_lam.to(tl.int64)), float("nan"))[:, None]
     other = tl.load(pointers_to(input, tl.where(exists, partner, 0), stride_source, VECTOR) + k, mask=mask, other=0.0)
-    mixed = tl.fma(ratio, x.to(tl.float32), (1.0 - ratio) * other.to(tl.float32))
+    mixed = tl.fma(lam_n, x.to(tl.float32), (1.0 - lam_n) * other.to(tl.float32))
     tl.store(pointers_to(output + start, n, stride_result, VECTOR) + k, mixed.to(output.dtype.element_ty), mask=mask)
 
 
@@ -75,9 +75,9 @@ def next_sample(found, m, n, CHUNK: tl.constexpr):
 @triton.jit
 def _add_share(accum, grad, lam, n, row, k, mask, stride, stride_lam, VECTOR: tl.constexpr):
     """Return ``accum + (1 - lam_n) grad[row,k]`` where ``mask``."""
-    ratio = 1.0 - tl.load(lam + n * stride_lam)
+    one_minus_lam = 1.0 - tl.load(lam + n * stride_lam)
     other = tl.load(pointers_to(grad, row, stride, VECTOR) + k, mask=mask, other=0.0)
-    return tl.where(mask, tl.fma(ratio[:, None], other.to(tl.float32), accum), accum)
+    return tl.where(mask, tl.fma(one_minus_lam[:, None], other.to(tl.float32), accum), accum)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "rows"])
@@ -97,8 +97,8 @@ def mixup_backward_kernel(
     stride_lam = stride_lam.to(tl.int64)
     own = tl.load(pointers_to(grad, i, stride_source, VECTOR) + k, mask=mask, other=0.0)
     partner = tl.load(index + sample)
-    ratio = tl.where((partner >= 0) & (partner < N), tl.load(lam + sample * stride_lam), float("nan"))
-    accum = ratio[:, None] * own.to(tl.float32)
+    lam_i = tl.where((partner >= 0) & (partner < N), tl.load(lam + sample * stride_lam), float("nan"))
+    accum = lam_i[:, None] * own.to(tl.float32)
     if order is None:
         m = tl.arange(0, CHUNK)[None, :]
         for begin in range(0, N, CHUNK):

@@ -188,14 +188,14 @@ def patch_conv_mix_kernel(
     p = program % P
     n = program // P % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     b = program // P // blocks
-    samples, partners, ratio = _samples(
+    samples, partners, lam_n = _samples(
         input, index, lam, b, n, N, _wide(stride_xb, 1), _wide(stride_xn, 1), _wide(stride_lam, 1)
     )
     mask = (n < N)[:, None] & (d < D)[None, :]
     offset = p * _wide(stride_xp, 1) + d * _wide(stride_xd, 1)
     z = tl.load(samples[:, None] + offset[None, :], mask=mask, other=0.0)
     if index is not None:
-        z = _mix(z, tl.load(partners[:, None] + offset[None, :], mask=mask, other=0.0), ratio[:, None])
+        z = _mix(z, tl.load(partners[:, None] + offset[None, :], mask=mask, other=0.0), lam_n[:, None])
     mixed += (((b.to(tl.int64) * N + n) * P + p) * WIDTH)[:, None] + d[None, :]
     tl.store(mixed, z, mask=(n < N)[:, None] & (d < WIDTH)[None, :])
 
@@ -233,7 +233,7 @@ def patch_conv_forward_kernel(
     row = tl.arange(0, ROWS)
     n, row_patch = n0 + row // TILE.patches, row % TILE.patches
 
-    samples, partners, ratio = _samples(input, index, lam, b, n, N, stride_xb, stride_xn, stride_lam)
+    samples, partners, lam_n = _samples(input, index, lam, b, n, N, stride_xb, stride_xn, stride_lam)
     samples += row_patch * stride_xp
     partners += row_patch * stride_xp
     weight += b * _size(NETWORK) + first_class.to(tl.int64) * (NETWORK.filters * NETWORK.width)
@@ -248,13 +248,13 @@ def patch_conv_forward_kernel(
             offset = p * stride_xp
             mask = (n < N) & (p + row_patch < P)
             if WHOLE:
-                z = _patches(samples, partners, ratio, offset, mask, d, NETWORK.width, index is not None, PRECISION)
+                z = _patches(samples, partners, lam_n, offset, mask, d, NETWORK.width, index is not None, PRECISION)
                 s = _dot(z, w, None, PRECISION, INFINITE=True)
             else:
                 s = tl.full([ROWS, TILE.filters], 0.0, tl.float32)
                 for k in range(0, NETWORK.width, TILE.dim):
                     z = _patches(
-                        samples, partners, ratio, offset, mask, k + d, NETWORK.width, index is not None, PRECISION
+                        samples, partners, lam_n, offset, mask, k + d, NETWORK.width, index is not None, PRECISION
                     )
                     w = _filters_t(weight, q, end, k + d, NETWORK.width, PRECISION)
                     s = _dot(z, w, s, PRECISION)
@@ -321,7 +321,7 @@ def patch_conv_backward_weight_kernel(
     accum = tl.full([TILE.filters, TILE.dim], 0.0, tl.float32)
     for start in range(part % sample_slices * TILE.samples, N, sample_slices * TILE.samples):
         n = start + row // TILE.patches
-        samples, partners, ratio = _samples(input, index, lam, b, n, N, stride_xb, stride_xn, stride_lam)
+        samples, partners, lam_n = _samples(input, index, lam, b, n, N, stride_xb, stride_xn, stride_lam)
         samples += row_patch * stride_xp
         partners += row_patch * stride_xp
         g = grad[None, :] + (n.to(tl.int64) * NETWORK.classes)[:, None]
@@ -330,17 +330,17 @@ def patch_conv_backward_weight_kernel(
             offset = p * stride_xp
             mask = (n < N) & (p + row_patch < P)
             if WHOLE:
-                z = _patches(samples, partners, ratio, offset, mask, d, NETWORK.width, index is not None, PRECISION)
+                z = _patches(samples, partners, lam_n, offset, mask, d, NETWORK.width, index is not None, PRECISION)
                 s = _dot(z, w, None, PRECISION)
             else:
                 s = tl.full([ROWS, TILE.filters], 0.0, tl.float32)
                 for k in range(0, NETWORK.width, TILE.dim):
                     z = _patches(
-                        samples, partners, ratio, offset, mask, k + d, NETWORK.width, index is not None, PRECISION
+                        samples, partners, lam_n, offset, mask, k + d, NETWORK.width, index is not None, PRECISION
                     )
                     w = _filters_t(weight, q, Q, k + d, NETWORK.width, PRECISION)
                     s = _dot(z, w, s, PRECISION)
-                z = _patches(samples, partners, ratio, offset, mask, d_own, NETWORK.width, index is not None, PRECISION)
+                z = _patches(samples, partners, lam_n, offset, mask, d_own, NETWORK.width, index is not None, PRECISION)
             if TILE.patches > 1:
                 s = tl.where((p + row_patch < P)[:, None], s, 0.0)  # infinite filters times 0
             e = _operand(mul_slope(g, s, inverse, ACTIVATION).to(z.dtype), PRECISION)
@@ -386,13 +386,13 @@ def patch_conv_backward_input_kernel(
     b = program // blocks
 
     d = tl.arange(0, TILE.dim)
-    samples, partners, ratio = _samples(input, index, lam, b, n, N, stride_xb, stride_xn, stride_lam)
+    samples, partners, lam_n = _samples(input, index, lam, b, n, N, stride_xb, stride_xn, stride_lam)
     mask = (n < N) & (p < P)
     offset = p * stride_xp
     weight += b * _size(NETWORK)
     grad += (b.to(tl.int64) * N + n) * C
     if WHOLE:
-        z = _patches(samples, partners, ratio, offset, mask, d, NETWORK.width, index is not None, PRECISION)
+        z = _patches(samples, partners, lam_n, offset, mask, d, NETWORK.width, index is not None, PRECISION)
     accum = tl.full([ROWS, TILE.dim], 0.0, tl.float32)
     for start in range(0, Q, TILE.filters):
         q = start + tl.arange(0, TILE.filters)
@@ -410,7 +410,7 @@ def patch_conv_backward_input_kernel(
         else:
             s = tl.full([ROWS, TILE.filters], 0.0, tl.float32)
             for k in range(0, NETWORK.width, TILE.dim):
-                z = _patches(samples, partners, ratio, offset, mask, k + d, NETWORK.width, index is not None, PRECISION)
+                z = _patches(samples, partners, lam_n, offset, mask, k + d, NETWORK.width, index is not None, PRECISION)
                 w = _filters(weight, q, Q, k + d, NETWORK.width, PRECISION)
                 s = _dot(z, tl.trans(w), s, PRECISION, TURN)
             w = _filters(weight, q, Q, d_own, NETWORK.width, PRECISION)

@@ -39,14 +39,14 @@ double binary_cross_entropy_of(const void* logits, int64_t classes, const Binary
     const Vec<T> logit = load_first<T>(x + c, count, T(0));
     Vec<T> q = broadcast(T(label.base));
     for (int j = 0; j < 2; ++j) {
-      const int64_t place = label.classes[j] - c;
-      if (place >= 0 && place < lanes) q = lane == Lane(place) ? broadcast(T(label.values[j])) : q;
+      const int64_t target_lane = label.classes[j] - c;
+      if (target_lane >= 0 && target_lane < lanes) q = lane == Lane(target_lane) ? broadcast(T(label.values[j])) : q;
     }
-    const Vec<T> e = exponential(logit < zero ? logit : -logit), ratio = one / (one + e);
+    const Vec<T> e = exponential(logit < zero ? logit : -logit), sigmoid_abs = one / (one + e);
     const Vec<T> w = kWeighted ? one + (load_first<T>(pos_weight + c, count, T(1)) - one) * q : one;
     const Vec<T> value = (one - q) * logit + w * ((logit < zero ? -logit : zero) + log_1_plus<T>(e));
     if (grad) {
-      const Vec<T> slope = (one - q) - w * (logit < zero ? ratio : e * ratio);
+      const Vec<T> slope = (one - q) - w * (logit < zero ? sigmoid_abs : e * sigmoid_abs);
       store_first<T>(grad + c, count, slope * broadcast(T(scale)));
     }
     if (loss) store_first<T>(loss + c, count, value);

@@ -118,9 +118,9 @@ LossAndLse short_cross_entropy(const E* x, int64_t classes, const Label& label, 
   double total;
   const LossAndLse result = loss_of<kDense>(label, x, classes, max, sum, sums, total);
   if (!grad) return result;
-  const Vec<T> ratio = broadcast(T(total / sum));
+  const Vec<T> softmax_scale = broadcast(T(total / sum));
 #pragma GCC unroll 2
-  for (int v = 0; v < kVectors; ++v) store_first<T>(grad + v * lanes, classes - v * lanes, e[v] * ratio - weight[v]);
+  for (int v = 0; v < kVectors; ++v) store_first<T>(grad + v * lanes, classes - v * lanes, e[v] * softmax_scale - weight[v]);
   return result;
 }
 
@@ -169,11 +169,11 @@ LossAndLse cross_entropy_of(const void* logits, int64_t classes, const Label& la
   const LossAndLse result = loss_of<kDense>(label, x, classes, max, sum, sums[0], total);
   if (!grad) return result;
 
-  const T ratio = total / sum;
-  T of_label[2];  // exponentials of the label's classes, which the gradient may overwrite
-  for (int j = 0; !kDense && j < 2; ++j) of_label[j] = label.classes[j] < 0 ? 0 : exponentials[label.classes[j]];
+  const T softmax_scale = total / sum;
+  T label_exponentials[2];  // exponentials of the label's classes, which the gradient may overwrite
+  for (int j = 0; !kDense && j < 2; ++j) label_exponentials[j] = label.classes[j] < 0 ? 0 : exponentials[label.classes[j]];
   const auto gradient = [&](Vec<T> e, Vec<T> t) {
-    const Vec<T> smooth = e * broadcast(ratio) - broadcast(T(label.base));
+    const Vec<T> smooth = e * broadcast(softmax_scale) - broadcast(T(label.base));
     return kDense ? smooth - broadcast(T(label.scale)) * t : smooth;
   };
   for (c = 0; c + lanes <= classes; c += lanes) {
@@ -188,7 +188,7 @@ LossAndLse cross_entropy_of(const void* logits, int64_t classes, const Label& la
     if (label.classes[j] < 0) continue;
     const bool same_class = label.classes[0] == label.classes[1];
     const T value = same_class ? label.values[0] + label.values[1] : label.values[j];
-    store_one<T>(grad + label.classes[j], of_label[j] * ratio - T(label.base) - value);
+    store_one<T>(grad + label.classes[j], label_exponentials[j] * softmax_scale - T(label.base) - value);
   }
   return result;
 }

@@ -138,26 +138,26 @@ double cross_entropy_of(const GradientDescent<T>& a, int64_t block, void* memory
   }
   T target_logit[lanes];
   for (int k = 0; k < count; ++k) target_logit[k] = logits[a.target[first + k] * lanes + k];
-  Vec<T> total = {}, all_remaining = {};
+  Vec<T> total = {}, shifted_sum = {};
   for (int64_t c = 0; c < a.classes; ++c) {
-    const Vec<T> remaining = load(logits + c * lanes) - max, e = exponential(remaining);
+    const Vec<T> shifted = load(logits + c * lanes) - max, e = exponential(shifted);
     total += e;
-    all_remaining += remaining;
+    shifted_sum += shifted;
     store(logits + c * lanes, e);
   }
   const bool smooth = a.label_smoothing != 0;
-  const double keep = 1 - a.label_smoothing, spread = a.label_smoothing / a.classes;
+  const double one_minus_eps = 1 - a.label_smoothing, eps_share = a.label_smoothing / a.classes;
   double loss = 0;
   for (int k = 0; k < count; ++k) {
-    loss += keep * (double(max[k]) - double(target_logit[k])) + ::log(double(total[k]));
-    if (smooth) loss -= spread * double(all_remaining[k]);
+    loss += one_minus_eps * (double(max[k]) - double(target_logit[k])) + ::log(double(total[k]));
+    if (smooth) loss -= eps_share * double(shifted_sum[k]);
   }
 
   // D / N in the logits' place, and from there the gradient
   const T factor = T(a.activation.scale / a.activation.threshold / a.samples);
   const Vec<T> norm = broadcast(factor) / total;
-  for (int64_t c = 0; c < a.classes; ++c) store(logits + c * lanes, load(logits + c * lanes) * norm - broadcast(T(spread) * factor));
-  for (int k = 0; k < count; ++k) logits[a.target[first + k] * lanes + k] -= T(keep) * factor;
+  for (int64_t c = 0; c < a.classes; ++c) store(logits + c * lanes, load(logits + c * lanes) * norm - broadcast(T(eps_share) * factor));
+  for (int k = 0; k < count; ++k) logits[a.target[first + k] * lanes + k] -= T(one_minus_eps) * factor;
   for (int64_t c = 0; c < a.classes; ++c) {
     for (int64_t k = count; k < lanes; ++k) logits[c * lanes + k] = 0;  // padding
     const Vec<T> d = load(logits + c * lanes);

@@ -423,19 +423,19 @@ struct BlockPair {
     const auto row_target = load(buffers.row_target + (i - row_begin) * kColumns<T>);
     const auto column_target = load(buffers.column_target + (j - column_begin) * kRows<T>);
     const auto count = counts(row_target, column_target, i, j);
-    const double keep = 1 - a.label_smoothing;
-    const Vec<T> row_weight = broadcast(T(keep * a.row.label)), column_weight = broadcast(T(keep * a.column.label));
-    const Vec<T> spread = broadcast(T(a.label_smoothing / a.labels));
+    const double one_minus_eps = 1 - a.label_smoothing;
+    const Vec<T> row_weight = broadcast(T(one_minus_eps * a.row.label)), column_weight = broadcast(T(one_minus_eps * a.column.label));
+    const Vec<T> eps_share = broadcast(T(a.label_smoothing / a.labels));
     const bool smooth = a.label_smoothing != 0;
     Vec<T> max = load(logits);
     for (int64_t c = 1; c < a.labels; ++c) max = clamp_min<T>(max, load(logits + c * pairs));
     Vec<T> total = {}, target_logit = {};
     for (int64_t c = 0; c < a.labels; ++c) {
-      const Vec<T> remaining = load(logits + c * pairs) - max, e = exponential(remaining);
+      const Vec<T> shifted = load(logits + c * pairs) - max, e = exponential(shifted);
       total += e;
-      target_logit += row_weight * (row_target == Lane<T>(c) ? remaining : Vec<T>{});
-      target_logit += column_weight * (column_target == Lane<T>(c) ? remaining : Vec<T>{});
-      if (smooth) target_logit += spread * remaining;
+      target_logit += row_weight * (row_target == Lane<T>(c) ? shifted : Vec<T>{});
+      target_logit += column_weight * (column_target == Lane<T>(c) ? shifted : Vec<T>{});
+      if (smooth) target_logit += eps_share * shifted;
       store(logits + c * pairs, e);
     }
     // All pairs share one logarithm, of the product of their sums of exponentials. A double holds it, because each sum lies
@@ -450,7 +450,7 @@ struct BlockPair {
     }
     if (a.row.grad) {
       const Vec<T> weight = broadcast(T(a.pair_weight)) * __builtin_convertvector(count, Vec<T>), norm = weight / total;
-      const Vec<T> row_label = row_weight * weight, column_label = column_weight * weight, every_label = spread * weight;
+      const Vec<T> row_label = row_weight * weight, column_label = column_weight * weight, every_label = eps_share * weight;
       for (int64_t c = 0; c < a.labels; ++c) {
         Vec<T> d = load(logits + c * pairs) * norm;
         d -= row_target == Lane<T>(c) ? row_label : Vec<T>{};

@@ -182,13 +182,13 @@ void fill_mixed(const PatchConv<E>& a, int64_t n, int64_t samples, int64_t p, in
     const E* x = a.input + i * a.sample_stride + p * a.patch_stride;
     const E* partner = a.index ? a.input + a.index[i] * a.sample_stride + p * a.patch_stride : nullptr;
     const T lam = a.index ? a.lam[i * a.lam_stride] : T(1);
-    [[maybe_unused]] const Vec<T> own = broadcast(lam), other = broadcast(T(1) - lam);
+    [[maybe_unused]] const Vec<T> lam_lanes = broadcast(lam), one_minus_lam = broadcast(T(1) - lam);
     for (int64_t r = 0; r < patches; ++r, x += a.patch_stride, out += length) {
       if constexpr (kPairs<E>) {
         if (partner) {
           for (int64_t k = 0; k < a.patch_dim; k += kLanes<T>) {
             const int64_t d = vector_at<T>(k, a.patch_dim), count = a.patch_dim - d;
-            store_as(out + d, own * load_first<T>(x + d, count, T(0)) + other * load_first<T>(partner + d, count, T(0)));
+            store_as(out + d, lam_lanes * load_first<T>(x + d, count, T(0)) + one_minus_lam * load_first<T>(partner + d, count, T(0)));
           }
         } else {
           memcpy(out, x, a.patch_dim * sizeof(E));
