@@ -32,10 +32,13 @@ struct Order {
 // A fixed readout of +-1: how many filters of each class, (1 or R, C), the first ones, have -1. None: all have 1.
 class Negative {
  public:
-  Negative(const std::optional<Tensor>& filters, int64_t runs, int64_t classes, int64_t filters_per_class, int64_t patches) {
+  Negative(const std::optional<Tensor>& filters, int64_t runs, int64_t classes, int64_t filters_per_class,
+           int64_t patches) {
     if (!filters) return;
-    STD_TORCH_CHECK(filters->dim() == 2 && filters->scalar_type() == ScalarType::Long && filters->is_contiguous(), "unexpected signs");
-    STD_TORCH_CHECK((filters->size(0) == 1 || filters->size(0) == runs) && filters->size(1) == classes, "unexpected signs");
+    STD_TORCH_CHECK(filters->dim() == 2 && filters->scalar_type() == ScalarType::Long && filters->is_contiguous(),
+                    "unexpected signs");
+    STD_TORCH_CHECK((filters->size(0) == 1 || filters->size(0) == runs) && filters->size(1) == classes,
+                    "unexpected signs");
     filters_.assign(data<int64_t>(*filters), data<int64_t>(*filters) + filters->numel());
     for (int64_t n : filters_) STD_TORCH_CHECK(n >= 0 && n <= filters_per_class, "unexpected signs");
     stride_ = filters->size(0) == 1 ? 0 : classes;
@@ -53,8 +56,8 @@ class Negative {
   int64_t stride_ = 0;
 };
 
-// The pairs of groups of blocks in rounds: no two of one round share a row group or a column group, so that they may run at once,
-// and the order of every sum does not depend on the number of threads.
+// The pairs of groups of blocks in rounds: no two of one round share a row group or a column group, so that they may
+// run at once, and the order of every sum does not depend on the number of threads.
 struct Schedule {
   int64_t rows, columns;  // groups on either side
   bool symmetric;         // rows are the columns: each unordered pair once, a group with itself in round 0
@@ -97,14 +100,15 @@ struct AllPairs {
     block = round_up(std::clamp<int64_t>(std::min(in_cache, samples / min_blocks), 1, 16), kSampleGroup);
     row_blocks = (rows + block - 1) / block;
     column_blocks = (columns + block - 1) / block;
-    // Threads wait for each other after a round, so a task should be long enough: 2^20 evaluations, a tenth of a millisecond.
+    // Threads wait for each other after a round, so a task should be long enough: 2^20 evaluations take 0.1 ms.
     while (group * group * block * block * sample_size < (1 << 20) && 8 * group * block < samples) group *= 2;
     schedule = {(row_blocks + group - 1) / group, (column_blocks + group - 1) / group, symmetric};
     work = rows * (symmetric ? rows / 2 : columns) * sample_size * 8;
   }
 
-  // Adds the loss of all pairs, weighted by lam_weight, to `losses`, one for each row of the schedule, and its gradient to both
-  // sides, and to readout_grad (rows of the schedule, C*M). `for_each(tasks, work, f)` runs f(task, scratch) for all tasks.
+  // Adds the loss of all pairs, weighted by lam_weight, to `losses`, one for each row of the schedule, and its gradient
+  // to both sides, and to readout_grad (rows of the schedule, C*M). `for_each(tasks, work, f)` runs f(task, scratch)
+  // for all tasks.
   template <typename F>
   void add(const PairwiseMixup<T>& a, double lam_weight, double* losses, const F& for_each) const {
     const auto& block_pair = typed_kernels<T>().pairwise_mixup_loss.block_pair;

@@ -1,5 +1,5 @@
-// torch.ops.mixfeat_cpu.mixup_cross_entropy and soft_target_cross_entropy: divide the work into tasks and own all memory.
-// Python has checked the arguments (mixfeat/functional.py, mixfeat/ops), except the values of targets and lam.
+// torch.ops.mixfeat_cpu.mixup_cross_entropy and soft_target_cross_entropy: divide the work into tasks and own all
+// memory. Python has checked the arguments (mixfeat/functional.py, mixfeat/ops), except the values of targets and lam.
 
 #include <limits>
 #include <optional>
@@ -12,12 +12,13 @@ namespace {
 
 constexpr Element kNoTarget = Element::kByte;
 
-// Losses, gradients and, if wanted, logsumexps of all rows. label_of(n, label) fills in the weights of the classes; it returns
-// false for a row that does not count, whose loss and gradient are then 0, whatever its logits.
+// Losses, gradients and, if wanted, logsumexps of all rows. label_of(n, label) fills in the weights of the classes; it
+// returns false for a row that does not count, whose loss and gradient are then 0, whatever its logits.
 template <typename T, typename F>
 std::tuple<Tensor, Tensor, Tensor> rows(const Tensor& input, Element target, bool reduce, bool need_lse, bool need_grad,
                                         const F& label_of) {
-  const int64_t samples = input.size(0), classes = input.size(1), stride = input.stride(0), width = input.element_size();
+  const int64_t samples = input.size(0), classes = input.size(1), stride = input.stride(0),
+                width = input.element_size();
   STD_TORCH_CHECK(input.dim() == 2 && (samples == 0 || classes <= 1 || input.stride(1) == 1), "unexpected layout");
   const Element element = element_of(input.scalar_type());
   const CrossEntropy compute = kernels().cross_entropy(element, target);
@@ -54,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> rows(const Tensor& input, Element target, boo
   return {losses, lses, grad};
 }
 
-// What comes from above in a backward pass: each row's loss has weight `loss`, () or (N,), and its logsumexp `lse`, (N,).
+// The upstream gradients of a backward pass: `loss`, () or (N,), of each row's loss, and `lse`, (N,), of its logsumexp.
 struct Upstream {
   const std::optional<Tensor>&loss, &lse;
 };
@@ -62,17 +63,19 @@ struct Upstream {
 template <typename T>
 const T* numbers(const std::optional<Tensor>& tensor, int64_t samples) {
   if (!tensor) return nullptr;
-  STD_TORCH_CHECK(tensor->scalar_type() == kType<T> && (tensor->dim() == 0 || tensor->size(0) == samples), "unexpected gradient");
+  STD_TORCH_CHECK(tensor->scalar_type() == kType<T> && (tensor->dim() == 0 || tensor->size(0) == samples),
+                  "unexpected gradient");
   return data<T>(*tensor);
 }
 
 int64_t stride_of(const std::optional<Tensor>& tensor) { return tensor && tensor->dim() ? tensor->stride(0) : 0; }
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor, int64_t> mixup_cross_entropy(const Tensor& input, const Tensor (&targets)[2], const Tensor& lam,
-                                                                double label_smoothing, double lse_square_scale,
-                                                                int64_t ignore_index, bool mean, bool fold, bool reduce,
-                                                                bool need_lse, bool need_grad, Upstream upstream) {
+std::tuple<Tensor, Tensor, Tensor, int64_t> mixup_cross_entropy(const Tensor& input, const Tensor (&targets)[2],
+                                                                const Tensor& lam, double label_smoothing,
+                                                                double lse_square_scale, int64_t ignore_index,
+                                                                bool mean, bool fold, bool reduce, bool need_lse,
+                                                                bool need_grad, Upstream upstream) {
   const int64_t samples = input.size(0), classes = input.size(1);
   STD_TORCH_CHECK(lam.scalar_type() == kType<T> && (lam.dim() == 0 || lam.size(0) == samples), "unexpected lam");
   STD_TORCH_CHECK(all_fractions(lam), "unexpected lam");
@@ -117,21 +120,23 @@ std::tuple<Tensor, Tensor, Tensor, int64_t> mixup_cross_entropy(const Tensor& in
   return {loss, lse, grad, -1};
 }
 
-std::tuple<Tensor, Tensor, Tensor, int64_t> mixup_cross_entropy_of(Tensor input, Tensor target_a, Tensor target_b, Tensor lam,
-                                                                   double label_smoothing, double lse_square_scale,
-                                                                   int64_t ignore_index, bool mean, bool fold, bool reduce,
-                                                                   bool need_lse, bool need_grad, std::optional<Tensor> loss_grad,
+std::tuple<Tensor, Tensor, Tensor, int64_t> mixup_cross_entropy_of(Tensor input, Tensor target_a, Tensor target_b,
+                                                                   Tensor lam, double label_smoothing,
+                                                                   double lse_square_scale, int64_t ignore_index,
+                                                                   bool mean, bool fold, bool reduce, bool need_lse,
+                                                                   bool need_grad, std::optional<Tensor> loss_grad,
                                                                    std::optional<Tensor> lse_grad) {
   const auto f = input.scalar_type() == ScalarType::Double ? mixup_cross_entropy<double> : mixup_cross_entropy<float>;
-  return f(input, {target_a, target_b}, lam, label_smoothing, lse_square_scale, ignore_index, mean, fold, reduce, need_lse,
-           need_grad, {loss_grad, lse_grad});
+  return f(input, {target_a, target_b}, lam, label_smoothing, lse_square_scale, ignore_index, mean, fold, reduce,
+           need_lse, need_grad, {loss_grad, lse_grad});
 }
 
 template <typename T>
 std::tuple<Tensor, Tensor> soft_target_cross_entropy(const Tensor& input, const Tensor& target, double weight,
                                                      double label_smoothing, bool reduce, bool need_grad) {
   const int64_t classes = input.size(1), stride = target.stride(0), width = target.element_size();
-  STD_TORCH_CHECK(target.dim() == 2 && target.size(0) == input.size(0) && target.size(1) == classes, "unexpected target");
+  STD_TORCH_CHECK(target.dim() == 2 && target.size(0) == input.size(0) && target.size(1) == classes,
+                  "unexpected target");
   STD_TORCH_CHECK(target.numel() == 0 || classes <= 1 || target.stride(1) == 1, "unexpected layout");
   const char* from = data<char>(target);
   const auto label_of = [&](int64_t n, Label& label) {
@@ -144,9 +149,10 @@ std::tuple<Tensor, Tensor> soft_target_cross_entropy(const Tensor& input, const 
   return {loss, grad};
 }
 
-std::tuple<Tensor, Tensor> soft_target_cross_entropy_of(Tensor input, Tensor target, double weight, double label_smoothing,
-                                                        bool reduce, bool need_grad) {
-  const auto f = input.scalar_type() == ScalarType::Double ? soft_target_cross_entropy<double> : soft_target_cross_entropy<float>;
+std::tuple<Tensor, Tensor> soft_target_cross_entropy_of(Tensor input, Tensor target, double weight,
+                                                        double label_smoothing, bool reduce, bool need_grad) {
+  const auto f =
+      input.scalar_type() == ScalarType::Double ? soft_target_cross_entropy<double> : soft_target_cross_entropy<float>;
   return f(input, target, weight, label_smoothing, reduce, need_grad);
 }
 
@@ -159,8 +165,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mixfeat_cpu, m) {
       "float lse_square_scale, int ignore_index, bool mean, bool fold, bool reduce, bool need_lse, bool need_grad, "
       "Tensor? loss_grad, Tensor? lse_grad) -> (Tensor, Tensor, Tensor, int)");
   m.def(
-      "soft_target_cross_entropy(Tensor input, Tensor target, float weight, float label_smoothing, bool reduce, bool need_grad) "
-      "-> (Tensor, Tensor)");
+      "soft_target_cross_entropy(Tensor input, Tensor target, float weight, float label_smoothing, bool reduce, "
+      "bool need_grad) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CPU, m) {

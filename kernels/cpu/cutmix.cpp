@@ -1,5 +1,5 @@
-// torch.ops.mixfeat_cpu.cutmix and its backward pass: copies of parts of samples, and sums where several samples were cut from
-// one. Python has checked the arguments (mixfeat/functional.py, mixfeat/ops), except the values of index and box.
+// torch.ops.mixfeat_cpu.cutmix and its backward pass: copies of parts of samples, and sums where several samples were
+// cut from one. Python has checked the arguments (mixfeat/functional.py, mixfeat/ops), not the values of index and box.
 
 #include <cstring>
 
@@ -8,7 +8,8 @@
 namespace mixfeat {
 namespace {
 
-// A box in a sample of planes of `height` rows of `row` elements: rows [top, bottom) and, in each, elements [left, right).
+// A box in a sample of planes of `height` rows of `row` elements: rows [top, bottom) and, in each,
+// elements [left, right).
 struct Box {
   int64_t height, row, top, bottom, left, right;
 };
@@ -35,7 +36,7 @@ struct Boxes {
   }
 };
 
-// Calls f(first, last, inside) for the parts of elements [begin, end) of a sample, each of them inside the box or outside.
+// Calls f(first, last, inside) for the parts of elements [begin, end) of a sample, each inside the box or outside.
 template <typename F>
 void for_each_span(const Box& box, int64_t begin, int64_t end, const F& f) {
   const int64_t plane = box.height * box.row;
@@ -70,7 +71,8 @@ void check(const Tensor& samples, const Tensor& index) {
 
 Tensor cutmix(Tensor input, Tensor index, Tensor box, int64_t height, int64_t width, int64_t pixel) {
   check(input, index);
-  const int64_t samples = input.size(0), size = input.size(1), bytes = input.element_size(), stride = input.stride(0) * bytes;
+  const int64_t samples = input.size(0), size = input.size(1), bytes = input.element_size(),
+                stride = input.stride(0) * bytes;
   const Boxes boxes(box, samples, height, width, pixel);
   const Tensor output = empty_large({samples, size}, input.scalar_type());
   const char* from = data<char>(input);

@@ -1,5 +1,6 @@
-// Included ahead of every file, so that a library built on a new system loads on one with glibc 2.28, the oldest that PyTorch serves:
-// the versions of exp, log and pow from before 2.29 differ only in how they report errors, which no kernel asks for.
+// Included ahead of every file, so that a library built on a new system loads on one with glibc 2.28, the oldest that
+// PyTorch serves: the versions of exp, log and pow from before 2.29 differ only in how they report errors, which no
+// kernel asks for.
 #pragma once
 
 #if __has_include(<features.h>)

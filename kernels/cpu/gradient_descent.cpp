@@ -1,5 +1,6 @@
-// torch.ops.mixfeat_cpu.gradient_descent: whole runs of full-batch gradient descent. Everything of a network stays packed between its
-// steps. Python has checked the arguments (mixfeat/functional.py, mixfeat/ops). Checks here only guard memory.
+// torch.ops.mixfeat_cpu.gradient_descent: whole runs of full-batch gradient descent. Everything of a network stays
+// packed between its steps. Python has checked the arguments (mixfeat/functional.py, mixfeat/ops). Checks here only
+// guard memory.
 
 #include <mutex>
 #include <numeric>
@@ -62,8 +63,22 @@ struct Problem {
   }
 
   PairwiseMixup<T> pair_sizes() const {
-    return {classes, filters / classes * patches, padded_length,         classes, pairs.block, {},         {}, 0, label_smoothing,
-            pairs_that_count == 1,                pairs_that_count == 2, nullptr, nullptr,     nullptr, activation, true};
+    return {classes,
+            filters / classes * patches,
+            padded_length,
+            classes,
+            pairs.block,
+            {},
+            {},
+            0,
+            label_smoothing,
+            pairs_that_count == 1,
+            pairs_that_count == 2,
+            nullptr,
+            nullptr,
+            nullptr,
+            activation,
+            true};
   }
 
   // How many ordered pairs count, for sorted targets.
@@ -77,7 +92,9 @@ struct Problem {
   }
 
   // The column of sample n's first patch, and the distance of its patches.
-  int64_t column(int64_t n) const { return plain() ? n / kernel.lanes * kernel.lanes * patches + n % kernel.lanes : n * patches; }
+  int64_t column(int64_t n) const {
+    return plain() ? n / kernel.lanes * kernel.lanes * patches + n % kernel.lanes : n * patches;
+  }
   int64_t patch_distance() const { return plain() ? kernel.lanes : 1; }
 };
 
@@ -113,8 +130,8 @@ struct Network {
   }
 
   // Takes in the samples x (N, P, D) in their order, and the weight.
-  void load(const T* x, const int64_t* stride, const int64_t* index, const int64_t* target, const T* initial, T* momentum_buffer,
-            const int64_t* negative_filters, const int64_t* negative) {
+  void load(const T* x, const int64_t* stride, const int64_t* index, const int64_t* target, const T* initial,
+            T* momentum_buffer, const int64_t* negative_filters, const int64_t* negative) {
     const Problem<T>& p = problem;
     pair_count = p.pair_count(target);
     this->negative = negative;
@@ -127,8 +144,9 @@ struct Network {
       }
     }
     std::copy_n(initial, p.filters * p.patch_dim, weight);
-    view = {p.samples,   p.patches,       p.patch_dim, p.classes, p.filters, p.columns, p.padded_length, p.activation, input, target,
-            weight,      momentum_buffer, grad,        s,         p.label_smoothing, negative_filters};
+    view = {p.samples,         p.patches,       p.patch_dim, p.classes, p.filters,       p.columns, p.padded_length,
+            p.activation,      input,           target,      weight,    momentum_buffer, grad,      s,
+            p.label_smoothing, negative_filters};
   }
 
   // Returns the loss before the step.
@@ -164,7 +182,8 @@ struct Network {
         f(block, block * p.pairs.block, std::min((block + 1) * p.pairs.block, p.padded_samples));
       });
     };
-    const bool alone = team.threads == 1;  // then a block is convolved when it is packed, and stays in the first-level cache
+    // On one thread a block is convolved when it is packed, and stays in the first-level cache.
+    const bool alone = team.threads == 1;
     if (!alone) convolve(team);
     PairwiseMixup<T> a = p.pair_sizes();
     a.negative = negative;
@@ -198,7 +217,7 @@ struct Network {
   }
 };
 
-// Networks that wait for a thread, first come first served. A thread that finds none here can stop: the others keep theirs.
+// Networks that wait for a thread, first come first served. A thread that finds none can stop: the others have theirs.
 class Queue {
  public:
   explicit Queue(int64_t size) : ring_(size), count_(size) { std::iota(ring_.begin(), ring_.end(), 0); }
@@ -230,15 +249,19 @@ Tensor descend(const Tensor& input, Tensor& weight, const Tensor& target, const 
                double weight_decay, Tensor& momentum_buffer, const std::optional<Tensor>& negative_filters) {
   STD_TORCH_CHECK(weight.dim() == 4 && weight.is_contiguous() && weight.scalar_type() == kType<T>, "unexpected weight");
   STD_TORCH_CHECK((input.dim() == 3 || input.dim() == 4) && input.scalar_type() == kType<T>, "unexpected input");
-  const int64_t runs = weight.size(0), data_dim = input.dim() - 3, network_size = weight.size(1) * weight.size(2) * weight.size(3);
-  STD_TORCH_CHECK((data_dim == 0 || input.size(0) == runs) && input.size(data_dim + 2) == weight.size(3), "unexpected shape");
-  STD_TORCH_CHECK(momentum == 0 || (momentum_buffer.numel() == weight.numel() && momentum_buffer.is_contiguous()), "unexpected shape");
+  const int64_t runs = weight.size(0), data_dim = input.dim() - 3,
+                network_size = weight.size(1) * weight.size(2) * weight.size(3);
+  STD_TORCH_CHECK((data_dim == 0 || input.size(0) == runs) && input.size(data_dim + 2) == weight.size(3),
+                  "unexpected shape");
+  STD_TORCH_CHECK(momentum == 0 || (momentum_buffer.numel() == weight.numel() && momentum_buffer.is_contiguous()),
+                  "unexpected shape");
   STD_TORCH_CHECK(lr.dim() == 2 && lr.scalar_type() == ScalarType::Double, "unexpected lr");
   for (int d = 0; d < 2; ++d) STD_TORCH_CHECK(lr.size(d) == 1 || lr.size(d) == (d ? steps : runs), "unexpected shape");
   STD_TORCH_CHECK(lam.size() == lam_weight.size() && lam.size() == label_lam.size(), "unexpected nodes");
   const int64_t samples = input.size(data_dim);
-  const Problem<T> problem(samples, input.size(data_dim + 1), input.size(data_dim + 2), weight.size(1), weight.size(2), lam,
-                           lam_weight, label_lam, label_smoothing, pairs_that_count, activation, T(momentum), T(weight_decay));
+  const Problem<T> problem(samples, input.size(data_dim + 1), input.size(data_dim + 2), weight.size(1), weight.size(2),
+                           lam, lam_weight, label_lam, label_smoothing, pairs_that_count, activation, T(momentum),
+                           T(weight_decay));
   const Negative negative(negative_filters, runs, problem.classes, weight.size(2), problem.patches);
   const Order order(target, runs, samples, problem.classes);
   const int64_t stride[] = {input.stride(data_dim), input.stride(data_dim + 1), input.stride(data_dim + 2)};
@@ -250,8 +273,9 @@ Tensor descend(const Tensor& input, Tensor& weight, const Tensor& target, const 
     Network<T> network(problem, workspace);
     T* w = data<T>(weight) + r * network_size;
     network.load(data<T>(input) + (data_dim ? r * input.stride(0) : 0), stride, order.index.data() + r * order.stride,
-                 order.target.data() + r * order.stride, w, momentum == 0 ? nullptr : data<T>(momentum_buffer) + r * network_size,
-                 negative.filters(r), negative.pre_activations(r));
+                 order.target.data() + r * order.stride, w,
+                 momentum == 0 ? nullptr : data<T>(momentum_buffer) + r * network_size, negative.filters(r),
+                 negative.pre_activations(r));
     for (int64_t step = first; step < last; ++step) {
       const T rate = T(data<double>(lr)[r * lr_stride[0] + step * lr_stride[1]]);
       data<T>(loss)[r * steps + step] = T(network.step(rate, team));
@@ -260,12 +284,15 @@ Tensor descend(const Tensor& input, Tensor& weight, const Tensor& target, const 
   };
 
   const int64_t workspace_bytes = Network<T>(problem, nullptr).scratch.bytes();
-  const int64_t scratch_bytes = round_up(std::max(problem.pair_kernel.scratch_bytes(problem.pair_sizes()),
-                                                  problem.kernel.cross_entropy_scratch_bytes({0, 0, 0, problem.classes})),
-                                         64);
+  const int64_t scratch_bytes =
+      round_up(std::max(problem.pair_kernel.scratch_bytes(problem.pair_sizes()),
+                        problem.kernel.cross_entropy_scratch_bytes({0, 0, 0, problem.classes})),
+               64);
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t rounds = problem.plain() ? 1 : std::max<int64_t>(1, problem.pairs.schedule.rounds() * int64_t(lam.size()));
-  const int64_t inside = std::clamp<int64_t>((problem.work() / rounds) >> 22, 1, threads);  // threads of use inside a network
+  const int64_t rounds =
+      problem.plain() ? 1 : std::max<int64_t>(1, problem.pairs.schedule.rounds() * int64_t(lam.size()));
+  // threads of use inside a network
+  const int64_t inside = std::clamp<int64_t>((problem.work() / rounds) >> 22, 1, threads);
   if (inside > runs) {
     // Few large networks: one after the other, each by all threads.
     const Tensor memory = empty({workspace_bytes + threads * scratch_bytes}, ScalarType::Byte);
@@ -273,8 +300,8 @@ Tensor descend(const Tensor& input, Tensor& weight, const Tensor& target, const 
     for (int64_t r = 0; r < runs; ++r) run(r, 0, steps, base, Team{threads, base + workspace_bytes, scratch_bytes});
     return loss;
   }
-  // A thread takes one network for a turn of many steps, some 10 ms, and then the one that has waited longest. So all threads
-  // end within a turn of each other, also if some networks take longer, or some threads are held up.
+  // A thread takes one network for a turn of many steps, some 10 ms, and then the one that has waited longest. So all
+  // threads end within a turn of each other, also if some networks take longer, or some threads are held up.
   const int64_t turn = std::max<int64_t>(1, (int64_t(1) << 28) / std::max<int64_t>(1, problem.work()));
   const int64_t workers = std::min(runs, threads);
   const Tensor memory = empty({workers, workspace_bytes + scratch_bytes}, ScalarType::Byte);
@@ -295,13 +322,14 @@ Tensor descend(const Tensor& input, Tensor& weight, const Tensor& target, const 
 }
 
 // Updates weight (R, C, M, D) and momentum_buffer, of the same shape, in place; returns the loss (R, steps).
-Tensor gradient_descent(Tensor input, Tensor weight, Tensor target, std::vector<double> lam, std::vector<double> lam_weight,
-                        std::vector<double> label_lam, double label_smoothing, int64_t pairs_that_count,
-                        std::vector<double> activation, Tensor lr, int64_t steps, double momentum, double weight_decay,
-                        Tensor momentum_buffer, std::optional<Tensor> negative_filters) {
+Tensor gradient_descent(Tensor input, Tensor weight, Tensor target, std::vector<double> lam,
+                        std::vector<double> lam_weight, std::vector<double> label_lam, double label_smoothing,
+                        int64_t pairs_that_count, std::vector<double> activation, Tensor lr, int64_t steps,
+                        double momentum, double weight_decay, Tensor momentum_buffer,
+                        std::optional<Tensor> negative_filters) {
   const auto f = input.scalar_type() == ScalarType::Float ? descend<float> : descend<double>;
-  return f(input, weight, target, lam, lam_weight, label_lam, label_smoothing, pairs_that_count, polynomial_of(activation), lr, steps,
-           momentum, weight_decay, momentum_buffer, negative_filters);
+  return f(input, weight, target, lam, lam_weight, label_lam, label_smoothing, pairs_that_count,
+           polynomial_of(activation), lr, steps, momentum, weight_decay, momentum_buffer, negative_filters);
 }
 
 }  // namespace
@@ -309,9 +337,9 @@ Tensor gradient_descent(Tensor input, Tensor weight, Tensor target, std::vector<
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mixfeat_cpu, m) {
   m.def(
-      "gradient_descent(Tensor input, Tensor(a!) weight, Tensor target, float[] lam, float[] lam_weight, float[] label_lam, "
-      "float label_smoothing, int pairs_that_count, float[] activation, Tensor lr, int steps, float momentum, "
-      "float weight_decay, Tensor(b!) momentum_buffer, Tensor? negative_filters) -> Tensor");
+      "gradient_descent(Tensor input, Tensor(a!) weight, Tensor target, float[] lam, float[] lam_weight, "
+      "float[] label_lam, float label_smoothing, int pairs_that_count, float[] activation, Tensor lr, int steps, "
+      "float momentum, float weight_decay, Tensor(b!) momentum_buffer, Tensor? negative_filters) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CPU, m) { m.impl("gradient_descent", TORCH_BOX(&mixfeat::gradient_descent)); }

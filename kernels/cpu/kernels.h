@@ -1,7 +1,8 @@
-// The one table of kernels between the operators, which are compiled once, and isa/, which is compiled once per instruction set.
+// The one table of kernels between the operators, which are compiled once, and isa/, which is compiled once per
+// instruction set.
 //
-// Both sides include this file, so it may not define inline functions of external linkage: the linker keeps one copy of those,
-// and that copy could hold instructions which this processor lacks. tests/test_build.py looks for them.
+// Both sides include this file, so it may not define inline functions of external linkage: the linker keeps one copy of
+// those, and that copy could hold instructions which this processor lacks. tests/test_build.py looks for them.
 #pragma once
 
 #include <cstdint>
@@ -45,12 +46,13 @@ constexpr int kMaxDegree = 16;
 // ---- mixup
 
 // output_k = sum over r of weights[r] * samples[rows[r]][k], for k in [0, size); samples lie `stride` elements apart.
-using WeightedSum = void (*)(const void* samples, int64_t stride, const int64_t* rows, const double* weights, int64_t count,
-                             int64_t size, void* output);
+using WeightedSum = void (*)(const void* samples, int64_t stride, const int64_t* rows, const double* weights,
+                             int64_t count, int64_t size, void* output);
 
 // ---- cross_entropy
 
-// The weight of each class: label_c = base + sum over j of values[j] [c = classes[j]] + scale * target_c. A class of -1 is none.
+// The weight of each class: label_c = base + sum over j of values[j] [c = classes[j]] + scale * target_c. Class -1 is
+// none.
 struct Label {
   double base = 0;
   int64_t classes[2] = {-1, -1};
@@ -60,10 +62,10 @@ struct Label {
   double lse = 0, lse_square = 0;  // weights of the logsumexp of the logits and of its square
 };
 
-// Returns the loss of one row, - sum_c label_c log softmax(logits)_c + label.lse L + label.lse_square L^2, and L, the logsumexp of
-// its logits. Writes the gradient of the loss, grad_c = softmax(logits)_c (sum_k label_k + label.lse + 2 label.lse_square L) -
-// label_c, of the logits' element, unless grad is null. `scratch` holds `classes` numbers of the type that is computed in; it is
-// not used where the logits have that type.
+// Returns the loss of one row, - sum_c label_c log softmax(logits)_c + label.lse L + label.lse_square L^2, and L, the
+// logsumexp of its logits. Writes the gradient of the loss, grad_c = softmax(logits)_c (sum_k label_k + label.lse + 2
+// label.lse_square L) - label_c, of the logits' element, unless grad is null. `scratch` holds `classes` numbers of the
+// type that is computed in; it is not used where the logits have that type.
 struct LossAndLse {
   double loss, lse;
 };
@@ -78,11 +80,11 @@ struct BinaryLabel {
   double values[2];
 };
 
-// Returns the loss of one row, sum_c (1 - q_c) x_c + w_c log(1 + e^-x_c), w_c = 1 + (pos_weight_c - 1) q_c, and writes each
-// class's loss, and scale times its derivative, of the logits' element, unless `losses` or `grad` are null. `pos_weight` (C,) may
-// be null: all are 1. It and `losses` are of the type that is computed in.
-using BinaryCrossEntropy = double (*)(const void* logits, int64_t classes, const BinaryLabel& label, const void* pos_weight,
-                                      double scale, void* losses, void* grad);
+// Returns the loss of one row, sum_c (1 - q_c) x_c + w_c log(1 + e^-x_c), w_c = 1 + (pos_weight_c - 1) q_c, and writes
+// each class's loss, and scale times its derivative, of the logits' element, unless `losses` or `grad` are null.
+// `pos_weight` (C,) may be null: all are 1. It and `losses` are of the type that is computed in.
+using BinaryCrossEntropy = double (*)(const void* logits, int64_t classes, const BinaryLabel& label,
+                                      const void* pos_weight, double scale, void* losses, void* grad);
 
 // ---- patch_conv
 
@@ -99,8 +101,8 @@ struct PatchConv {
   Polynomial activation;
 };
 
-// `forward` and `backward` work on a range of samples. Results depend on the range that a call is given, so callers split the
-// samples by shape alone, never by the number of threads.
+// `forward` and `backward` work on a range of samples. Results depend on the range that a call is given, so callers
+// split the samples by shape alone, never by the number of threads.
 template <typename E>
 struct PatchConvKernels {
   using T = Compute<E>;
@@ -115,8 +117,8 @@ struct PatchConvKernels {
   int64_t (*scratch_bytes)(const PatchConv<E>&);
 
   // logits (R, N, C); slope (saved, P, R*C*M): phi' at the pre-activations of the first `saved` samples
-  void (*forward)(const PatchConv<E>&, const void* panels, int64_t begin, int64_t end, T* logits, E* slope, int64_t saved,
-                  void* scratch);
+  void (*forward)(const PatchConv<E>&, const void* panels, int64_t begin, int64_t end, T* logits, E* slope,
+                  int64_t saved, void* scratch);
   // grad (R, N, C) -> weight_grad (R*C*M, row_length), overwritten; mixed_grad (N, P, D): gradient of the mixed input.
   // Either may be null. panels is not read when every slope is saved, nor rows when mixed_grad is null.
   void (*backward)(const PatchConv<E>&, const void* panels, const void* rows, int64_t begin, int64_t end, const T* grad,
@@ -141,7 +143,8 @@ struct MixupSide {
   const int64_t* target;
 };
 
-// With a readout, each filter is a class of its own, and the logit of class c is sum_m readout[c,m] (sum of filter (c, m)).
+// With a readout, each filter is a class of its own, and the logit of class c is
+// sum_m readout[c,m] (sum of filter (c, m)).
 //
 // A fixed readout of +-1 needs none of that: in each class the filters of -1 come first, with all their patches.
 template <typename T>
@@ -169,13 +172,15 @@ struct PairwiseMixupKernels {
   // Returns the loss of the pairs of a row block and a column block and adds its gradient to both sides:
   //   pair_weight * sum_{i,j} (lam CE(g_ij, y_i) + (1 - lam) CE(g_ij, y_j))
   // With `upper_triangle` both sides are the same samples: only i <= j is visited, and i < j counts twice.
-  double (*block_pair)(const PairwiseMixup<T>&, int64_t row_block, int64_t column_block, bool upper_triangle, void* scratch);
+  double (*block_pair)(const PairwiseMixup<T>&, int64_t row_block, int64_t column_block, bool upper_triangle,
+                       void* scratch);
 };
 
 // ---- gradient_descent
 
-// One network during a step. The columns of `input` and `s` are the patches of all samples, padded with zeros to whole vectors:
-// ordered by sample for all pairs, and for the plain cross-entropy by block of `lanes` samples, then patch, then sample.
+// One network during a step. The columns of `input` and `s` are the patches of all samples, padded with zeros to whole
+// vectors: ordered by sample for all pairs, and for the plain cross-entropy by block of `lanes` samples, then patch,
+// then sample.
 template <typename T>
 struct GradientDescent {
   int64_t samples, patches, patch_dim, classes, filters, columns;  // N, P, D, C, C*M
@@ -191,7 +196,7 @@ struct GradientDescent {
   const int64_t* negative_filters;  // (C,): how many filters, the first ones, have a readout of -1; or null: none
 };
 
-// Functions over a range write nothing outside it, and their results do not depend on how a whole is divided into ranges.
+// Functions over a range write nothing outside it, and their results do not depend on the division into ranges.
 template <typename T>
 struct GradientDescentKernels {
   int64_t lanes, panel;
@@ -199,8 +204,8 @@ struct GradientDescentKernels {
   void (*convolve)(const GradientDescent<T>&, int64_t begin, int64_t end);
   // grad = s input^T, for a range of filters that starts at a multiple of 4
   void (*weight_gradient)(const GradientDescent<T>&, int64_t begin, int64_t end);
-  // For a range of samples: t = factor * s, as MixupSide has it, but without the padding; and s = factor * the gradient to t. Both
-  // may read half a vector beyond the end.
+  // For a range of samples: t = factor * s, as MixupSide has it, but without the padding; and s = factor * the gradient
+  // to t. Both may read half a vector beyond the end.
   void (*pack)(const GradientDescent<T>&, T factor, int64_t begin, int64_t end, T* t);
   void (*unpack)(const GradientDescent<T>&, T factor, int64_t begin, int64_t end, const T* t_grad);
   // Returns what a block of samples adds to the mean cross-entropy and replaces its s by the gradient.

@@ -11,7 +11,8 @@
 #if __has_include(<sys/single_threaded.h>)
 #include <sys/single_threaded.h>
 
-// Stands in for the variable of glibc 2.32, which older systems lack. libstdc++ asks it whether counting references needs atomics.
+// Stands in for the variable of glibc 2.32, which older systems lack. libstdc++ asks it whether counting references
+// needs atomics.
 __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
 #endif
 
@@ -122,4 +123,6 @@ int64_t bytes_of(Element element) {
 
 STABLE_TORCH_LIBRARY(mixfeat_cpu, m) { m.def("capability() -> str"); }
 
-STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CompositeExplicitAutograd, m) { m.impl("capability", TORCH_BOX(&mixfeat::capability)); }
+STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CompositeExplicitAutograd, m) {
+  m.impl("capability", TORCH_BOX(&mixfeat::capability));
+}

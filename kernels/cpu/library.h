@@ -1,5 +1,5 @@
-// Tools that the operators share: kernels of the instruction set, tensors, tasks. The operators use PyTorch's stable ABI, so that
-// one build serves later releases.
+// Tools that the operators share: kernels of the instruction set, tensors, tasks. The operators use PyTorch's stable
+// ABI, so that one build serves later releases.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -18,8 +18,8 @@ namespace mixfeat {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The kernels of the best instruction set that this processor has, or of the lesser one that MIXFEAT_CPU_CAPABILITY names. The
-// first call chooses.
+// The kernels of the best instruction set that this processor has, or of the lesser one that MIXFEAT_CPU_CAPABILITY
+// names. The first call chooses.
 const Kernels& kernels();
 
 template <typename T>
@@ -41,8 +41,8 @@ constexpr ScalarType kType = std::is_same_v<E, BFloat16> ? ScalarType::BFloat16
 
 inline Tensor empty(const std::vector<int64_t>& size, ScalarType type) { return torch::stable::empty(size, type); }
 
-// For results of many megabytes: asks the system for huge pages. It takes longer to find and clear ordinary pages than a kernel
-// takes to fill them.
+// For results of many megabytes: asks the system for huge pages. It takes longer to find and clear ordinary pages than
+// a kernel takes to fill them.
 Tensor empty_large(const std::vector<int64_t>& size, ScalarType type);
 
 Element element_of(ScalarType type);
@@ -53,8 +53,8 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
-// Whether all of `index`, contiguous int64, lie in [0, size), and all of `lam`, () or (N,) of float or double, in [0, 1]. Values are
-// checked where they are read: an operator refuses, and then Python says what is wrong (mixfeat/_checks.py).
+// Whether all of `index`, contiguous int64, lie in [0, size), and all of `lam`, () or (N,) of float or double, in
+// [0, 1]. Values are checked where they are read: an operator refuses, and Python says why (mixfeat/_checks.py).
 bool all_within(const Tensor& index, int64_t size);
 bool all_fractions(const Tensor& lam);
 
@@ -80,9 +80,9 @@ struct Team {
   char* scratch;
   int64_t scratch_bytes;  // of each thread
 
-  // Runs f(task, scratch) for all tasks. Each thread takes a contiguous share of them. One more thread is used for every 2^22 of
-  // `work`, counted in multiply-adds: with less to do, waiting for a thread can take longer than doing without it, and on a busy
-  // machine takes much longer.
+  // Runs f(task, scratch) for all tasks. Each thread takes a contiguous share of them. One more thread is used for
+  // every 2^22 of `work`, counted in multiply-adds: with less to do, waiting for a thread can take longer than doing
+  // without it, and on a busy machine takes much longer.
   template <typename F>
   void operator()(int64_t tasks, int64_t work, const F& f) const {
     const int64_t shares = std::min<int64_t>({tasks, std::max<int64_t>(1, work >> 22), threads});
@@ -104,7 +104,8 @@ struct Team {
 // The same for one loop alone.
 template <typename F>
 void for_each_task(int64_t tasks, int64_t work, int64_t scratch_bytes, const F& f) {
-  const int64_t threads = std::min<int64_t>({tasks, std::max<int64_t>(1, work >> 22), torch::stable::get_num_threads()});
+  const int64_t threads =
+      std::min<int64_t>({tasks, std::max<int64_t>(1, work >> 22), torch::stable::get_num_threads()});
   scratch_bytes = round_up(scratch_bytes, 64);  // whole cache lines
   const auto run = [&](char* scratch) { Team{threads, scratch, scratch_bytes}(tasks, work, f); };
   if (scratch_bytes == 0) return run(nullptr);

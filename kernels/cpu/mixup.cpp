@@ -1,5 +1,5 @@
-// torch.ops.mixfeat_cpu.mixup and its backward pass: divide the work into tasks and own all memory. Python has checked the
-// arguments (mixfeat/functional.py, mixfeat/ops), except the values of index and lam.
+// torch.ops.mixfeat_cpu.mixup and its backward pass: divide the work into tasks and own all memory. Python has checked
+// the arguments (mixfeat/functional.py, mixfeat/ops), except the values of index and lam.
 
 #include "mixup.h"
 
@@ -10,7 +10,8 @@ namespace {
 struct Batch {
   int64_t samples, size, stride;
 
-  explicit Batch(const Tensor& t) : samples(t.dim() ? t.size(0) : 0), size(samples ? t.numel() / samples : 0), stride(size) {
+  explicit Batch(const Tensor& t)
+      : samples(t.dim() ? t.size(0) : 0), size(samples ? t.numel() / samples : 0), stride(size) {
     if (t.dim() && t.is_contiguous()) return;
     STD_TORCH_CHECK(t.dim() == 2 && (samples == 0 || size <= 1 || t.stride(1) == 1), "unexpected layout");
     stride = t.stride(0);
@@ -47,7 +48,8 @@ void with_lam(const Tensor& lam, const F& f) {
 }
 
 template <typename L>
-Tensor mix(const Tensor& input, const Batch& batch, const Tensor& index, const L* lam, int64_t lam_stride, ScalarType dtype) {
+Tensor mix(const Tensor& input, const Batch& batch, const Tensor& index, const L* lam, int64_t lam_stride,
+           ScalarType dtype) {
   const int64_t size = batch.size, stride = batch.stride;
   const WeightedSum sum = kernels().weighted_sum(element_of(input.scalar_type()), element_of(dtype));
   STD_TORCH_CHECK(sum, "unexpected dtype");
@@ -66,7 +68,8 @@ Tensor mix(const Tensor& input, const Batch& batch, const Tensor& index, const L
 Tensor mixup(Tensor input, Tensor index, Tensor lam, ScalarType dtype) {
   const Batch batch = check(input, index, lam, dtype);
   Tensor output = input;
-  with_lam(lam, [&](const auto* lams, int64_t lam_stride) { output = mix(input, batch, index, lams, lam_stride, dtype); });
+  with_lam(lam,
+           [&](const auto* lams, int64_t lam_stride) { output = mix(input, batch, index, lams, lam_stride, dtype); });
   return output;
 }
 
@@ -82,8 +85,8 @@ Tensor mixup_backward_of(Tensor grad, Tensor index, Tensor lam) {
   const Batch batch = check(grad, index, lam, grad.scalar_type());
   const Tensor input_grad = empty_large(shape_of(grad), grad.scalar_type());
   with_lam(lam, [&](const auto* lams, int64_t lam_stride) {
-    mixup_backward(data<char>(grad), batch.stride, element_of(grad.scalar_type()), data<int64_t>(index), lams, lam_stride,
-                   batch.samples, batch.size, data<char>(input_grad));
+    mixup_backward(data<char>(grad), batch.stride, element_of(grad.scalar_type()), data<int64_t>(index), lams,
+                   lam_stride, batch.samples, batch.size, data<char>(input_grad));
   });
   return input_grad;
 }
@@ -91,9 +94,9 @@ Tensor mixup_backward_of(Tensor grad, Tensor index, Tensor lam) {
 }  // namespace
 
 template <typename L>
-void mixup_backward(const void* grad, int64_t stride, Element element, const int64_t* index, const L* lam, int64_t lam_stride,
-                    int64_t samples, int64_t size, void* input_grad) {
-  // rows[start[i]] to rows[start[i + 1] - 1] are the mixed samples that input sample i is part of: its own first, then ascending
+void mixup_backward(const void* grad, int64_t stride, Element element, const int64_t* index, const L* lam,
+                    int64_t lam_stride, int64_t samples, int64_t size, void* input_grad) {
+  // rows[start[i]] to rows[start[i + 1] - 1] are the mixed samples that contain sample i: its own first, then ascending
   std::vector<int64_t> start(samples + 2), rows(2 * samples);
   std::vector<double> weights(2 * samples);
   for (int64_t n = 0; n < samples; ++n) ++start[index[n] + 2];
@@ -114,8 +117,10 @@ void mixup_backward(const void* grad, int64_t stride, Element element, const int
   });
 }
 
-template void mixup_backward(const void*, int64_t, Element, const int64_t*, const float*, int64_t, int64_t, int64_t, void*);
-template void mixup_backward(const void*, int64_t, Element, const int64_t*, const double*, int64_t, int64_t, int64_t, void*);
+template void mixup_backward(const void*, int64_t, Element, const int64_t*, const float*, int64_t, int64_t, int64_t,
+                             void*);
+template void mixup_backward(const void*, int64_t, Element, const int64_t*, const double*, int64_t, int64_t, int64_t,
+                             void*);
 
 }  // namespace mixfeat
 

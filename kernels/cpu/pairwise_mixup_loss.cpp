@@ -1,5 +1,5 @@
-// torch.ops.mixfeat_cpu.pairwise_mixup_loss: orders and packs the samples, divides the pairs into blocks and owns all memory.
-// Python has checked the arguments (mixfeat/functional.py, mixfeat/ops). Checks here only guard memory.
+// torch.ops.mixfeat_cpu.pairwise_mixup_loss: orders and packs the samples, divides the pairs into blocks and owns all
+// memory. Python has checked the arguments (mixfeat/functional.py, mixfeat/ops). Checks here only guard memory.
 
 #include <array>
 #include <numeric>
@@ -86,7 +86,12 @@ struct Side {
   T *t, *bounds, *grad;
 
   Side(const Layout<T>& layout, int64_t run, const int64_t* negative, bool need_grad, T* workspace)
-      : layout(layout), run(run), negative(negative), t(workspace), bounds(t + layout.size), grad(need_grad ? bounds + layout.bounds_size : nullptr) {
+      : layout(layout),
+        run(run),
+        negative(negative),
+        t(workspace),
+        bounds(t + layout.size),
+        grad(need_grad ? bounds + layout.bounds_size : nullptr) {
     if (!need_grad) return;
     for_each_block([&](int64_t first, int64_t last) {
       std::fill(grad + first * layout.sample_size, grad + round_up(last, kSampleGroup) * layout.sample_size, T(0));
@@ -105,7 +110,8 @@ struct Side {
   // t = factor * s, with its bounds if wanted.
   void pack(T factor, bool with_bounds) const {
     for_each_block([&](int64_t first, int64_t last) {
-      if (layout.length < layout.padded_length) std::fill(t + first * layout.sample_size, t + last * layout.sample_size, T(0));
+      if (layout.length < layout.padded_length)
+        std::fill(t + first * layout.sample_size, t + last * layout.sample_size, T(0));
       std::fill(t + last * layout.sample_size, t + round_up(last, kSampleGroup) * layout.sample_size, T(0));
       for (int64_t k = first; k < last; ++k) {
         T* to = t + k * layout.sample_size;
@@ -114,8 +120,9 @@ struct Side {
         });
       }
       if (!with_bounds) return;
-      typed_kernels<T>().pairwise_mixup_loss.bounds(t + first * layout.sample_size, last - first, layout.classes, layout.length,
-                                                    layout.padded_length, bounds + first / layout.block * 2 * layout.sample_size);
+      typed_kernels<T>().pairwise_mixup_loss.bounds(t + first * layout.sample_size, last - first, layout.classes,
+                                                    layout.length, layout.padded_length,
+                                                    bounds + first / layout.block * 2 * layout.sample_size);
     });
   }
 
@@ -138,21 +145,25 @@ struct Side {
 
 template <typename T>
 Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Tensor& row_target,
-               const std::optional<Tensor>& column_target, const std::vector<double>& lam, const std::vector<double>& lam_weight,
-               const Polynomial& activation, const std::optional<Tensor>& row_grad, const std::optional<Tensor>& column_grad,
+               const std::optional<Tensor>& column_target, const std::vector<double>& lam,
+               const std::vector<double>& lam_weight, const Polynomial& activation,
+               const std::optional<Tensor>& row_grad, const std::optional<Tensor>& column_grad,
                const std::vector<double>& label_lam, double label_smoothing, int64_t pairs_that_count,
                const std::optional<Tensor>& readout, const std::optional<Tensor>& readout_grad, bool skip,
                const std::optional<Tensor>& negative_filters) {
   const PairwiseMixupKernels<T>& kernel = typed_kernels<T>().pairwise_mixup_loss;
   const bool symmetric = !column, need_grad = row_grad || column_grad;
-  STD_TORCH_CHECK(lam.size() == lam_weight.size() && row.dim() == 5 && (symmetric || column->dim() == 5), "unexpected shape");
+  STD_TORCH_CHECK(lam.size() == lam_weight.size() && row.dim() == 5 && (symmetric || column->dim() == 5),
+                  "unexpected shape");
   for (int d : {0, 2, 3, 4}) STD_TORCH_CHECK(symmetric || row.size(d) == column->size(d), "unexpected shape");
   for (int d = 0; d < 5; ++d) STD_TORCH_CHECK(!row_grad || row_grad->size(d) == row.size(d), "unexpected shape");
-  for (int d = 0; d < 5; ++d) STD_TORCH_CHECK(!column_grad || column_grad->size(d) == column->size(d), "unexpected shape");
+  for (int d = 0; d < 5; ++d)
+    STD_TORCH_CHECK(!column_grad || column_grad->size(d) == column->size(d), "unexpected shape");
   const int64_t runs = row.size(0), classes = row.size(3), length = row.size(2) * row.size(4);
   STD_TORCH_CHECK(label_lam.size() == lam.size(), "unexpected shape");
   if (readout) {
-    STD_TORCH_CHECK(readout->dim() == 3 && readout->scalar_type() == kType<T> && readout->is_contiguous(), "unexpected readout");
+    STD_TORCH_CHECK(readout->dim() == 3 && readout->scalar_type() == kType<T> && readout->is_contiguous(),
+                    "unexpected readout");
     STD_TORCH_CHECK(readout->size(0) == 1 || readout->size(0) == runs, "unexpected readout");
     STD_TORCH_CHECK(readout->size(1) * readout->size(2) == classes && row.size(4) == 1, "unexpected readout");
   }
@@ -168,14 +179,29 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
   // unless every lam is 1/2, rows and columns have different weights even if they are the same samples
   const bool one_side = symmetric && std::all_of(lam.begin(), lam.end(), [](double l) { return l == 0.5; });
   std::optional<Layout<T>> columns;
-  if (!one_side) columns.emplace(symmetric ? row : *column, symmetric ? row_target : *column_target, labels, pairs.block);
+  if (!one_side)
+    columns.emplace(symmetric ? row : *column, symmetric ? row_target : *column_target, labels, pairs.block);
   const bool need_column_grad = need_grad && !symmetric;
   const int64_t row_size = rows.workspace_size(need_grad);
   const int64_t workspace_size = row_size + (columns ? columns->workspace_size(need_column_grad) : 0);
 
   const int64_t work = pairs.work * int64_t(lam.size());
-  PairwiseMixup<T> sizes{classes, length,         padded_length, labels, pairs.block, {}, {}, 0, label_smoothing,
-                         pairs_that_count == 1 && symmetric, pairs_that_count == 2, nullptr, nullptr, nullptr, activation, skip};
+  PairwiseMixup<T> sizes{classes,
+                         length,
+                         padded_length,
+                         labels,
+                         pairs.block,
+                         {},
+                         {},
+                         0,
+                         label_smoothing,
+                         pairs_that_count == 1 && symmetric,
+                         pairs_that_count == 2,
+                         nullptr,
+                         nullptr,
+                         nullptr,
+                         activation,
+                         skip};
   if (readout) sizes.readout = data<T>(*readout);  // for the size of the scratch memory
   const T factor = T(activation.scale / activation.threshold);
   Tensor loss = empty({runs}, kType<T>);
@@ -186,7 +212,8 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
     const Side<T> row_side(rows, r, negative.filters(r), need_grad, workspace);
     std::optional<Side<T>> column_side;
     if (columns) column_side.emplace(*columns, r, negative.filters(r), need_column_grad, workspace + row_size);
-    std::vector<double> losses(pairs.schedule.rows, 0.0), readout_sums(readout_grad ? pairs.schedule.rows * classes : 0);
+    std::vector<double> losses(pairs.schedule.rows, 0.0),
+        readout_sums(readout_grad ? pairs.schedule.rows * classes : 0);
     for (size_t k = 0; k < lam.size(); ++k) {
       row_side.pack(T(lam[k] / activation.threshold), skip);
       if (column_side) column_side->pack(T((1 - lam[k]) / activation.threshold), skip);
@@ -213,8 +240,8 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
     }
   };
 
-  // One thread per network, if that keeps all threads busy: parallel loops inside then run on that one thread. The order of sums
-  // is the same.
+  // One thread per network, if that keeps all threads busy: parallel loops inside then run on that one thread. The
+  // order of sums is the same.
   const int64_t threads = torch::stable::get_num_threads(), turns = (runs + threads - 1) / threads;
   if (5 * runs >= 4 * turns * threads) {
     for_each_task(runs, runs * work, workspace_size * sizeof(T), run_network);
@@ -225,14 +252,15 @@ Tensor loss_of(const Tensor& row, const std::optional<Tensor>& column, const Ten
   return loss;
 }
 
-Tensor pairwise_mixup_loss(Tensor row, std::optional<Tensor> column, Tensor row_target, std::optional<Tensor> column_target,
-                           std::vector<double> lam, std::vector<double> lam_weight, std::vector<double> activation,
-                           std::optional<Tensor> row_grad, std::optional<Tensor> column_grad, std::vector<double> label_lam,
-                           double label_smoothing, int64_t pairs_that_count, std::optional<Tensor> readout,
-                           std::optional<Tensor> readout_grad, bool skip, std::optional<Tensor> negative_filters) {
+Tensor pairwise_mixup_loss(Tensor row, std::optional<Tensor> column, Tensor row_target,
+                           std::optional<Tensor> column_target, std::vector<double> lam, std::vector<double> lam_weight,
+                           std::vector<double> activation, std::optional<Tensor> row_grad,
+                           std::optional<Tensor> column_grad, std::vector<double> label_lam, double label_smoothing,
+                           int64_t pairs_that_count, std::optional<Tensor> readout, std::optional<Tensor> readout_grad,
+                           bool skip, std::optional<Tensor> negative_filters) {
   const auto f = row.scalar_type() == ScalarType::Float ? loss_of<float> : loss_of<double>;
-  return f(row, column, row_target, column_target, lam, lam_weight, polynomial_of(activation), row_grad, column_grad, label_lam,
-           label_smoothing, pairs_that_count, readout, readout_grad, skip, negative_filters);
+  return f(row, column, row_target, column_target, lam, lam_weight, polynomial_of(activation), row_grad, column_grad,
+           label_lam, label_smoothing, pairs_that_count, readout, readout_grad, skip, negative_filters);
 }
 
 }  // namespace
@@ -246,4 +274,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mixfeat_cpu, m) {
       "Tensor? negative_filters=None) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CPU, m) { m.impl("pairwise_mixup_loss", TORCH_BOX(&mixfeat::pairwise_mixup_loss)); }
+STABLE_TORCH_LIBRARY_IMPL(mixfeat_cpu, CPU, m) {
+  m.impl("pairwise_mixup_loss", TORCH_BOX(&mixfeat::pairwise_mixup_loss));
+}

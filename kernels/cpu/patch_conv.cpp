@@ -1,5 +1,5 @@
-// torch.ops.mixfeat_cpu.patch_conv and its backward pass: divide the work into tasks and own all memory. Python has checked the
-// arguments (mixfeat/functional.py, mixfeat/ops). Checks here only guard memory.
+// torch.ops.mixfeat_cpu.patch_conv and its backward pass: divide the work into tasks and own all memory. Python has
+// checked the arguments (mixfeat/functional.py, mixfeat/ops). Checks here only guard memory.
 
 #include <optional>
 #include <tuple>
@@ -10,8 +10,8 @@
 namespace mixfeat {
 namespace {
 
-// The networks of a call, as `size` descriptors whose data differ: input (N, P, D) and weight (C, M, D), either with a leading
-// run dimension. Runs that share the data go into one descriptor, and so into one matrix product.
+// The networks of a call, as `size` descriptors whose data differ: input (N, P, D) and weight (C, M, D), either with a
+// leading run dimension. Runs that share the data go into one descriptor, and so into one matrix product.
 template <typename E>
 struct Batch {
   PatchConv<E> first;
@@ -25,9 +25,11 @@ struct Batch {
     STD_TORCH_CHECK((input_runs || x.size() == 3) && (weight_runs || w.size() == 3), "unexpected shape");
     const size_t i = input_runs, j = weight_runs;
     STD_TORCH_CHECK(x[i + 2] == w[j + 2] && (!input_runs || !weight_runs || x[0] == w[0]), "unexpected shape");
-    STD_TORCH_CHECK((input.numel() == 0 || x[i + 2] <= 1 || x_stride[i + 2] == 1) && weight.is_contiguous(), "unexpected layout");
+    STD_TORCH_CHECK((input.numel() == 0 || x[i + 2] <= 1 || x_stride[i + 2] == 1) && weight.is_contiguous(),
+                    "unexpected layout");
     STD_TORCH_CHECK(input.scalar_type() == kType<E> && weight.scalar_type() == kType<E>, "unexpected dtype");
-    STD_TORCH_CHECK(!index || (lam && lam->scalar_type() == kType<Compute<E>> && index->is_contiguous()), "unexpected mixing");
+    STD_TORCH_CHECK(!index || (lam && lam->scalar_type() == kType<Compute<E>> && index->is_contiguous()),
+                    "unexpected mixing");
     STD_TORCH_CHECK(!index || (all_within(*index, index->numel()) && all_fractions(*lam)), "unexpected mixing");
     first.samples = x[i];
     first.patches = x[i + 1];
@@ -96,8 +98,8 @@ int64_t products(const PatchConv<E>& a) {
   return a.samples * a.patches * a.columns * (a.patch_dim + 8);
 }
 
-// Tasks per network into which the samples are divided: enough for many threads, each worth starting a thread for. They depend on
-// the shapes alone, so that the order of sums does not depend on the number of threads.
+// Tasks per network into which the samples are divided: enough for many threads, each worth starting a thread for. They
+// depend on the shapes alone, so that the order of sums does not depend on the number of threads.
 template <typename E>
 int64_t count_tasks(const PatchConv<E>& a, int64_t max_tasks) {
   constexpr int64_t kProductsPerTask = 1 << 21;
@@ -119,11 +121,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& weight, co
   const int64_t tasks = count_tasks(a, 1024);
   T* out = data<T>(logits);
   E* slopes = data<E>(slope);
-  for_each_task(batch.size * tasks, batch.size * products(a), kernel.scratch_bytes(a), [&](int64_t task, void* scratch) {
-    const int64_t b = task / tasks, part = task % tasks;
-    kernel.forward(batch[b], panels[b], a.samples * part / tasks, a.samples * (part + 1) / tasks, out + b * logits_size,
-                   slopes + b * slope_size, saved, scratch);
-  });
+  for_each_task(batch.size * tasks, batch.size * products(a), kernel.scratch_bytes(a),
+                [&](int64_t task, void* scratch) {
+                  const int64_t b = task / tasks, part = task % tasks;
+                  kernel.forward(batch[b], panels[b], a.samples * part / tasks, a.samples * (part + 1) / tasks,
+                                 out + b * logits_size, slopes + b * slope_size, saved, scratch);
+                });
   return {logits, slope};
 }
 
@@ -162,13 +165,14 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& slope, con
   const E* slopes = data<E>(slope);
   T* partials = data<T>(partial);
   E* mixed_grads = data<E>(mixed_grad);
-  for_each_task(batch.size * tasks, batch.size * products(a), kernel.scratch_bytes(a), [&](int64_t task, void* scratch) {
-    const int64_t b = task / tasks, part = task % tasks;
-    kernel.backward(batch[b], panels[b], rows[b], a.samples * part / tasks, a.samples * (part + 1) / tasks,
-                    grads + b * logits_size, slopes + b * slope_size, saved,
-                    need_weight ? partials + task * partial_size : nullptr, need_input ? mixed_grads + b * input_size : nullptr,
-                    scratch);
-  });
+  for_each_task(batch.size * tasks, batch.size * products(a), kernel.scratch_bytes(a),
+                [&](int64_t task, void* scratch) {
+                  const int64_t b = task / tasks, part = task % tasks;
+                  kernel.backward(batch[b], panels[b], rows[b], a.samples * part / tasks,
+                                  a.samples * (part + 1) / tasks, grads + b * logits_size, slopes + b * slope_size,
+                                  saved, need_weight ? partials + task * partial_size : nullptr,
+                                  need_input ? mixed_grads + b * input_size : nullptr, scratch);
+                });
 
   if (need_weight) {
     // a weight that several descriptors share gets the sum over the tasks of all of them
@@ -177,7 +181,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& slope, con
     torch::stable::parallel_for(0, batch.weights() * columns, (1 << 15) / (a.patch_dim * parts) + 1,
                                 [&](int64_t begin, int64_t end) {
                                   for (int64_t row = begin; row < end; ++row) {
-                                    const T* from = partials + row / columns * parts * partial_size + row % columns * length;
+                                    const T* from =
+                                        partials + row / columns * parts * partial_size + row % columns * length;
                                     T* sum = to + row * a.patch_dim;
                                     std::copy(from, from + a.patch_dim, sum);
                                     for (int64_t part = 1; part < parts; ++part) {
@@ -191,17 +196,19 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& slope, con
   if (need_input && mixes) {
     const E* grads_of_mixed = data<E>(mixed_grad);
     for (int64_t b = 0; b < batch.size; ++b) {
-      mixup_backward(grads_of_mixed + b * input_size, sample_size, element_of(kType<E>), a.index, a.lam, a.lam_stride, a.samples,
-                     sample_size, data<E>(input_grad) + b * input_size);
+      mixup_backward(grads_of_mixed + b * input_size, sample_size, element_of(kType<E>), a.index, a.lam, a.lam_stride,
+                     a.samples, sample_size, data<E>(input_grad) + b * input_size);
     }
   }
   return {input_grad, weight_grad};
 }
 
-std::tuple<Tensor, Tensor> patch_conv(Tensor input, Tensor weight, std::optional<Tensor> index, std::optional<Tensor> lam,
-                                      std::vector<double> activation, int64_t saved) {
+std::tuple<Tensor, Tensor> patch_conv(Tensor input, Tensor weight, std::optional<Tensor> index,
+                                      std::optional<Tensor> lam, std::vector<double> activation, int64_t saved) {
   const auto type = input.scalar_type();
-  const auto f = type == ScalarType::Float ? forward<float> : type == ScalarType::Double ? forward<double> : forward<BFloat16>;
+  const auto f = type == ScalarType::Float    ? forward<float>
+                 : type == ScalarType::Double ? forward<double>
+                                              : forward<BFloat16>;
   return f(input, weight, index, lam, polynomial_of(activation), saved);
 }
 
@@ -209,7 +216,9 @@ std::tuple<Tensor, Tensor> patch_conv_backward(Tensor grad, Tensor slope, Tensor
                                                std::optional<Tensor> index, std::optional<Tensor> lam,
                                                std::vector<double> activation, bool need_input, bool need_weight) {
   const auto type = input.scalar_type();
-  const auto f = type == ScalarType::Float ? backward<float> : type == ScalarType::Double ? backward<double> : backward<BFloat16>;
+  const auto f = type == ScalarType::Float    ? backward<float>
+                 : type == ScalarType::Double ? backward<double>
+                                              : backward<BFloat16>;
   return f(grad, slope, input, weight, index, lam, polynomial_of(activation), need_input, need_weight);
 }
 
@@ -217,7 +226,9 @@ std::tuple<Tensor, Tensor> patch_conv_backward(Tensor grad, Tensor slope, Tensor
 }  // namespace mixfeat
 
 STABLE_TORCH_LIBRARY_FRAGMENT(mixfeat_cpu, m) {
-  m.def("patch_conv(Tensor input, Tensor weight, Tensor? index, Tensor? lam, float[] activation, int saved) -> (Tensor, Tensor)");
+  m.def(
+      "patch_conv(Tensor input, Tensor weight, Tensor? index, Tensor? lam, float[] activation, int saved) "
+      "-> (Tensor, Tensor)");
   m.def(
       "patch_conv_backward(Tensor grad, Tensor slope, Tensor input, Tensor weight, Tensor? index, Tensor? lam, "
       "float[] activation, bool need_input, bool need_weight) -> (Tensor, Tensor)");

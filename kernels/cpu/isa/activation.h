@@ -1,5 +1,6 @@
 // The activation family of kernels/polynomial.py, on vectors of t = z / threshold:
-//   phi  / scale              = u^degree / degree + max(t - 1, 0) [if upper],   u = t, clamped to >= 0 if lower, to <= 1 if upper
+//   u                          = t, clamped to >= 0 if lower, to <= 1 if upper
+//   phi  / scale               = u^degree / degree + max(t - 1, 0) [if upper]
 //   phi' / (scale / threshold) = u^(degree - 1), the step [t > 0] for degree 1 with lower
 // and with a negative slope, for t <= 0, negative_slope * t and negative_slope.
 #pragma once
@@ -26,8 +27,8 @@ inline V power(V u) {
   }
 }
 
-// kUpper: whether there may be an upper bound. A kernel that learns this at run time passes `upper`, and pays for a bound of
-// infinity where there is none.
+// kUpper: whether there may be an upper bound. A kernel that learns this at run time passes `upper`, and pays for a
+// bound of infinity where there is none.
 template <typename T, int kDegree, bool kUpper, int kBytes = kVectorBytes>
 struct Activation {
   using V = Vec<T, kBytes>;
@@ -40,7 +41,7 @@ struct Activation {
   V clamp_min(V t) const { return mixfeat::clamp_min<T, kBytes>(t, min); }
   V clamp_max(V t) const { return kUpper ? mixfeat::clamp_max<T, kBytes>(t, max) : t; }
 
-  // The two parts of phi / scale: u^degree, to be divided by degree, is added to one sum, and what is linear to another.
+  // Adds the two parts of phi / scale to a sum each: u^degree, not yet divided by degree, and the linear part.
   void add_parts(V t, V clamped, V u, V& poly, V& linear) const {
     poly += power<kDegree>(u);
     if (kUpper) linear += clamped - u;
@@ -112,8 +113,8 @@ struct Activation<T, kAnyDegree, kUpper, kBytes> {
   V slope_times(V t, V factor) const { return slope(t, clamp_max(clamp_min(t))) * factor; }
 };
 
-// Returns f(degree, upper) for the degree and the upper bound of `p`, passed as std::integral_constant: f returns the instance of
-// a function template.
+// Returns f(degree, upper) for the degree and the upper bound of `p`, passed as std::integral_constant: f returns the
+// instance of a function template.
 template <typename F, int... kIndices>
 auto instance(const Polynomial& p, F f, std::integer_sequence<int, kIndices...>) {
   using Function = decltype(f(std::integral_constant<int, 1>(), std::false_type()));

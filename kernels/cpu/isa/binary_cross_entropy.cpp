@@ -10,7 +10,8 @@ namespace {
 
 constexpr int kUnroll = 4;
 
-// log(1 + e) for 0 <= e <= 1: 2 artanh(e / (2 + e)), whose series ends when a term is less than the type can tell from 1.
+// log(1 + e) for 0 <= e <= 1: 2 artanh(e / (2 + e)), whose series ends when a term is less than the type can tell
+// from 1.
 template <typename T>
 inline Vec<T> log_1_plus(Vec<T> e) {
   constexpr int kTerms = sizeof(T) == 4 ? 8 : 17;
@@ -22,8 +23,8 @@ inline Vec<T> log_1_plus(Vec<T> e) {
 }
 
 template <typename T, typename E, bool kWeighted>
-double binary_cross_entropy_of(const void* logits, int64_t classes, const BinaryLabel& label, const void* weights, double scale,
-                               void* losses, void* grad_pointer) {
+double binary_cross_entropy_of(const void* logits, int64_t classes, const BinaryLabel& label, const void* weights,
+                               double scale, void* losses, void* grad_pointer) {
   constexpr int lanes = kLanes<T>;
   using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   const E* x = static_cast<const E*>(logits);
@@ -66,8 +67,8 @@ double binary_cross_entropy_of(const void* logits, int64_t classes, const Binary
 }
 
 template <typename T, typename E>
-double binary_cross_entropy_in(const void* logits, int64_t classes, const BinaryLabel& label, const void* pos_weight, double scale,
-                               void* losses, void* grad) {
+double binary_cross_entropy_in(const void* logits, int64_t classes, const BinaryLabel& label, const void* pos_weight,
+                               double scale, void* losses, void* grad) {
   const auto f = pos_weight ? binary_cross_entropy_of<T, E, true> : binary_cross_entropy_of<T, E, false>;
   return f(logits, classes, label, pos_weight, scale, losses, grad);
 }

@@ -1,8 +1,9 @@
 // Cross-entropy of one row of logits, with its gradient.
 //
-// Three passes over a row: the largest logit; exponentials and sums; the gradient. Only the first reads from memory, the others
-// find the row in a cache. Exponentials are kept where the gradient goes, or in scratch if the elements there are too narrow.
-// A row of one or two vectors stays in registers: a processor waits long for what it has just written through a mask.
+// Three passes over a row: the largest logit; exponentials and sums; the gradient. Only the first reads from memory,
+// the others find the row in a cache. Exponentials are kept where the gradient goes, or in scratch if the elements
+// there are too narrow. A row of one or two vectors stays in registers: a processor waits long for what it has just
+// written through a mask.
 
 #include <math.h>
 
@@ -108,7 +109,8 @@ LossAndLse short_cross_entropy(const E* x, int64_t classes, const Label& label, 
     } else {
       for (int j = 0; j < 2; ++j) {
         const double value = label.classes[0] == label.classes[1] ? label.values[0] + label.values[1] : label.values[j];
-        weight[v] = lane_numbers<T>() == Lane<T>(label.classes[j] - v * lanes) ? broadcast(T(label.base + value)) : weight[v];
+        weight[v] =
+            lane_numbers<T>() == Lane<T>(label.classes[j] - v * lanes) ? broadcast(T(label.base + value)) : weight[v];
       }
       sums.logit += logit[v];
     }
@@ -120,12 +122,14 @@ LossAndLse short_cross_entropy(const E* x, int64_t classes, const Label& label, 
   if (!grad) return result;
   const Vec<T> softmax_scale = broadcast(T(total / sum));
 #pragma GCC unroll 2
-  for (int v = 0; v < kVectors; ++v) store_first<T>(grad + v * lanes, classes - v * lanes, e[v] * softmax_scale - weight[v]);
+  for (int v = 0; v < kVectors; ++v)
+    store_first<T>(grad + v * lanes, classes - v * lanes, e[v] * softmax_scale - weight[v]);
   return result;
 }
 
 template <typename T, typename E, typename L, bool kDense>
-LossAndLse cross_entropy_of(const void* logits, int64_t classes, const Label& label, void* scratch, void* grad_pointer) {
+LossAndLse cross_entropy_of(const void* logits, int64_t classes, const Label& label, void* scratch,
+                            void* grad_pointer) {
   constexpr int lanes = kLanes<T>;
   const E* x = static_cast<const E*>(logits);
   const L* target = static_cast<const L*>(label.target);
@@ -171,7 +175,8 @@ LossAndLse cross_entropy_of(const void* logits, int64_t classes, const Label& la
 
   const T softmax_scale = total / sum;
   T label_exponentials[2];  // exponentials of the label's classes, which the gradient may overwrite
-  for (int j = 0; !kDense && j < 2; ++j) label_exponentials[j] = label.classes[j] < 0 ? 0 : exponentials[label.classes[j]];
+  for (int j = 0; !kDense && j < 2; ++j)
+    label_exponentials[j] = label.classes[j] < 0 ? 0 : exponentials[label.classes[j]];
   const auto gradient = [&](Vec<T> e, Vec<T> t) {
     const Vec<T> smooth = e * broadcast(softmax_scale) - broadcast(T(label.base));
     return kDense ? smooth - broadcast(T(label.scale)) * t : smooth;

@@ -99,8 +99,8 @@ inline auto first_lanes(int64_t count) {
   return lane_numbers<T>() < Lane<T>(count);
 }
 
-// Copies of the first `count` of as many elements as a vector of T has lanes; a memcpy of a size unknown ahead is a call. Masks are
-// of bytes, one instruction for all types.
+// Copies of the first `count` of as many elements as a vector of T has lanes; a memcpy of a size unknown ahead is a
+// call. Masks are of bytes, one instruction for all types.
 template <typename T, typename E>
 inline void load_padded(E* padded, const E* p, int64_t count) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -121,7 +121,8 @@ inline void store_padded(E* p, const E* padded, int64_t count) {
   constexpr int bytes = kLanes<T> * sizeof(E);
   const uint64_t mask = (uint64_t(1) << count * sizeof(E)) - 1;
   if constexpr (bytes == 64) _mm512_mask_storeu_epi8(p, mask, _mm512_loadu_si512(padded));
-  if constexpr (bytes == 32) _mm256_mask_storeu_epi8(p, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(padded)));
+  if constexpr (bytes == 32)
+    _mm256_mask_storeu_epi8(p, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(padded)));
   if constexpr (bytes == 16) _mm_mask_storeu_epi8(p, mask, _mm_loadu_si128(reinterpret_cast<const __m128i*>(padded)));
   if constexpr (bytes >= 16) return;
 #endif

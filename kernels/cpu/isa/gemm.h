@@ -4,8 +4,8 @@
 // counts factors, and so do the strides of A and B.
 //
 // A(i, k) = a[i * a_row + k * a_col] is broadcast, so either of its strides may be 1 (A or its transpose in memory);
-// rows of B and C are contiguous. n is rounded up to whole vectors and m to a multiple of kRowGroup: B and C must have that
-// many columns, A and C that many rows; what stands in the padding is never mixed with the rest.
+// rows of B and C are contiguous. n is rounded up to whole vectors and m to a multiple of kRowGroup: B and C must have
+// that many columns, A and C that many rows; what stands in the padding is never mixed with the rest.
 #pragma once
 
 #include <string.h>
@@ -58,7 +58,9 @@ inline V multiply_add(V x, V y, V sum) {
   return sum + x * y;
 }
 #if defined(__AVX512BF16__)
-inline Vec<float> multiply_add(Bits x, Bits y, Vec<float> sum) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y); }
+inline Vec<float> multiply_add(Bits x, Bits y, Vec<float> sum) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y);
+}
 #endif
 
 template <typename F, int kRows, int kVectors, typename T = Compute<F>>
@@ -92,8 +94,8 @@ void gemm_tile(int64_t depth, const F* a, int64_t a_row, int64_t a_col, const F*
 
 // All m rows of one panel of kVectors vectors.
 template <typename F, int kVectors, typename T = Compute<F>>
-void gemm_panel(int64_t m, int64_t depth, const F* a, int64_t a_row, int64_t a_col, const F* b, int64_t ldb, T* c, int64_t ldc,
-                bool accumulate) {
+void gemm_panel(int64_t m, int64_t depth, const F* a, int64_t a_row, int64_t a_col, const F* b, int64_t ldb, T* c,
+                int64_t ldc, bool accumulate) {
   int64_t i = 0;
   for (; i + kTileRows <= m; i += kTileRows) {
     gemm_tile<F, kTileRows, kVectors>(depth, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate);
@@ -105,8 +107,8 @@ void gemm_panel(int64_t m, int64_t depth, const F* a, int64_t a_row, int64_t a_c
 
 // One panel of n <= kPanel columns.
 template <typename F, typename T = Compute<F>>
-void gemm_panel(int64_t m, int64_t n, int64_t depth, const F* a, int64_t a_row, int64_t a_col, const F* b, int64_t ldb, T* c,
-                int64_t ldc, bool accumulate) {
+void gemm_panel(int64_t m, int64_t n, int64_t depth, const F* a, int64_t a_row, int64_t a_col, const F* b, int64_t ldb,
+                T* c, int64_t ldc, bool accumulate) {
   if (n > kLanes<T>) {
     gemm_panel<F, 2>(m, depth, a, a_row, a_col, b, ldb, c, ldc, accumulate);
   } else {

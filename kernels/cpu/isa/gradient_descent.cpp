@@ -1,7 +1,8 @@
 // Gradient descent on one network: all of a step but the pairs, from the weight to the pre-activations and back.
 //
-// Both matrix products read the transposed input, whose columns are patches: the convolution by panels of columns, the weight's
-// gradient by dot products along the columns. So neither pads the patch dimension, and the weight needs no packing.
+// Both matrix products read the transposed input, whose columns are patches: the convolution by panels of columns, the
+// weight's gradient by dot products along the columns. So neither pads the patch dimension, and the weight needs no
+// packing.
 
 #include <math.h>
 
@@ -18,8 +19,8 @@ namespace {
 template <typename T>
 void convolve(const GradientDescent<T>& a, int64_t begin, int64_t end) {
   for (int64_t q = begin; q < end; q += kPanel<T>) {
-    gemm_panel<T>(round_up(a.filters, kRowGroup), min(kPanel<T>, end - q), a.patch_dim, a.weight, a.patch_dim, 1, a.input + q,
-                  a.columns, a.s + q, a.columns, false);
+    gemm_panel<T>(round_up(a.filters, kRowGroup), min(kPanel<T>, end - q), a.patch_dim, a.weight, a.patch_dim, 1,
+                  a.input + q, a.columns, a.s + q, a.columns, false);
   }
 }
 
@@ -44,7 +45,8 @@ void weight_gradient(const GradientDescent<T>& a, int64_t begin, int64_t end) {
       T products[kLanes<T>];
       store(products, sum_each<T>(sums));
       for (int i = 0; i < rows && q + i < end; ++i) {
-        for (int j = 0; j < columns && d + j < a.patch_dim; ++j) a.grad[(q + i) * a.patch_dim + d + j] = products[i * columns + j];
+        for (int j = 0; j < columns && d + j < a.patch_dim; ++j)
+          a.grad[(q + i) * a.patch_dim + d + j] = products[i * columns + j];
       }
     }
   }
@@ -56,11 +58,13 @@ inline void scaled_copy(const T* from, T factor, T* to, int64_t count, bool exac
   constexpr int half = kVectorBytes / 2, half_lanes = kLanes<T> / 2;
   int64_t k = 0;
   for (; k + kLanes<T> <= count; k += kLanes<T>) store(to + k, load(from + k) * factor);
-  for (; exact ? k + half_lanes <= count : k < count; k += half_lanes) store<half>(to + k, load<half>(from + k) * factor);
+  for (; exact ? k + half_lanes <= count : k < count; k += half_lanes)
+    store<half>(to + k, load<half>(from + k) * factor);
   for (; k < count; ++k) to[k] = from[k] * factor;
 }
 
-// The loops over filters keep what they need of `a` in registers: as far as compilers know, stores of vectors may change it.
+// The loops over filters keep what they need of `a` in registers: as far as compilers know, stores of vectors may
+// change it.
 template <typename T>
 void pack(const GradientDescent<T>& a, T factor, int64_t begin, int64_t end, T* t) {
   const int64_t filters = a.filters / a.classes, classes = a.classes, patches = a.patches, columns = a.columns;
@@ -70,7 +74,8 @@ void pack(const GradientDescent<T>& a, T factor, int64_t begin, int64_t end, T* 
     T* to = t + n * classes * padded_length;
     for (int64_t c = 0; c < classes; ++c, to += padded_length) {
       for (int64_t m = 0; m < filters; ++m, from += columns) {
-        const bool exact = m * patches + written > filters * patches;  // else the next filters overwrite what is too much
+        // unless exact, the next filters overwrite what is too much
+        const bool exact = m * patches + written > filters * patches;
         scaled_copy(from, factor, to + m * patches, patches, exact);
       }
     }
@@ -132,7 +137,8 @@ double cross_entropy_of(const GradientDescent<T>& a, int64_t block, void* memory
         for (Vec<T>& sum : sums) sum = -sum;
       }
     }
-    const Vec<T> sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) * broadcast(T(a.activation.scale / a.activation.degree));
+    const Vec<T> sum =
+        ((sums[0] + sums[1]) + (sums[2] + sums[3])) * broadcast(T(a.activation.scale / a.activation.degree));
     store(logits + c * lanes, sum);
     max = c ? clamp_min<T>(max, sum) : sum;
   }
@@ -156,7 +162,8 @@ double cross_entropy_of(const GradientDescent<T>& a, int64_t block, void* memory
   // D / N in the logits' place, and from there the gradient
   const T factor = T(a.activation.scale / a.activation.threshold / a.samples);
   const Vec<T> norm = broadcast(factor) / total;
-  for (int64_t c = 0; c < a.classes; ++c) store(logits + c * lanes, load(logits + c * lanes) * norm - broadcast(T(eps_share) * factor));
+  for (int64_t c = 0; c < a.classes; ++c)
+    store(logits + c * lanes, load(logits + c * lanes) * norm - broadcast(T(eps_share) * factor));
   for (int k = 0; k < count; ++k) logits[a.target[first + k] * lanes + k] -= T(one_minus_eps) * factor;
   for (int64_t c = 0; c < a.classes; ++c) {
     for (int64_t k = count; k < lanes; ++k) logits[c * lanes + k] = 0;  // padding
@@ -174,7 +181,8 @@ double cross_entropy_of(const GradientDescent<T>& a, int64_t block, void* memory
 
 template <typename T>
 double cross_entropy(const GradientDescent<T>& a, int64_t block, void* scratch) {
-  const auto f = instance(a.activation, [](auto degree, auto) { return &cross_entropy_of<T, decltype(degree)::value>; });
+  const auto f =
+      instance(a.activation, [](auto degree, auto) { return &cross_entropy_of<T, decltype(degree)::value>; });
   return f(a, block, scratch);
 }
 

@@ -1,4 +1,5 @@
-// The table of this instruction set. The files in this folder are compiled once per instruction set, which defines MIXFEAT_ISA.
+// The table of this instruction set. The files in this folder are compiled once per instruction set, which defines
+// MIXFEAT_ISA.
 
 #include "../kernels.h"
 

@@ -21,8 +21,8 @@ inline void sum_vectors(const In* samples, int64_t stride, const int64_t* rows, 
 }
 
 template <typename In, typename Out>
-void weighted_sum_of(const void* samples, int64_t stride, const int64_t* rows, const double* weights, int64_t count, int64_t size,
-                     void* output) {
+void weighted_sum_of(const void* samples, int64_t stride, const int64_t* rows, const double* weights, int64_t count,
+                     int64_t size, void* output) {
   using T = std::conditional_t<std::is_same_v<Out, double>, double, float>;
   constexpr int lanes = kLanes<T>, block = 4 * lanes;
   const In* from = static_cast<const In*>(samples);

@@ -1,15 +1,16 @@
 // The all-pairs Mixup loss and its gradient, tile by tile.
 //
-// A tile is as many pairs as a vector has lanes. Its logits are summed over vectors along (patch, filter), whose lanes are then
-// summed so that lanes become pairs: softmax and cross-entropy work on all pairs of the tile at once. The gradient evaluates the
-// activation again. All tiles of a pair of blocks go through one class before the next, whose pre-activations then stay in the
-// first-level cache. Only the logits of the pairs are stored, for one pair of blocks at a time.
+// A tile is as many pairs as a vector has lanes. Its logits are summed over vectors along (patch, filter), whose lanes
+// are then summed so that lanes become pairs: softmax and cross-entropy work on all pairs of the tile at once. The
+// gradient evaluates the activation again. All tiles of a pair of blocks go through one class before the next, whose
+// pre-activations then stay in the first-level cache. Only the logits of the pairs are stored, for one pair of blocks
+// at a time.
 //
-// Vectors of a readout of -1 come before those of 1, at most one has both. Signs are applied to sums of vectors between those, not
-// to the vectors.
+// Vectors of a readout of -1 come before those of 1, at most one has both. Signs are applied to sums of vectors between
+// those, not to the vectors.
 //
-// A vector whose every t, over a pair of blocks, lies where the activation is 0 is left out. Where the activation is linear, its
-// sum separates into a row's share and a column's.
+// A vector whose every t, over a pair of blocks, lies where the activation is 0 is left out. Where the activation is
+// linear, its sum separates into a row's share and a column's.
 
 #include <math.h>
 
@@ -36,8 +37,8 @@ constexpr int kHalfBytes = kVectorBytes == 64 ? kVectorBytes / 2 : kVectorBytes;
 template <typename T>
 using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
-// Which pairs (i + r, j + k) of a tile are evaluated: those with k < kWidth, and on the diagonal with i + r <= j + k, where
-// kOffset = i - j. Elsewhere kOffset is -1. It saves time only: pairs that do not count have a weight of 0.
+// Which pairs (i + r, j + k) of a tile are evaluated: those with k < kWidth, and on the diagonal with i + r <= j + k,
+// where kOffset = i - j. Elsewhere kOffset is -1. It saves time only: pairs that do not count have a weight of 0.
 template <int kOffset, int kWidth>
 struct Visited {
   constexpr bool operator()(int r, int k) const { return k < kWidth && (kOffset < 0 || r + kOffset <= k); }
@@ -58,12 +59,12 @@ inline T max_lane(Vec<T> v) {
   }
 }
 
-// The buffers of a pair of blocks. For each class they list the vectors along (patch, filter) by their offsets: the active ones,
-// which are evaluated, and the linear ones.
+// The buffers of a pair of blocks. For each class they list the vectors along (patch, filter) by their offsets: the
+// active ones, which are evaluated, and the linear ones.
 template <typename T>
 struct Buffers {
   Scratch scratch;
-  T* logits;                             // (tiles, C, pairs of a tile); then D = (softmax - target) * weight of the pair
+  T* logits;                             // (tiles, C, pairs of a tile); then D = (softmax - target) * pair weight
   T* combined;                           // (labels, pairs of a tile): a tile's logits, with a readout
   T *row_linear, *column_linear;         // (C, block): sums over the linear vectors
   T *row_d, *column_d;                   // (C, block): sums of D, for classes that have linear vectors
@@ -71,7 +72,8 @@ struct Buffers {
   int32_t* half;                         // (C,): whether half a vector follows the active ones
   int32_t* negative_count;               // (C,): how many active vectors, the first ones, are negative as a whole
   int32_t *active, *linear;              // (C, vectors)
-  Lane<T> *row_target, *column_target;   // (block, pairs of a row or a column of a tile): targets by lane, -1 for padding
+  // (block, pairs of a row or a column of a tile): targets by lane, -1 for padding
+  Lane<T> *row_target, *column_target;
 
   Buffers(const PairwiseMixup<T>& a, void* memory)
       : scratch(memory),
@@ -168,7 +170,8 @@ struct BlockPair {
   void list_vectors(int64_t row_block, int64_t column_block) {
     const Polynomial& phi = a.activation;
     const T lower = phi.lower ? T(0) : -kInfinity<T>, zero_max = phi.negative_slope == 0 ? lower : -kInfinity<T>;
-    const T linear_above = phi.degree == 1 ? lower : phi.upper ? T(1) : kInfinity<T>;  // at a corner the slope is the left one
+    // at a corner the slope is the left one
+    const T linear_above = phi.degree == 1 ? lower : phi.upper ? T(1) : kInfinity<T>;
     for (int64_t c = 0; c < a.classes; ++c) {
       const T* row = a.row.bounds + (row_block * a.classes + c) * 2 * a.padded_length;
       const T* column = a.column.bounds + (column_block * a.classes + c) * 2 * a.padded_length;
@@ -194,15 +197,18 @@ struct BlockPair {
     }
   }
 
-  // Where phi is linear, degree / scale * phi(t) = degree * t + 1 - degree, and t is the sum of a row's share and a column's.
+  // Where phi is linear, degree / scale * phi(t) = degree * t + 1 - degree, and t is the sum of a row's share and a
+  // column's.
   void sum_linear(int64_t c) {
     const T degree = T(a.activation.degree), scale = T(a.activation.scale / a.activation.degree);
     const int32_t* linear = buffers.linear + c * vectors();
     int64_t lanes = 0;
-    for (int32_t k = 0; k < buffers.linear_count[c]; ++k) lanes += sign(c, linear[k]) * min(kLanes<T>, a.length - linear[k]);
+    for (int32_t k = 0; k < buffers.linear_count[c]; ++k)
+      lanes += sign(c, linear[k]) * min(kLanes<T>, a.length - linear[k]);
     auto sum = [&](const T* t, T constant) {
       Vec<T> total = {};
-      for (int32_t k = 0; k < buffers.linear_count[c]; ++k) total += broadcast(T(sign(c, linear[k]))) * load(t + linear[k]);
+      for (int32_t k = 0; k < buffers.linear_count[c]; ++k)
+        total += broadcast(T(sign(c, linear[k]))) * load(t + linear[k]);
       T result = 0;
       for (int k = 0; k < kLanes<T>; ++k) result += total[k];
       return scale * (degree * result + constant);
@@ -245,7 +251,8 @@ struct BlockPair {
 
   // sums[r, k] += degree / scale * phi(x_r + y_k) for a vector of each sample
   template <int kBytes, typename Pairs>
-  static void add_phi(const Phi<kBytes>& phi, Pairs visited, const T* x, const T* y, int64_t stride, Vec<T, kBytes>* sums) {
+  static void add_phi(const Phi<kBytes>& phi, Pairs visited, const T* x, const T* y, int64_t stride,
+                      Vec<T, kBytes>* sums) {
     constexpr int rows = kRows<T>, columns = kColumns<T>;
     Vec<T, kBytes> second[columns];
 #pragma GCC unroll 4
@@ -273,7 +280,8 @@ struct BlockPair {
       Vec<T> sums[kPairs<T>] = {};
       const int32_t* active = begin;
       for (int s = 0;; ++s) {
-        for (; active < signs.ends[s]; ++active) add_phi<kVectorBytes>(phi, visited, x + *active, y + *active, stride, sums);
+        for (; active < signs.ends[s]; ++active)
+          add_phi<kVectorBytes>(phi, visited, x + *active, y + *active, stride, sums);
         if (s + 1 == signs.count) break;
         const Vec<T> change = signs.signs[s] * signs.signs[s + 1];
 #pragma GCC unroll 16
@@ -303,8 +311,8 @@ struct BlockPair {
 
   // Adds the gradient of a tile, given its D, to a vector of each sample.
   template <int kBytes, typename Pairs>
-  void add_gradient(const Phi<kBytes>& phi, Pairs visited, Vec<T, kBytes> sign, const T* d, const T* x, const T* y, T* dx,
-                    T* dy) const {
+  void add_gradient(const Phi<kBytes>& phi, Pairs visited, Vec<T, kBytes> sign, const T* d, const T* x, const T* y,
+                    T* dx, T* dy) const {
     constexpr int rows = kRows<T>, columns = kColumns<T>;
     const int64_t stride = a.classes * a.padded_length;
     const Vec<T, kBytes> row_weight = broadcast<kBytes>(T(a.row.weight)) * sign;
@@ -349,7 +357,8 @@ struct BlockPair {
       if constexpr (kHalfBytes < kVectorBytes) {
         if (buffers.half[c]) {
           const Phi<kHalfBytes> half_phi(a.activation);
-          add_gradient<kHalfBytes>(half_phi, visited, Vec<T, kHalfBytes>{} + 1, d, x + *end, y + *end, dx + *end, dy + *end);
+          add_gradient<kHalfBytes>(half_phi, visited, Vec<T, kHalfBytes>{} + 1, d, x + *end, y + *end, dx + *end,
+                                   dy + *end);
         }
       }
       if (linear) {
@@ -378,8 +387,8 @@ struct BlockPair {
     }
   }
 
-  // How often each pair of a tile counts: not at all for padding and below the diagonal, twice above the diagonal; and not at all
-  // for a sample with itself, or for two of one class, where such pairs are left out.
+  // How often each pair of a tile counts: not at all for padding and below the diagonal, twice above the diagonal; and
+  // not at all for a sample with itself, or for two of one class, where such pairs are left out.
   Vec<Lane<T>> counts(Vec<Lane<T>> row_target, Vec<Lane<T>> column_target, int64_t i, int64_t j) const {
     Vec<Lane<T>> count = Vec<Lane<T>>{} + (upper_triangle ? 2 : 1);
     if (upper_triangle && i + kRows<T> > j) {
@@ -402,7 +411,8 @@ struct BlockPair {
     const int64_t filters = a.classes / a.labels;
     for (int64_t c = 0; c < a.labels; ++c) {
       Vec<T> sum = {};
-      for (int64_t f = c * filters; f < (c + 1) * filters; ++f) sum += broadcast(a.readout[f]) * load(logits + f * pairs);
+      for (int64_t f = c * filters; f < (c + 1) * filters; ++f)
+        sum += broadcast(a.readout[f]) * load(logits + f * pairs);
       store(buffers.combined + c * pairs, sum);
     }
     const double loss = cross_entropy_of(buffers.combined, i, j);
@@ -410,7 +420,8 @@ struct BlockPair {
     for (int64_t f = 0; f < a.classes; ++f) {
       const Vec<T> d = load(buffers.combined + f / filters * pairs);
       if (a.readout_grad) {
-        const Vec<T> sums = d == Vec<T>{} ? Vec<T>{} : d * load(logits + f * pairs);  // where there is no pair, it may be anything
+        // where there is no pair, logits may be anything
+        const Vec<T> sums = d == Vec<T>{} ? Vec<T>{} : d * load(logits + f * pairs);
         for (int k = 0; k < pairs; ++k) a.readout_grad[f] += sums[k];
       }
       store(logits + f * pairs, broadcast(a.readout[f]) * d);
@@ -424,7 +435,8 @@ struct BlockPair {
     const auto column_target = load(buffers.column_target + (j - column_begin) * kRows<T>);
     const auto count = counts(row_target, column_target, i, j);
     const double one_minus_eps = 1 - a.label_smoothing;
-    const Vec<T> row_weight = broadcast(T(one_minus_eps * a.row.label)), column_weight = broadcast(T(one_minus_eps * a.column.label));
+    const Vec<T> row_weight = broadcast(T(one_minus_eps * a.row.label)),
+                 column_weight = broadcast(T(one_minus_eps * a.column.label));
     const Vec<T> eps_share = broadcast(T(a.label_smoothing / a.labels));
     const bool smooth = a.label_smoothing != 0;
     Vec<T> max = load(logits);
@@ -438,8 +450,8 @@ struct BlockPair {
       if (smooth) target_logit += eps_share * shifted;
       store(logits + c * pairs, e);
     }
-    // All pairs share one logarithm, of the product of their sums of exponentials. A double holds it, because each sum lies
-    // between 1 and C. Where there is no pair, logits may be anything.
+    // All pairs share one logarithm, of the product of their sums of exponentials. A double holds it, because each sum
+    // lies between 1 and C. Where there is no pair, logits may be anything.
     T factors[pairs], terms[pairs];
     store(factors, count == 0 ? Vec<T>{} + 1 : count == 2 ? total * total : total);
     store(terms, count == 0 ? Vec<T>{} : __builtin_convertvector(count, Vec<T>) * target_logit);
@@ -450,7 +462,8 @@ struct BlockPair {
     }
     if (a.row.grad) {
       const Vec<T> weight = broadcast(T(a.pair_weight)) * __builtin_convertvector(count, Vec<T>), norm = weight / total;
-      const Vec<T> row_label = row_weight * weight, column_label = column_weight * weight, every_label = eps_share * weight;
+      const Vec<T> row_label = row_weight * weight, column_label = column_weight * weight,
+                   every_label = eps_share * weight;
       for (int64_t c = 0; c < a.labels; ++c) {
         Vec<T> d = load(logits + c * pairs) * norm;
         d -= row_target == Lane<T>(c) ? row_label : Vec<T>{};
@@ -464,7 +477,8 @@ struct BlockPair {
 };
 
 template <typename T, int kDegree>
-double block_pair_of(const PairwiseMixup<T>& a, int64_t row_block, int64_t column_block, bool upper_triangle, void* memory) {
+double block_pair_of(const PairwiseMixup<T>& a, int64_t row_block, int64_t column_block, bool upper_triangle,
+                     void* memory) {
   const BlockPair<T, kDegree> blocks(a, row_block, column_block, upper_triangle, memory);
   double loss = 0;
   for (int64_t c = 0; c < a.classes; ++c) blocks.logits(c);
@@ -476,7 +490,8 @@ double block_pair_of(const PairwiseMixup<T>& a, int64_t row_block, int64_t colum
 }
 
 template <typename T>
-double block_pair(const PairwiseMixup<T>& a, int64_t row_block, int64_t column_block, bool upper_triangle, void* scratch) {
+double block_pair(const PairwiseMixup<T>& a, int64_t row_block, int64_t column_block, bool upper_triangle,
+                  void* scratch) {
   const auto f = instance(a.activation, [](auto degree, auto) { return &block_pair_of<T, decltype(degree)::value>; });
   return f(a, row_block, column_block, upper_triangle, scratch);
 }

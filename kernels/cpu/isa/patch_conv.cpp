@@ -1,8 +1,9 @@
 // The fused patch convolution (mix, convolve, activate, sum) and its gradients.
 //
-// A block of rows (sample, patch) is mixed into scratch and multiplied by one panel of filters at a time. The activation is
-// applied to that tile while it is in the first-level cache, and summed over the patches. The backward pass does the same, or
-// reads the slopes that forward saved, and multiplies the block E = grad * phi' by the mixed rows and by the weight.
+// A block of rows (sample, patch) is mixed into scratch and multiplied by one panel of filters at a time. The
+// activation is applied to that tile while it is in the first-level cache, and summed over the patches. The backward
+// pass does the same, or reads the slopes that forward saved, and multiplies the block E = grad * phi' by the mixed
+// rows and by the weight.
 
 #include <string.h>
 
@@ -112,7 +113,8 @@ inline float number_of(BFloat16 x) {
 inline float number_of(float x) { return x; }
 inline double number_of(double x) { return x; }
 
-// The weight is divided by the threshold. Pairs are exact only as they are: then the products are divided (activate_column).
+// The weight is divided by the threshold. Pairs are exact only as they are: then the products are divided
+// (activate_column).
 template <typename E>
 void pack_panels(const PatchConv<E>& a, const E* weight, void* packed) {
   using T = Compute<E>;
@@ -168,7 +170,7 @@ void pack_rows(const PatchConv<E>& a, const E* weight, void* packed) {
   }
 }
 
-// Where to take the vector of elements k and beyond: earlier where it would pass the end, if there are as many elements.
+// Where to load the vector of elements k and beyond: earlier if it would pass the end and there are enough elements.
 template <typename T>
 int64_t vector_at(int64_t k, int64_t size) {
   return max(0, min(k, size - kLanes<T>));
@@ -176,7 +178,8 @@ int64_t vector_at(int64_t k, int64_t size) {
 
 // Samples [n, n + samples) at patches [p, p + patches), mixed with their partners, as rows of length `length`.
 template <typename E>
-void fill_mixed(const PatchConv<E>& a, int64_t n, int64_t samples, int64_t p, int64_t patches, Number<E>* out, int64_t length) {
+void fill_mixed(const PatchConv<E>& a, int64_t n, int64_t samples, int64_t p, int64_t patches, Number<E>* out,
+                int64_t length) {
   using T = Compute<E>;
   for (int64_t i = n; i < n + samples; ++i) {
     const E* x = a.input + i * a.sample_stride + p * a.patch_stride;
@@ -188,7 +191,8 @@ void fill_mixed(const PatchConv<E>& a, int64_t n, int64_t samples, int64_t p, in
         if (partner) {
           for (int64_t k = 0; k < a.patch_dim; k += kLanes<T>) {
             const int64_t d = vector_at<T>(k, a.patch_dim), count = a.patch_dim - d;
-            store_as(out + d, lam_lanes * load_first<T>(x + d, count, T(0)) + one_minus_lam * load_first<T>(partner + d, count, T(0)));
+            store_as(out + d, lam_lanes * load_first<T>(x + d, count, T(0)) +
+                                  one_minus_lam * load_first<T>(partner + d, count, T(0)));
           }
         } else {
           memcpy(out, x, a.patch_dim * sizeof(E));
@@ -218,12 +222,12 @@ inline void pair_rows(const BFloat16* rows, int64_t count, int64_t length, int64
   }
 }
 
-// Works on one column of vectors of a tile of products, over `rows` patches of one sample. With kValue it adds the two parts of
-// phi to *poly and *linear; with kSlope it writes factor * (phi' in units of scale / threshold) to the first `count` columns of
-// `out`. t is the product, with kScaled times `inverse`.
+// Works on one column of vectors of a tile of products, over `rows` patches of one sample. With kValue it adds the two
+// parts of phi to *poly and *linear; with kSlope it writes factor * (phi' in units of scale / threshold) to the first
+// `count` columns of `out`. t is the product, with kScaled times `inverse`.
 template <typename T, typename Out, int kDegree, bool kUpper, bool kValue, bool kSlope, bool kScaled>
-void activate_column(const Polynomial& p, Vec<T> inverse, const T* tile, int64_t width, int64_t rows, T* poly, T* linear, Vec<T> factor,
-                     Out* out, int64_t length, int64_t count) {
+void activate_column(const Polynomial& p, Vec<T> inverse, const T* tile, int64_t width, int64_t rows, T* poly,
+                     T* linear, Vec<T> factor, Out* out, int64_t length, int64_t count) {
   const Activation<T, kDegree, kUpper> phi(p);
   Vec<T> poly_sum{}, linear_sum{};
   if (kValue) {
@@ -246,7 +250,8 @@ void activate_column(const Polynomial& p, Vec<T> inverse, const T* tile, int64_t
 template <typename E, typename Out, bool kValue, bool kSlope>
 auto activate_column_of(const Polynomial& p) {
   return instance(p, [](auto degree, auto upper) {
-    return &activate_column<Compute<E>, Out, decltype(degree)::value, decltype(upper)::value, kValue, kSlope, kPairs<E>>;
+    return &activate_column<Compute<E>, Out, decltype(degree)::value, decltype(upper)::value, kValue, kSlope,
+                            kPairs<E>>;
   });
 }
 
@@ -276,8 +281,8 @@ void forward(const PatchConv<E>& a, const void* panels, int64_t begin, int64_t e
           E* out = save ? slope + ((n + i) * a.patches + p) * columns + q : nullptr;
           for (int64_t j = 0; j < width; j += kLanes<T>) {
             (save ? value_and_slope : value)(a.activation, inverse, s.tile + i * patches * width + j, width, patches,
-                                             s.poly + i * block.e_length + q + j, s.linear + i * block.e_length + q + j, factor,
-                                             out + j, columns, columns - q - j);
+                                             s.poly + i * block.e_length + q + j, s.linear + i * block.e_length + q + j,
+                                             factor, out + j, columns, columns - q - j);
           }
         }
       }
@@ -301,8 +306,8 @@ void forward(const PatchConv<E>& a, const void* panels, int64_t begin, int64_t e
 }
 
 template <typename E, typename T = Compute<E>>
-void backward(const PatchConv<E>& a, const void* panels, const void* weight_rows, int64_t begin, int64_t end, const T* grad,
-              const E* slope, int64_t saved, T* weight_grad, E* mixed_grad, void* scratch) {
+void backward(const PatchConv<E>& a, const void* panels, const void* weight_rows, int64_t begin, int64_t end,
+              const T* grad, const E* slope, int64_t saved, T* weight_grad, E* mixed_grad, void* scratch) {
   const Blocks<E> block(a);
   const Buffers<E> s(block, scratch);
   const int64_t columns = a.columns, grouped = round_up(columns, kRowGroup), length = row_length(a);
@@ -351,8 +356,8 @@ void backward(const PatchConv<E>& a, const void* panels, const void* weight_rows
           for (int64_t i = 0; i < samples; ++i) {
             for (int64_t j = 0; j < width; j += kLanes<T>) {
               slope_only(a.activation, inverse, s.tile + i * patches * width + j, width, patches, nullptr, nullptr,
-                         load(s.filter_grad + i * block.e_length + q + j) * factor, s.e + i * patches * block.e_length + q + j,
-                         block.e_length, kLanes<T>);
+                         load(s.filter_grad + i * block.e_length + q + j) * factor,
+                         s.e + i * patches * block.e_length + q + j, block.e_length, kLanes<T>);
             }
           }
         }
@@ -370,11 +375,11 @@ void backward(const PatchConv<E>& a, const void* panels, const void* weight_rows
       for (int64_t d = 0; weight_grad && d < a.patch_dim; d += kPanel<T>) {
         if constexpr (kPairs<E>) {
           const int64_t pairs = (rows + 1) / 2;
-          gemm_panel<Pair>(grouped, a.patch_dim - d, pairs, s.e_pairs, 1, block.e_length, s.mixed_pairs + d * pairs, kPanel<T>,
-                           weight_grad + d, length, accumulate);
+          gemm_panel<Pair>(grouped, a.patch_dim - d, pairs, s.e_pairs, 1, block.e_length, s.mixed_pairs + d * pairs,
+                           kPanel<T>, weight_grad + d, length, accumulate);
         } else {
-          gemm_panel<T>(grouped, a.patch_dim - d, rows, s.e, 1, block.e_length, s.mixed + d, block.row_length, weight_grad + d,
-                        length, accumulate);
+          gemm_panel<T>(grouped, a.patch_dim - d, rows, s.e, 1, block.e_length, s.mixed + d, block.row_length,
+                        weight_grad + d, length, accumulate);
         }
       }
       accumulate = true;

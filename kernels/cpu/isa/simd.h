@@ -29,7 +29,8 @@ constexpr int kRegisters = 16;
 template <typename T>
 constexpr int kLanes = kVectorBytes / sizeof(T);
 
-// A constant, because at -O0 a call of infinity() is a function of external linkage. The same holds for std::min and std::max.
+// A constant, because at -O0 a call of infinity() is a function of external linkage. The same holds for std::min and
+// std::max.
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 

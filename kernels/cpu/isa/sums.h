@@ -36,7 +36,8 @@ inline Vec<T, kBytes> sum_each(Vec<T, kBytes>* v) {
 
 template <typename V, int... kIndices>
 inline auto sum_halves(V v, std::integer_sequence<int, kIndices...>) {
-  return __builtin_shufflevector(v, v, kIndices...) + __builtin_shufflevector(v, v, (kIndices + sizeof...(kIndices))...);
+  return __builtin_shufflevector(v, v, kIndices...) +
+         __builtin_shufflevector(v, v, (kIndices + sizeof...(kIndices))...);
 }
 
 // The sum of a vector's lanes, by halves.
