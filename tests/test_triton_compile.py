@@ -55,6 +55,42 @@ MORE_INSTRUCTIONS, MORE_REGISTERS, SPILLED_BYTES = (0.05, 2, 384) if OLDER else 
 MATRIX_UNIT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCMMA", "sm_120": "HMMA", "gfx942": "MFMA"}
 
 
+def unwritten_uniform_registers(sass):
+    """Uniform registers that instructions read and none writes, by number, with one that reads each.
+
+    ptxas 12.8 has left one of a matrix instruction's descriptor unwritten: the product was wrong on an H100, and in no
+    emulation of the PTX. In gdesc[URn] lie the descriptors of A, unless A is in registers, and of B.
+    """
+    written, read = set(), {}
+    for instruction in re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", sass):
+        name, _, rest = instruction.partition(" ")
+        operands = [operand.strip() for operand in rest.split(",")]
+        target = re.fullmatch(r"UR(\d+)", operands[0])
+        if target:
+            width = 4 if ".128" in name else 2 if ".64" in name or "WIDE" in name else 1
+            written |= {int(target[1]) + i for i in range(width)}
+            del operands[0]
+        a_in_registers = len(operands) > 1 and re.fullmatch(r"R\d+(\.reuse)?", operands[1])
+        for kind, number in re.findall(r"(gdesc|desc)?\[?\bUR(\d+)\b", ",".join(operands)):
+            places = {"gdesc": (2, 3) if a_in_registers else (0, 1, 2, 3), "desc": (0, 1)}.get(kind, (0,))
+            read |= {int(number) + i: instruction for i in places}
+    return {number: instruction for number, instruction in read.items() if number not in written}
+
+
+def test_unwritten_uniform_registers():
+    good = """
+        /*1380*/   UMOV UR9, 0x40000040 ;
+        /*1390*/   @!UP0 UIADD3.64 UR10, UR8, 0x80, URZ ;
+        /*13a0*/   ULDC UR8, c[0x0][0x228] ;
+        /*13c0*/   HGMMA.64x64x16.F32.BF16 R56, gdesc[UR8].tnspB, RZ, !UPT ;
+        /*13d0*/   HGMMA.64x32x16.F32.BF16 R24, R56, gdesc[UR8].tnspB, R24 ;
+    """
+    assert not unwritten_uniform_registers(good)
+    assert unwritten_uniform_registers(good.replace("UMOV UR9", "UMOV UR12")).keys() == {9}
+    assert unwritten_uniform_registers(good + "/*1620*/ UIADD3 UR10, UP0, UR7, 0x2, URZ ;").keys() == {7}
+    assert unwritten_uniform_registers(good + "/*1630*/ LDG.E.128 R8, desc[UR14][R4.64] ;").keys() == {14, 15}
+
+
 @pytest.fixture(scope="module")
 def compiled(request):
     """What the selected cases compile to: futures, all under way at once in other processes."""
@@ -73,6 +109,7 @@ def test_kernel(compiled, key):
     assert SPILLED_BYTES or not row.local_loads + row.local_stores
     assert row.registers > 0
     assert row.shared_bytes <= SHARED_KIB[target] * 1024
+    assert not unwritten_uniform_registers(row.assembly)
     assert not re.search(r"_f64|\.F64|\bD(ADD|MUL|FMA|SETP)\b", row.assembly), "float64 instructions"
     if str(case) in PAIRWISE_INSTRUCTIONS and target == "sm_90":
         instructions, evaluations = max(row.evaluation_loops())

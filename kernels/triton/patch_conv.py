@@ -694,12 +694,15 @@ def _input_grad(
     programs = problem.runs * configs.cdiv(network.width, config.block_d)
     if slope is None:
         block_p, blocks = configs.tile_rows(samples, patches, config.block_rows)
-        matrix_units = problem.dtype != torch.float32
-        classes = (config.block_q + network.filters - 2) // network.filters + 1
+        # With one filter a class there is nothing to spread. More than 32 classes are more than tiles meet, and what
+        # ptxas 12.8 (of Triton 3.6) miscompiles on sm_90: a register of the next product's descriptor is not written.
+        spreads = problem.dtype != torch.float32 and network.filters > 1
+        whole = config.block_q % network.filters == 0  # classes do not go over a tile's edge
+        classes = config.block_q // network.filters if whole else (config.block_q - 2) // network.filters + 2
         problem.launch(
             patch_conv_backward_input_kernel, config, block_p, programs * blocks,
             (*problem.arguments, problem.slope_scale, grad, mixed_grad), ACTIVATION=kind(problem.activation),
-            classes=max(16, triton.next_power_of_2(classes)) if matrix_units else 0,
+            classes=max(16, triton.next_power_of_2(classes)) if spreads else 0,
         )  # fmt: skip
     else:
         arguments = (problem.weight, slope, grad, mixed_grad, samples, patches)
