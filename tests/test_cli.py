@@ -11,7 +11,6 @@ from dataclasses import fields
 
 import processes
 import pytest
-import test_datasets
 import torch
 from conftest import ROOT
 
@@ -314,15 +313,12 @@ def test_reproduce_images(reproduce_images, tmp_path):
 
 
 def test_reproduce_images_from_files(reproduce_images, tmp_path, monkeypatch):
-    """The official files' names and format, with few images in them."""
-    for part, num in (("train", 60), ("t10k", 20)):
-        images_file, labels_file = (tmp_path / f"{part}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
-        images_file.write_bytes(test_datasets.idx(test_datasets.integers(256, num, 28, 28)))
-        labels_file.write_bytes(test_datasets.idx((torch.arange(num) % 10).byte().numpy()))
     command = ["--dataset", "fashion-mnist", "--data-dir", tmp_path, "--methods", "midpoint"]
     name = "train-images-idx3-ubyte.gz"
+    (tmp_path / name).write_bytes(b"something else")
     assert_refused(reproduce_images(*command), f"{name} is not the official file", command="reproduce images")
-    tiny = datasets.DATASETS["fashion-mnist"]._replace(md5=test_datasets.sums(tmp_path))
+    data = [(torch.randint(256, (num, 1, 28, 28)).byte(), torch.arange(num) % 10) for num in (60, 20)]
+    tiny = datasets.DATASETS["fashion-mnist"]._replace(md5={}, read=lambda archives: data)
     monkeypatch.setitem(datasets.DATASETS, "fashion-mnist", tiny)
     status, out, err = reproduce_images(*command, "--json", tmp_path / "r.json")
     assert status == 0, err
@@ -382,6 +378,7 @@ def test_images_find_what_is_missing_before_training(reproduce_images, tmp_path,
     ):
         assert_refused(result, message, command="reproduce images")
     monkeypatch.setitem(sys.modules, "torchvision", None)
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
     assert_refused(
         reproduce_images("--model", "resnet18"), "needs torchvision: pip install 'mixfeat[images]'",
         command="reproduce images",

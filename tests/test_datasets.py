@@ -1,13 +1,20 @@
-"""The readers of image data sets, on tiny files of the official formats made here, whole and damaged in every way."""
+"""Image data sets: archives missing and damaged, what torchvision is given and, where it is installed, what it reads.
+
+The archives are tiny and made here. A stand-in for torchvision lists what it is given, and returns other data.
+"""
 
 import gzip
 import hashlib
+import importlib
 import io
 import pickle
 import random
 import struct
 import sys
 import tarfile
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,12 +57,46 @@ def archive(members):
     return file.getvalue()
 
 
-def sums(folder):
-    return {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+@pytest.fixture
+def make_official(monkeypatch):
+    """A function that writes an archive into a folder and has its checksum taken for the official one."""
+
+    def make(name, file, content, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(content)
+        (place,) = (place for place in DATASETS[name].md5 if Path(place).name == file)
+        md5 = {**DATASETS[name].md5, place: hashlib.md5(content).hexdigest()}
+        monkeypatch.setitem(DATASETS, name, DATASETS[name]._replace(md5=md5))
+
+    return make
 
 
-def load(name, folder):
-    return datasets.load(name, folder, md5=sums(folder))
+@pytest.fixture
+def torchvision():
+    """torchvision.datasets; the test is skipped where it cannot be imported."""
+    try:
+        return datasets._module("torchvision.datasets", "images")
+    except DatasetError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Stand-ins for torchvision's classes: they return ``data[train]``, and list in ``calls`` what they are given."""
+    calls, data = [], {}
+
+    def reader(name):
+        def read(root, train, download):
+            files = {str(p.relative_to(root)): p.read_bytes() for p in Path(root).rglob("*") if p.is_file()}
+            calls.append((name, Path(root), train, download, files))
+            return SimpleNamespace(data=data[train][0], targets=data[train][1])
+
+        return read
+
+    readers = {name: reader(name) for name in ("FashionMNIST", "CIFAR10", "CIFAR100")}
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", SimpleNamespace(**readers))
+    return SimpleNamespace(calls=calls, data=data)
 
 
 def normalised(name, images):
@@ -64,29 +105,35 @@ def normalised(name, images):
 
 
 @pytest.fixture
-def fashion(tmp_path):
+def fashion(tmp_path, make_official):
     """The files of a tiny Fashion-MNIST in the test's folder, and what they hold."""
     parts = {part: (integers(256, n, 28, 28), integers(10, n))
              for part, n in (("train", 7), ("t10k", 4))}  # fmt: skip
-    for part, (images, labels) in parts.items():
-        (tmp_path / IMAGES.format(part)).write_bytes(idx(images))
-        (tmp_path / LABELS.format(part)).write_bytes(idx(labels))
+    for part, arrays in parts.items():
+        for file, array in zip((IMAGES, LABELS), arrays, strict=True):
+            make_official("fashion-mnist", file.format(part), idx(array), tmp_path)
     return parts
 
 
-def cifar_members(name, labels=None):
-    prefix, parts, key = {
-        "cifar10": ("cifar-10-batches-py/", [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], "labels"),
-        "cifar100": ("cifar-100-python/", ["train", "test"], "fine_labels"),
-    }[name]
-    rows = {part: integers(256, 3, 3072) for part in parts}
-    classes = {part: labels or integers(DATASETS[name].num_classes, 3).tolist() for part in parts}
-    members = {prefix + part: python2_pickle(rows[part], key, classes[part]) for part in parts}
-    return members, rows, classes
+@pytest.fixture
+def write_cifar(tmp_path, make_official):
+    """A function that writes a tiny CIFAR into the test's folder; it returns the members, the rows and the labels."""
 
+    def write(name):
+        prefix, parts, key = {
+            "cifar10": ("cifar-10-batches-py/", [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], "labels"),
+            "cifar100": ("cifar-100-python/", ["train", "test"], "fine_labels"),
+        }[name]
+        rows = {part: integers(256, 3, 3072) for part in parts}
+        labels = {part: integers(DATASETS[name].num_classes, 3).tolist() for part in parts}
+        members = {prefix + part: python2_pickle(rows[part], key, labels[part]) for part in parts}
+        file, names = {"cifar10": ("batches.meta", "label_names"), "cifar100": ("meta", "fine_label_names")}[name]
+        members[prefix + file] = pickle.dumps({names: ["cat"]}, 2)
+        (archive_file,) = DATASETS[name].md5
+        make_official(name, archive_file, archive(members), tmp_path)
+        return members, rows, labels
 
-def write_cifar(folder, name, members):
-    (folder / f"cifar-{name.removeprefix('cifar')}-python.tar.gz").write_bytes(archive(members))
+    return write
 
 
 def test_digits_split_is_the_same_everywhere(tmp_path):
@@ -126,36 +173,78 @@ def test_mnist1d(tmp_path):
     torch.testing.assert_close(train.images[0, 0, 0, :3], torch.tensor([-0.332, -0.472, -0.779]), rtol=0, atol=1e-3)
 
 
+@pytest.mark.usefixtures("torchvision")
 def test_fashion_mnist(fashion, tmp_path):
-    for split, (images, labels) in zip(load("fashion-mnist", tmp_path), fashion.values(), strict=True):
+    for split, (images, labels) in zip(datasets.load("fashion-mnist", tmp_path), fashion.values(), strict=True):
         torch.testing.assert_close(split.images, normalised("fashion-mnist", images[:, None]))
         assert split.images.dtype == torch.float32
-        assert split.target.tolist() == labels.tolist()
+        assert (split.target.dtype, split.target.tolist()) == (torch.int64, labels.tolist())
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar(name, tmp_path):
-    members, rows, labels = cifar_members(name)
-    write_cifar(tmp_path, name, members)
-    train, test = load(name, tmp_path)
+def test_cifar(name, write_cifar, torchvision, tmp_path, monkeypatch):
+    members, rows, labels = write_cifar(name)
+    sums = {place.partition("/")[2]: hashlib.md5(content).hexdigest() for place, content in members.items()}
+    kind = getattr(torchvision, name.upper())
+    for files in ("train_list", "test_list"):
+        monkeypatch.setattr(kind, files, [(file, sums[file]) for file, _ in getattr(kind, files)])
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": sums[kind.meta["filename"]]})
+    train, test = datasets.load(name, tmp_path)
     *training, testing = rows
     expected = np.concatenate([rows[part] for part in training]).reshape(-1, 3, 32, 32)
     torch.testing.assert_close(train.images, normalised(name, expected))
     torch.testing.assert_close(test.images, normalised(name, rows[testing].reshape(-1, 3, 32, 32)))
     assert train.target.tolist() == [label for part in training for label in labels[part]]
     assert test.target.tolist() == labels[testing]
-    assert train.images.dtype == torch.float32
+    assert (train.images.dtype, train.target.dtype) == (torch.float32, torch.int64)
+    assert train.images.is_contiguous()
 
 
-def test_nothing_is_written(fashion, tmp_path):
+def test_torchvision_finds_fashion_mnist_unpacked(fashion, stand_in, tmp_path):
+    """It reads a temporary folder, and nothing is written into the data's."""
+    stand_in.data.update({True: fashion["train"], False: fashion["t10k"]})
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    load("fashion-mnist", tmp_path)
+    train, test = datasets.load("fashion-mnist", tmp_path)
+    for split, (images, labels) in ((train, fashion["train"]), (test, fashion["t10k"])):
+        torch.testing.assert_close(split.images, normalised("fashion-mnist", images[:, None]))
+        assert (split.target.dtype, split.target.tolist()) == (torch.int64, labels.tolist())
+    files = {f"FashionMNIST/raw/{path.stem}": gzip.decompress(content) for path, content in before.items()}
+    assert [(call[0], *call[2:]) for call in stand_in.calls] == [
+        ("FashionMNIST", train, False, files) for train in (True, False)
+    ]
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert not any(root.exists() or root.is_relative_to(tmp_path) for _, root, *_ in stand_in.calls)
 
 
-def assert_refused(name, folder, *messages, md5=None):
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_torchvision_finds_cifar_unpacked(name, write_cifar, stand_in, tmp_path):
+    members, _, _ = write_cifar(name)
+    images = integers(256, 4, 32, 32, 3)  # channels last, as torchvision has them
+    stand_in.data.update({True: (images, [1, 2, 3, 4]), False: (images[:1], [5])})
+    train, test = datasets.load(name, tmp_path)
+    torch.testing.assert_close(train.images, normalised(name, images.transpose(0, 3, 1, 2)))
+    assert train.images.is_contiguous()
+    assert (train.target.tolist(), test.target.tolist()) == ([1, 2, 3, 4], [5])
+    assert [call[0] for call in stand_in.calls] == [name.upper()] * 2
+    assert all(call[4] == members for call in stand_in.calls)
+
+
+def test_root_folder_of_torchvision(fashion, stand_in, tmp_path):
+    """Its archives may lie where torchvision's own download leaves them."""
+    stand_in.data.update({True: fashion["train"], False: fashion["t10k"]})
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in [path for path in tmp_path.iterdir() if path.is_file()]:
+        path.rename(raw / path.name)
+    assert len(datasets.load("fashion-mnist", tmp_path)[0].target) == 7
+    path = raw / LABELS.format("t10k")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert_refused("fashion-mnist", tmp_path, f"{path} is not the official file")
+
+
+def assert_refused(name, folder, *messages):
     with pytest.raises(DatasetError) as caught:
-        datasets.load(name, folder, md5=sums(folder) if md5 is None else md5)
+        datasets.load(name, folder)
     text = str(caught.value)
     assert "\n" not in text
     for message in messages:
@@ -172,124 +261,53 @@ def assert_refused(name, folder, *messages, md5=None):
 )
 def test_missing_and_unofficial_files(name, file, url, tmp_path):
     assert_refused(name, tmp_path, f"{tmp_path / file} is missing: download http", f"{url}/{file}", "--data-dir")
-    assert_refused(name, tmp_path / "nowhere", f"{tmp_path / 'nowhere' / file} is missing", md5={})
+    assert_refused(name, tmp_path / "nowhere", f"{tmp_path / 'nowhere' / file} is missing")
     (tmp_path / file).write_bytes(b"something else")
     found = hashlib.md5(b"something else").hexdigest()
-    official = DATASETS[name].md5[file]
+    (official,) = (md5 for place, md5 in DATASETS[name].md5.items() if Path(place).name == file)
     assert_refused(
         name, tmp_path, f"{tmp_path / file} is not the official file, or not all of it (md5 {found}, not {official})",
-        f"{url}/{file} again", md5={},
+        f"{url}/{file} again",
     )  # fmt: skip
     (tmp_path / file).unlink()
     (tmp_path / file).mkdir()
-    assert_refused(name, tmp_path, f"{tmp_path / file} cannot be read: Is a directory", md5={})
+    assert_refused(name, tmp_path, f"{tmp_path / file} cannot be read: Is a directory")
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+@pytest.mark.parametrize("name", ["fashion-mnist", "cifar100"])
+def test_damaged_archives(name, share, fashion, write_cifar, stand_in, tmp_path):
+    """One that is cut off, or has one bit changed, is refused before it is unpacked."""
+    write_cifar("cifar100")
+    path = tmp_path / {"fashion-mnist": IMAGES.format("t10k"), "cifar100": "cifar-100-python.tar.gz"}[name]
+    content = path.read_bytes()
+    place = int(share * len(content))
+    for damaged in (content[:place], content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]):
+        path.write_bytes(damaged)
+        assert_refused(name, tmp_path, f"{path} is not the official file, or not all of it")
+    assert not stand_in.calls
+
+
+def test_full_disk(fashion, stand_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    assert_refused("fashion-mnist", tmp_path, "train-images-idx3-ubyte.gz cannot be unpacked: ", "nowhere")
 
 
 @pytest.mark.parametrize(
-    ("name", "package", "extra"), [("digits", "sklearn", "images"), ("mnist1d", "mnist1d", "mnist1d")]
+    ("name", "package", "extra"),
+    [("digits", "sklearn", "images"), ("mnist1d", "mnist1d", "mnist1d"), ("fashion-mnist", "torchvision", "images")],
 )
-def test_missing_package(name, package, extra, tmp_path, monkeypatch):
+def test_missing_package(name, package, extra, fashion, tmp_path, monkeypatch):
     for module in [module for module in sys.modules if module.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
     assert_refused(name, tmp_path, f"{package} is missing: pip install 'mixfeat[{extra}]'")
 
 
-@pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.5, 0.9])
-@pytest.mark.parametrize("name", ["fashion-mnist", "cifar100"])
-def test_truncated_files(name, share, fashion, tmp_path):
-    """Whoever vouches for its checksum, part of a file is refused."""
-    write_cifar(tmp_path, "cifar100", cifar_members("cifar100")[0])
-    path = tmp_path / {"fashion-mnist": IMAGES.format("t10k"), "cifar100": "cifar-100-python.tar.gz"}[name]
-    content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
-    assert_refused(name, tmp_path, f"{path} is not of the format of {name}: ")
+def test_torchvision_for_another_torch(fashion, tmp_path, monkeypatch):
+    def broken(name):
+        raise RuntimeError("operator torchvision::nms does not exist\nmore")
 
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"not compressed", "Not a gzipped file"),
-        (gzip.compress(b""), "no idx file of 3 dimensions of bytes"),
-        (gzip.compress(b"\0\0\x0d\3" + bytes(100)), "no idx file of 3 dimensions of bytes"),
-        (idx(np.zeros((4, 28), np.uint8)), "no idx file of 3 dimensions of bytes"),
-        (gzip.compress(gzip.decompress(idx(np.zeros((4, 28, 28), np.uint8)))[:-1]), "3135 values, not 4 x 28 x 28"),
-        (gzip.compress(gzip.decompress(idx(np.zeros((4, 28, 28), np.uint8))) + b"\0"), "3137 values, not 4 x 28 x 28"),
-        (gzip.compress(b"\0\0\x08\3" + b"\xff" * 12), "0 values, not 4294967295 x 4294967295 x 4294967295"),
-    ],
-)
-def test_no_idx_files(content, message, fashion, tmp_path):
-    path = tmp_path / IMAGES.format("t10k")
-    path.write_bytes(content)
-    assert_refused("fashion-mnist", tmp_path, f"{path} is not of the format of fashion-mnist: ", message)
-
-
-@pytest.mark.parametrize(
-    ("file", "array", "message"),
-    [
-        (IMAGES, np.zeros((3, 28, 28), np.uint8), "3 images but 4 labels"),
-        (IMAGES, np.zeros((4, 28, 27), np.uint8), "images of 1 x 28 x 27, not 1 x 28 x 28"),
-        (LABELS, np.array([0, 1, 2, 10], np.uint8), "labels from 0 to 10, not from 0 to 9"),
-    ],
-)
-def test_files_that_do_not_fit(file, array, message, fashion, tmp_path):
-    (tmp_path / file.format("t10k")).write_bytes(idx(array))
-    assert_refused("fashion-mnist", tmp_path, f"{tmp_path} does not hold fashion-mnist: {message}")
-
-
-def test_no_images(tmp_path, fashion):
-    (tmp_path / IMAGES.format("t10k")).write_bytes(idx(np.zeros((0, 28, 28), np.uint8)))
-    (tmp_path / LABELS.format("t10k")).write_bytes(idx(np.zeros(0, np.uint8)))
-    assert_refused("fashion-mnist", tmp_path, "does not hold fashion-mnist: no images")
-
-
-GOOD = python2_pickle(np.zeros((2, 3072), np.uint8), "fine_labels", [0, 1])
-
-
-class Malicious:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('run')",)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "Ran out of input"),
-        (GOOD[: len(GOOD) // 2], "pickle data was truncated"),
-        (GOOD[:40], ""),
-        (b"text", ""),
-        (pickle.dumps([1]), "has no data and fine_labels"),
-        (pickle.dumps({"data": 1}), "has no data and fine_labels"),
-        (pickle.dumps({"data": [1], "fine_labels": [1]}), "has no rows of 3072 bytes"),
-        (python2_pickle(np.zeros((2, 3071), np.uint8), "fine_labels", [0, 1]), "has no rows of 3072 bytes"),
-        (GOOD.replace(b"](K\0K\1e", b"](K\0Ne"), "has no list of integers as fine_labels"),
-        (pickle.dumps(Malicious()), "asks for builtins.exec, which is not data"),
-        (b"cos\nsystem\n(S'exit 1'\ntR.", "asks for os.system, which is not data"),
-        (b"cnumpy\nload\n(S'x'\ntR.", "asks for numpy.load, which is not data"),
-        (b"\x80\x04\x8c\x05numpy\x8c\x0dndarray.dumps\x93.", "asks for numpy.ndarray.dumps, which is not data"),
-    ],
-)
-def test_pickles_that_are_not_the_data(content, message, tmp_path):
-    members, _, _ = cifar_members("cifar100")
-    write_cifar(tmp_path, "cifar100", {**members, "cifar-100-python/test": content})
-    path = tmp_path / "cifar-100-python.tar.gz"
-    assert_refused("cifar100", tmp_path, f"{path} is not of the format of cifar100: ", message)
-
-
-def test_archives_that_are_not_the_data(tmp_path):
-    members, _, _ = cifar_members("cifar100")
-    path = tmp_path / "cifar-100-python.tar.gz"
-    write_cifar(tmp_path, "cifar100", {"cifar-100-python/train": members["cifar-100-python/train"]})
-    assert_refused("cifar100", tmp_path, f"{path} is not of the format of cifar100: ", "cifar-100-python/test")
-    path.write_bytes(gzip.compress(b"no archive" * 100))
-    assert_refused("cifar100", tmp_path, f"{path} is not of the format of cifar100: ")
-    with tarfile.open(path, "w:gz") as tar:
-        folder = tarfile.TarInfo("cifar-100-python/train")
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
-    assert_refused("cifar100", tmp_path, "cifar-100-python/train is no file")
-
-
-def test_labels_out_of_range(tmp_path):
-    write_cifar(tmp_path, "cifar10", cifar_members("cifar10", labels=[0, 10, 1])[0])
-    assert_refused("cifar10", tmp_path, f"{tmp_path} does not hold cifar10: labels from 0 to 10, not from 0 to 9")
+    monkeypatch.setattr(importlib, "import_module", broken)
+    message = f"torchvision cannot be imported with torch {torch.__version__}: operator torchvision::nms does not exist"
+    assert_refused("fashion-mnist", tmp_path, message)

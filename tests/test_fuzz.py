@@ -1,17 +1,15 @@
 """Command lines and files of any content: refused in one line that says what is wrong, and left as they were."""
 
-import gzip
 import io
 import random
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
-import test_datasets
 import torch
 
 from mixfeat import cli
 from mixfeat.cli import bench, check, info
-from mixfeat.experiments import datasets, engine
+from mixfeat.experiments import engine
 from mixfeat.experiments.engine import Record, Results, ResultsError
 
 pytest.importorskip("hypothesis")
@@ -193,53 +191,3 @@ def test_damaged_results(stored, damage, data, tmp_path):
     else:
         assert str(tmp_path) in message
         assert "\n" not in message
-
-
-@pytest.fixture(scope="module")
-def archives(tmp_path_factory):
-    """Small data sets in files of the official formats: folders by name."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("fashion-mnist", "cifar10", "cifar100")}
-    for part, num in (("train", 7), ("t10k", 4)):
-        for kind, array in (
-            (test_datasets.IMAGES, test_datasets.integers(256, num, 28, 28)),
-            (test_datasets.LABELS, test_datasets.integers(10, num)),
-        ):
-            (folders["fashion-mnist"] / kind.format(part)).write_bytes(test_datasets.idx(array))
-    for name in ("cifar10", "cifar100"):
-        test_datasets.write_cifar(folders[name], name, test_datasets.cifar_members(name)[0])
-    return folders
-
-
-@given(
-    damage=damages(),
-    name=st.sampled_from(["fashion-mnist", "cifar10", "cifar100"]),
-    unpacked=st.booleans(),
-    data=st.data(),
-)
-def test_damaged_data_sets(archives, damage, name, unpacked, data, tmp_path):
-    """Refused in one line that names file or folder, by checksum or, were that right, by format; or they are data."""
-    for file in tmp_path.iterdir():
-        file.unlink()
-    for file in archives[name].iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    victim = data.draw(st.sampled_from(sorted(tmp_path.iterdir())))
-    content = victim.read_bytes()
-    # what is compressed has checksums of its own: damage what is inside, too
-    victim.write_bytes(gzip.compress(damage(gzip.decompress(content))) if unpacked else damage(content))
-    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    for md5 in (None, test_datasets.sums(tmp_path)):
-        message = None
-        try:
-            splits = datasets.load(name, tmp_path, md5=md5)
-        except datasets.DatasetError as error:
-            message = str(error)
-        if message is not None:
-            assert str(tmp_path) in message
-            assert "\n" not in message
-        else:
-            assert md5 is not None
-            for split in splits:
-                assert split.images.shape[1:] == datasets.DATASETS[name].shape
-                assert len(split.images) == len(split.target) > 0
-                assert 0 <= split.target.min() <= split.target.max() < datasets.DATASETS[name].num_classes
-    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before

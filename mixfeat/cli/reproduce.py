@@ -55,7 +55,7 @@ def add_commands(commands: Commands) -> None:
     )
     parser.add_argument(
         "--data-dir", type=Path, default=Path("data"), metavar="FOLDER",
-        help="folder with the official files of fashion-mnist, cifar10 or cifar100 (default: %(default)s)",
+        help="folder with the official archives of fashion-mnist, cifar10 or cifar100 (default: %(default)s)",
     )  # fmt: skip
     _add_options(parser, images.Settings, Path("results/images"))
     parser = add_command(

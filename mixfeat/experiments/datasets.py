@@ -1,16 +1,16 @@
-"""Image data sets: scikit-learn's digits, MNIST-1D, and Fashion-MNIST and CIFAR from their original files in memory.
+"""Image data sets: scikit-learn's digits, MNIST-1D, and Fashion-MNIST and CIFAR by torchvision, from their archives.
 
-A file is read once, compared with the official checksum, and parsed; nothing is written. Reading a pickle runs no code:
-it can only contain lists, dicts, numbers, strings and NumPy arrays.
+An archive is read once and compared with the official checksum, so torchvision unpickles official files only. They are
+unpacked in a temporary folder; nothing is downloaded, and nothing written beside the archives.
 """
 
 import gzip
 import hashlib
 import importlib
 import io
-import pickle
 import random
 import tarfile
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -28,8 +28,8 @@ class DatasetError(Exception):
     """A data set that cannot be loaded; the message is one line that names the file, the reason and the remedy."""
 
 
-_Arrays = list[tuple[np.ndarray, np.ndarray]]  # images and classes of the training and of the test data
-_Parsed = Callable[[str, Callable[[bytes], Any]], Any]  # reads a file and parses its contents
+_Archives = Mapping[str, bytes]  # contents by place in torchvision's root folder
+_Data = list[tuple[Any, Any]]  # images (N, channels, H, W) and classes of the training and of the test data
 
 
 class Split(NamedTuple):
@@ -46,51 +46,38 @@ class Dataset(NamedTuple):
     shape: tuple[int, int, int]  # channels, height, width
     mean: tuple[float, ...]  # per channel, for values in [0, 1], from the authors' code
     std: tuple[float, ...]
-    url: str  # folder of the files
-    md5: Mapping[str, str]  # checksum of each official file
-    read: Callable[[_Parsed], _Arrays]
+    url: str  # folder of the archives
+    md5: Mapping[str, str]  # checksum of each official archive, by its place in torchvision's root folder
+    read: Callable[[_Archives], _Data]
 
 
-def load(name: str, folder: Path, *, md5: Mapping[str, str] | None = None) -> tuple[Split, Split]:
+def load(name: str, folder: Path) -> tuple[Split, Split]:
     """Load training and test data.
 
     ``digits`` has no test data: every fifth image of each class is a test image.
 
     Args:
         name: a key of ``DATASETS``.
-        folder: folder that holds the official files, as downloaded.
-        md5: checksums that replace the official ones, for other files of the same names and format.
+        folder: folder that holds the official archives, as downloaded, or torchvision's root folder with them.
 
     Returns:
         (train, test).
 
     Raises:
-        DatasetError: a missing package, or a file that is missing, unreadable, damaged or of another format.
+        DatasetError: a missing package, or an archive that is missing, unreadable or damaged.
     """
     dataset = DATASETS[name]
-    sums = {**dataset.md5, **(md5 or {})}
-
-    def parsed(file: str, parse: Callable[[bytes], Any]) -> Any:
-        contents = _contents(folder / file, dataset.url + file, sums[file])
-        try:
-            return parse(contents)
-        except Exception as error:  # a damaged pickle can raise any
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise DatasetError(f"{folder / file} is not of the format of {name}: {reason}") from None
-
-    try:
-        train, test = (_split(dataset, images, target) for images, target in dataset.read(parsed))
-    except _FormatError as error:
-        raise DatasetError(f"{folder} does not hold {name}: {error}") from None
+    archives = {file: _contents(dataset, folder, file) for file in dataset.md5}
+    train, test = (_split(dataset, images, target) for images, target in dataset.read(archives))
     return train, test
 
 
-class _FormatError(Exception):
-    """Data of a wrong format."""
-
-
-def _contents(path: Path, url: str, md5: str) -> bytes:
+def _contents(dataset: Dataset, folder: Path, file: str) -> bytes:
+    path, md5 = folder / file, dataset.md5[file]
+    url = dataset.url + path.name
     try:
+        if not path.exists():
+            path = folder / path.name
         contents = path.read_bytes()
     except FileNotFoundError:
         raise DatasetError(f"{path} is missing: download {url}, or name its folder with --data-dir") from None
@@ -104,28 +91,15 @@ def _contents(path: Path, url: str, md5: str) -> bytes:
     return contents
 
 
-def _split(dataset: Dataset, images: np.ndarray, target: np.ndarray) -> Split:
-    """Check and normalise images (N, channels, H, W) in [0, 255] or, if floating, [0, 1]."""
-    if len(images) != len(target):
-        raise _FormatError(f"{len(images)} images but {len(target)} labels")
-    if not len(images):
-        raise _FormatError("no images")
-    if images.shape[1:] != dataset.shape:
-        raise _FormatError(f"images of {_by(images.shape[1:])}, not {_by(dataset.shape)}")
-    if not 0 <= target.min() <= target.max() < dataset.num_classes:
-        raise _FormatError(f"labels from {target.min()} to {target.max()}, not from 0 to {dataset.num_classes - 1}")
-    pixels = torch.from_numpy(images.astype(np.float32))
-    if images.dtype == np.uint8:
-        pixels /= 255
+def _split(dataset: Dataset, images: Any, target: Any) -> Split:
+    """Normalise images in [0, 255] or, if floating, [0, 1]."""
+    images, target = torch.as_tensor(images), torch.as_tensor(target)
+    pixels = images.float() if images.is_floating_point() else images.float() / 255
     mean, std = (torch.tensor(values)[:, None, None] for values in (dataset.mean, dataset.std))
-    return Split((pixels - mean) / std, torch.from_numpy(target.astype(np.int64)))
+    return Split((pixels - mean) / std, target.long())
 
 
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
-
-
-def _digits(parsed: _Parsed) -> _Arrays:
+def _digits(archives: _Archives) -> _Data:
     digits = _module("sklearn.datasets", "images").load_digits()
     images, target = digits.images[:, None] / 16, digits.target
     place = np.zeros_like(target)  # index of each image in its class
@@ -135,7 +109,7 @@ def _digits(parsed: _Parsed) -> _Arrays:
     return [(images[~test], target[~test]), (images[test], target[test])]
 
 
-def _mnist1d(parsed: _Parsed) -> _Arrays:
+def _mnist1d(archives: _Archives) -> _Data:
     """Generate the authors' data, 4,000 and 1,000 samples."""
     module = _module("mnist1d.data", "mnist1d")
     with _numpy_seed:  # the package seeds both global generators
@@ -157,81 +131,37 @@ def _module(name: str, extra: str) -> Any:
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         raise DatasetError(f"{package} is missing: pip install 'mixfeat[{extra}]'") from None
+    except (ImportError, RuntimeError) as error:  # torchvision was built for another torch
+        package, reason = name.partition(".")[0], str(error).partition("\n")[0]
+        raise DatasetError(f"{package} cannot be imported with torch {torch.__version__}: {reason}") from None
 
 
-def _fashion_mnist(parsed: _Parsed) -> _Arrays:
-    return [
-        (parsed(f"{part}-images-idx3-ubyte.gz", _idx_images), parsed(f"{part}-labels-idx1-ubyte.gz", _idx_labels))
-        for part in ("train", "t10k")
-    ]
+def _torchvision(archives: _Archives, reader: str) -> _Data:
+    """Read the data by a class of torchvision, from a temporary root folder."""
+    kind = getattr(_module("torchvision.datasets", "images"), reader)
+    try:
+        with tempfile.TemporaryDirectory() as root:
+            for file, contents in archives.items():
+                _unpack(Path(root, file), contents)
+            parts = [kind(root, train=train, download=False) for train in (True, False)]
+    except OSError as error:
+        raise DatasetError(f"{Path(next(iter(archives))).name} cannot be unpacked: {error}") from None
+    return [(_channels_first(torch.as_tensor(part.data)), part.targets) for part in parts]
 
 
-def _idx_images(compressed: bytes) -> np.ndarray:
-    return _idx(compressed, 3)[:, None]
+def _unpack(path: Path, contents: bytes) -> None:
+    """Unpack an archive where ``path`` says that it lies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.name.endswith(".tar.gz"):
+        with tarfile.open(fileobj=io.BytesIO(contents)) as tar:
+            tar.extractall(path.parent, filter="data")
+    else:
+        path.with_suffix("").write_bytes(gzip.decompress(contents))
 
 
-def _idx_labels(compressed: bytes) -> np.ndarray:
-    return _idx(compressed, 1)
-
-
-def _idx(compressed: bytes, dimensions: int) -> np.ndarray:
-    """Read an array of bytes: two zeros, 8 for the type, the number of dimensions, each as 4 bytes, the values."""
-    data = gzip.decompress(compressed)
-    head = 4 + 4 * dimensions
-    if len(data) < head or data[:4] != bytes((0, 0, 8, dimensions)):
-        raise _FormatError(f"no idx file of {dimensions} dimensions of bytes")
-    shape = np.frombuffer(data, ">u4", dimensions, 4).tolist()
-    if len(data) - head != int(np.prod(shape, dtype=object)):
-        raise _FormatError(f"{len(data) - head} values, not {_by(shape)}")
-    return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
-
-
-def _cifar10(parsed: _Parsed) -> _Arrays:
-    names = [f"cifar-10-batches-py/{name}" for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")]
-    *train, test = parsed("cifar-10-python.tar.gz", partial(_cifar, names=names, labels="labels"))
-    images, target = (np.concatenate(parts) for parts in zip(*train, strict=True))
-    return [(images, target), test]
-
-
-def _cifar100(parsed: _Parsed) -> _Arrays:
-    names = ["cifar-100-python/train", "cifar-100-python/test"]
-    return parsed("cifar-100-python.tar.gz", partial(_cifar, names=names, labels="fine_labels"))
-
-
-def _cifar(archive: bytes, names: list[str], labels: str) -> _Arrays:
-    """Read each member: a pickled dict with rows of 3 x 32 x 32 bytes and a list of labels."""
-    parts = []
-    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
-        for name in names:
-            member = tar.extractfile(name)
-            if member is None:
-                raise _FormatError(f"{name} is no file")
-            content = _Unpickler(member, encoding="latin1").load()
-            if not isinstance(content, dict) or not {"data", labels} <= content.keys():
-                raise _FormatError(f"{name} has no data and {labels}")
-            data, target = content["data"], content[labels]
-            if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3 * 32 * 32,):
-                raise _FormatError(f"{name} has no rows of 3072 bytes")
-            if not isinstance(target, list) or not all(type(label) is int for label in target):
-                raise _FormatError(f"{name} has no list of integers as {labels}")
-            parts.append((data.reshape(-1, 3, 32, 32), np.array(target, np.int64)))
-    return parts
-
-
-class _Unpickler(pickle.Unpickler):
-    """An unpickler that makes NumPy arrays and refuses every other class and function."""
-
-    _ALLOWED = {  # noqa: RUF012
-        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._ALLOWED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"its pickle asks for {module}.{name}, which is not data") from None
+def _channels_first(images: Tensor) -> Tensor:
+    """Return images (N, H, W) or (N, H, W, channels) as (N, channels, H, W)."""
+    return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
 
 
 DATASETS = {
@@ -240,18 +170,18 @@ DATASETS = {
     "fashion-mnist": Dataset(
         10, (1, 28, 28), (0.5,), (0.5,), "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
         {
-            "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-            "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
-            "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
-            "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
-        }, _fashion_mnist,
+            "FashionMNIST/raw/train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "FashionMNIST/raw/train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+            "FashionMNIST/raw/t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+            "FashionMNIST/raw/t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+        }, partial(_torchvision, reader="FashionMNIST"),
     ),
     "cifar10": Dataset(
         10, (3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), "https://www.cs.toronto.edu/~kriz/",
-        {"cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a"}, _cifar10,
+        {"cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a"}, partial(_torchvision, reader="CIFAR10"),
     ),
     "cifar100": Dataset(
         100, (3, 32, 32), (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), "https://www.cs.toronto.edu/~kriz/",
-        {"cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85"}, _cifar100,
+        {"cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85"}, partial(_torchvision, reader="CIFAR100"),
     ),
 }  # fmt: skip
