@@ -26,7 +26,17 @@ inline Integers<I, T> load_integers(const void* p) {
   return *static_cast<const typename IntegersOf<I, T>::unaligned*>(p);
 }
 
-inline Bits load_bits(const void* p) { return __builtin_convertvector((load_integers<uint16_t, float>(p)), Bits); }
+// x86 widens a whole vector in one instruction, which compilers do not always find: of bytes, GCC takes one at a time.
+inline Bits load_bits(const void* p) {
+  const auto bits = load_integers<uint16_t, float>(p);
+#if defined(__AVX512F__)
+  return (Bits)_mm512_cvtepu16_epi32((__m256i)bits);
+#elif defined(__AVX2__)
+  return (Bits)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+  return __builtin_convertvector(bits, Bits);
+#endif
+}
 
 inline void store_bits(void* p, Bits bits) {
   *static_cast<IntegersOf<uint16_t, float>::unaligned*>(p) = __builtin_convertvector(bits, Integers<uint16_t, float>);
@@ -39,7 +49,13 @@ inline Vec<T> load_as(const T* p) {
 
 template <typename T>
 inline Vec<T> load_as(const uint8_t* p) {
-  return __builtin_convertvector((load_integers<uint8_t, T>(p)), Vec<T>);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32((__m128i)load_integers<uint8_t, T>(p)));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadu_si64(p)));
+#endif
+  const auto shorts = __builtin_convertvector((load_integers<uint8_t, T>(p)), Integers<int16_t, T>);
+  return __builtin_convertvector(__builtin_convertvector(shorts, Integers<int32_t, T>), Vec<T>);
 }
 
 template <typename T>
