@@ -1,8 +1,9 @@
 """Predicted times on one H100 SXM: docs/gpu.md shows them, and a run on an H100 writes them beside its own."""
 
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
-from .results import markdown
+from .results import markdown, rows
 
 __all__ = ["PREDICTIONS", "Prediction", "of", "rank", "table"]
 
@@ -81,13 +82,28 @@ def of(benchmark: str, device: str) -> Prediction | None:
     return PREDICTIONS[place] if "H100" in device and place < len(PREDICTIONS) else None
 
 
-def table() -> str:
-    """Format the predictions in Markdown."""
-    head = ["operator", "shape", "mixfeat, us", "torch.compile, us", "limit, us", "speedup"]
-    rows = []
+def _microseconds(timing: Mapping[str, float] | None) -> str:
+    if timing is None:
+        return ""
+    time = 1e6 * timing["median"]
+    return f"{time:,.0f}" if time >= 100 else f"{time:.3g}"
+
+
+def table(documents: Iterable[Mapping[str, Any]] = ()) -> str:
+    """Format the predictions in Markdown, beside what the documents of an H100 have measured."""
+    measured = {}
+    for document in documents:
+        if "H100" in document["machine_info"]["device"]:
+            measured |= {(row["suite"], *row["predicted_us"]): row for row in rows(document) if "predicted_us" in row}
+    head = ["operator", "shape", "predicted, us", "measured, us", "torch.compile predicted", "measured", "limit, us"]
+    lines = []
     for prediction in PREDICTIONS:
-        ours, theirs = prediction.mixfeat, prediction.torch_compile
-        times = [f"{low:,}" if low == high else f"{low:,} to {high:,}" for low, high in (ours, theirs)]
-        speedup = f"{sum(theirs) / sum(ours):.1f}x"
-        rows.append([prediction.operator, prediction.problem, *times, f"{prediction.limit:,}", speedup])
-    return markdown([head, *rows])
+        row = measured.get((prediction.operator.split("`")[1], *prediction.mixfeat), {"timings": {}})
+        ours, theirs = (
+            f"{low:,}" if low == high else f"{low:,} to {high:,}"
+            for low, high in (prediction.mixfeat, prediction.torch_compile)
+        )
+        compiled = [row["timings"].get(name) for name in ("batched, compiled", "torch.compile")]
+        mine, other = map(_microseconds, (row["timings"].get("mixfeat"), next(filter(None, compiled), None)))
+        lines.append([prediction.operator, prediction.problem, ours, mine, theirs, other, f"{prediction.limit:,}"])
+    return markdown([head, *lines])

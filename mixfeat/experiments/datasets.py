@@ -154,7 +154,8 @@ def _unpack(path: Path, contents: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.name.endswith(".tar.gz"):
         with tarfile.open(fileobj=io.BytesIO(contents)) as tar:
-            tar.extractall(path.parent, filter="data")
+            tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)  # new in Python 3.11.4
+            tar.extractall(path.parent)
     else:
         path.with_suffix("").write_bytes(gzip.decompress(contents))
 
