@@ -91,7 +91,7 @@ def _microseconds(timing: Mapping[str, float] | None) -> str:
 
 def table(documents: Iterable[Mapping[str, Any]] = ()) -> str:
     """Format the predictions in Markdown, beside what the documents of an H100 have measured."""
-    measured = {}
+    measured: dict[tuple[Any, ...], dict[str, Any]] = {}
     for document in documents:
         if "H100" in document["machine_info"]["device"]:
             measured |= {(row["suite"], *row["predicted_us"]): row for row in rows(document) if "predicted_us" in row}
