@@ -367,8 +367,8 @@ class MixupConfig:
 # that are not aligned load single elements, eight times.
 MIXUP_CONFIG = MixupConfig(vectors=512, elements=1024)
 
-# cutmix holds two masks and a position for each element, so a thread has one vector of each of the two images.
-CUTMIX_CONFIG = MixupConfig(vectors=128, elements=512)
+# cutmix holds two masks and a position for each vector, so a thread has two vectors of each of the two images.
+CUTMIX_CONFIG = MixupConfig(vectors=256, elements=512)
 
 
 # A program of the backward pass of mixup or cutmix owns a few rows. It searches up to so many samples, so many at once,

@@ -34,17 +34,28 @@ def _in_box(
 
     ``box`` (BLOCK_N,) points to the samples' boxes.
     """
-    k = ((start % (HEIGHT * ROW)).to(tl.int32) + tl.arange(0, BLOCK_K))[None, :]  # 32 bits divide without a call
-    y, x = k // ROW % HEIGHT, k % ROW
-    y0, y1 = tl.load(box)[:, None], tl.load(box + 1)[:, None]
-    x0, x1 = tl.load(box + 2)[:, None] * PIXEL, tl.load(box + 3)[:, None] * PIXEL
-    inside = ((y >= y0) & (y < y1) & (x >= x0) & (x < x1)).to(tl.int32)
-    vectors = tl.reshape(inside, [BLOCK_N, BLOCK_K // VECTOR, VECTOR])
-    any_inside = tl.broadcast_to(tl.max(vectors, 2)[:, :, None], vectors.shape)
-    all_inside = tl.broadcast_to(tl.min(vectors, 2)[:, :, None], vectors.shape)
-    any_inside, all_inside = tl.reshape(any_inside, inside.shape) != 0, tl.reshape(all_inside, inside.shape) != 0
+    SHAPE: tl.constexpr = [BLOCK_N, BLOCK_K // VECTOR, VECTOR]
+    y0, y1 = tl.load(box)[:, None, None], tl.load(box + 1)[:, None, None]
+    x0, x1 = tl.load(box + 2)[:, None, None] * PIXEL, tl.load(box + 3)[:, None, None] * PIXEL
+    k = (start % (HEIGHT * ROW)).to(tl.int32)  # 32 bits divide without a call
+    if ROW % VECTOR == 0:  # a vector lies in one row: two divisions for all of it
+        k += (tl.arange(0, BLOCK_K // VECTOR) * VECTOR)[None, :, None]
+        y, x = k // ROW % HEIGHT, k % ROW
+        in_rows = (y >= y0) & (y < y1)
+        any_inside, all_inside = in_rows & (x + VECTOR > x0) & (x < x1), in_rows & (x >= x0) & (x + VECTOR <= x1)
+        x += tl.arange(0, VECTOR)[None, None, :]
+        inside = in_rows & (x >= x0) & (x < x1)
+    else:
+        k += tl.reshape(tl.arange(0, BLOCK_K), [1, BLOCK_K // VECTOR, VECTOR])
+        y, x = k // ROW % HEIGHT, k % ROW
+        inside = (y >= y0) & (y < y1) & (x >= x0) & (x < x1)
+        any_inside = tl.max(inside.to(tl.int32), 2)[:, :, None] != 0
+        all_inside = tl.min(inside.to(tl.int32), 2)[:, :, None] != 0
+    inside = tl.reshape(inside, [BLOCK_N, BLOCK_K])
+    any_inside = tl.reshape(tl.broadcast_to(any_inside, SHAPE), inside.shape)
+    all_inside = tl.reshape(tl.broadcast_to(all_inside, SHAPE), inside.shape)
     # said once more for older releases of Triton, which would load single elements under these masks
-    return inside != 0, tl.max_constancy(any_inside, [1, VECTOR]), tl.max_constancy(all_inside, [1, VECTOR])
+    return inside, tl.max_constancy(any_inside, [1, VECTOR]), tl.max_constancy(all_inside, [1, VECTOR])
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "stride_index", "stride_box"])
