@@ -56,7 +56,7 @@ MATRIX_UNIT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCMMA", "sm_120": 
 
 
 def unwritten_uniform_registers(sass):
-    """Uniform registers that instructions read and none writes, by number, with one that reads each.
+    """Uniform registers that sm_90's instructions read and none writes, by number, with one that reads each.
 
     ptxas 12.8 has left one of a matrix instruction's descriptor unwritten: the product was wrong on an H100, and in no
     emulation of the PTX. In gdesc[URn] lie the descriptors of A, unless A is in registers, and of B.
@@ -109,7 +109,8 @@ def test_kernel(compiled, key):
     assert SPILLED_BYTES or not row.local_loads + row.local_stores
     assert row.registers > 0
     assert row.shared_bytes <= SHARED_KIB[target] * 1024
-    assert not unwritten_uniform_registers(row.assembly)
+    if target == "sm_90":
+        assert not unwritten_uniform_registers(row.assembly)
     assert not re.search(r"_f64|\.F64|\bD(ADD|MUL|FMA|SETP)\b", row.assembly), "float64 instructions"
     if str(case) in PAIRWISE_INSTRUCTIONS and target == "sm_90":
         instructions, evaluations = max(row.evaluation_loops())
