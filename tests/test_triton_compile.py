@@ -48,10 +48,19 @@ PAIRWISE_INSTRUCTIONS = {
         ("gradient", 50, 8.9), ("gradient", 1024, 8.5), ("gradient", 4096, 8.5),
     )
 }  # fmt: skip
-# what older releases of Triton may take more: of instructions per evaluation, of registers, and bytes that they spill
-# (3.6: in nine kernels of 861, none of them in a shape of the benchmarks but in float32)
+# what older releases of Triton may take more: of instructions per evaluation, of registers
 OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
-MORE_INSTRUCTIONS, MORE_REGISTERS, SPILLED_BYTES = (0.05, 2, 384) if OLDER else (0, 0, 0)
+MORE_INSTRUCTIONS, MORE_REGISTERS = (0.05, 2) if OLDER else (0, 0)
+# and of the stack, in bytes, where Triton 3.6 spills
+POLYRELU = str(PolyReLU(8, 0.1))
+SPILLED_BYTES = {
+    ("sm_90", f"patch_conv-backward_weight-float32-highest-N4096-D64-M10-{POLYRELU}"): 64,
+    ("sm_90", f"patch_conv-backward_weight-float32-highest-N4096-D128-M10-{POLYRELU}"): 56,
+    ("sm_90", "mixup-backward-float32-highest-K10-float32"): 8,
+    ("sm_90", "mixup-backward-bfloat16-K10-bfloat16"): 8,
+    ("sm_90", "binary_cross_entropy-forward-bfloat16-C10"): 336,
+    ("sm_100", f"patch_conv-backward_weight-float32-high-N4096-D32-M10-{POLYRELU}"): 40,
+} if OLDER else {}  # fmt: skip
 MATRIX_UNIT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCMMA", "sm_120": "HMMA", "gfx942": "MFMA"}
 
 
@@ -105,8 +114,9 @@ def compiled(request):
 def test_kernel(compiled, key):
     target, case = key
     row = compiled[key].result()
-    assert row.stack_bytes <= SPILLED_BYTES
-    assert SPILLED_BYTES or not row.local_loads + row.local_stores
+    spilled = SPILLED_BYTES.get((target, str(case)), 0)
+    assert row.stack_bytes <= spilled
+    assert spilled or (row.local_loads, row.local_stores) == (0, 0)
     assert row.registers > 0
     assert row.shared_bytes <= SHARED_KIB[target] * 1024
     if target == "sm_90":

@@ -209,7 +209,7 @@ def patch_conv_mix_kernel(
         input, index, lam, b, n, N, _wide(stride_xb, 1), _wide(stride_xn, 1), _wide(stride_lam, 1)
     )
     mask = (n < N)[:, None] & (d < D)[None, :]
-    offset = p * _wide(stride_xp, 1) + d * _wide(stride_xd, 1)
+    offset = p * _wide(stride_xp, 1) + d.to(tl.int64) * stride_xd  # which may be the constant 1
     z = tl.load(samples[:, None] + offset[None, :], mask=mask, other=0.0)
     if index is not None:
         z = _mix(z, tl.load(partners[:, None] + offset[None, :], mask=mask, other=0.0), lam_n[:, None])
@@ -720,8 +720,8 @@ def _input_grad(
     programs = problem.runs * configs.cdiv(network.width, config.block_d)
     if slope is None:
         block_p, blocks = configs.tile_rows(samples, patches, config.block_rows)
-        # With one filter a class there is nothing to spread. More than 32 classes are more than tiles meet, and what
-        # ptxas 12.8 (of Triton 3.6) miscompiles on sm_90: a register of the next product's descriptor is not written.
+        # With one filter a class there is nothing to spread, and with more no tile meets more than 32 classes. With 64
+        # ptxas 12.8 (of Triton 3.6) miscompiles for sm_90: a register of the next product's descriptor is not written.
         spreads = problem.dtype != torch.float32 and network.filters > 1
         whole = config.block_q % network.filters == 0  # classes do not go over a tile's edge
         classes = config.block_q // network.filters if whole else (config.block_q - 2) // network.filters + 2
